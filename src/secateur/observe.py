@@ -1,0 +1,153 @@
+"""Watch the *use* of weights: every matrix product that has a known parameter as an operand.
+
+Modules are not trusted to be `nn.Linear`: Mamba multiplies `weight @ x`, Falcon `x @ weight.T`, GPT-2 `addmm(b, x, weight)`,
+experts take slices of one 3-D parameter. What all share is the product, so a `TorchFunctionMode` looks at the operands
+of products and recognises a parameter by storage, offset, shape and strides: views and transposes match.
+
+Shape legend: T tokens, R output rows, C input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+# Function -> positions of its (left, right) operands; the left one's last dimension meets the right one's last but one.
+_MATMUL: dict[Any, tuple[int, int]] = {
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.bmm: (0, 1),
+    torch.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+    Tensor.matmul: (0, 1),
+    Tensor.mm: (0, 1),
+    Tensor.bmm: (0, 1),
+    Tensor.addmm: (1, 2),
+    Tensor.baddbmm: (1, 2),
+    Tensor.__matmul__: (0, 1),
+    Tensor.__rmatmul__: (1, 0),
+}
+_OPERAND_NAMES = {torch.matmul: ("input", "other"), torch.mm: ("input", "mat2"), torch.bmm: ("input", "mat2")} | {
+    function: names
+    for function, names in (
+        (torch.addmm, ("mat1", "mat2")),
+        (torch.baddbmm, ("batch1", "batch2")),
+        (Tensor.addmm, ("mat1", "mat2")),
+        (Tensor.baddbmm, ("batch1", "batch2")),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable matrix: a 2-D parameter, or one slice of a 3-D one (an expert).
+
+    Args:
+        name: its path in the model, without `.weight`; experts end in `[index]`.
+        parameter: the tensor that holds it.
+        index: the slice of a 3-D parameter.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: int | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it lies in memory (a view)."""
+        return self.parameter.data if self.index is None else self.parameter.data[self.index]
+
+    def weight(self, input_dim: int) -> Float[Tensor, "R C"]:
+        """The matrix as (outputs, inputs), a view: transposed where inputs are stored first (`Conv1D`)."""
+        return self.stored if input_dim == 1 else self.stored.T
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A product in which a matrix took part: its input (rows are tokens) and which stored dimension is contracted."""
+
+    matrix: Matrix
+    input_dim: int
+    inputs: Tensor
+
+
+class WeightWatcher(TorchFunctionMode):
+    """Calls `on_use` for each product with one of the matrices, before the product runs.
+
+    `other_uses` keeps, for each matrix, the functions that took it in another way: a matrix with no product is then
+    reported with what was done to it instead.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix], on_use: Callable[[Use], None]) -> None:
+        super().__init__()
+        self.on_use = on_use
+        self.other_uses: dict[str, set[str]] = {}
+        self._by_storage: dict[int, list[Matrix]] = {}
+        self._by_layout: dict[tuple[Any, ...], tuple[Matrix, bool]] = {}
+        for matrix in matrices:
+            stored = matrix.stored
+            self._by_storage.setdefault(_storage(stored), []).append(matrix)
+            self._by_layout[_layout(stored)] = (matrix, False)
+            self._by_layout.setdefault(_layout(stored.T), (matrix, True))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._observe_product(func, args, kwargs):
+            self._note_other_use(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _observe_product(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Report a product with a known matrix; False where this call is none."""
+        if func is nn.functional.linear:
+            inputs = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            return self._report(weight, 1, inputs)
+        if func not in _MATMUL:
+            return False
+        left, right = _operands(func, args, kwargs)
+        return self._report(right, 0, left) or self._report(left, 1, right.mT if right.ndim > 1 else right)
+
+    def _report(self, operand: Tensor, contracted: int, inputs: Tensor) -> bool:
+        found = self._by_layout.get(_layout(operand)) if operand.ndim == 2 else None
+        if found is None:
+            return False
+        matrix, transposed = found
+        with torch._C.DisableTorchFunction():
+            self.on_use(Use(matrix, contracted ^ transposed, inputs))
+        return True
+
+    def _note_other_use(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+                for matrix in self._by_storage.get(_storage(value), ()):
+                    self.other_uses.setdefault(matrix.name, set()).add(resolve_name(func) or str(func))
+
+
+def _operands(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    left, right = (
+        args[position] if position < len(args) else kwargs[_OPERAND_NAMES[func][k]]
+        for k, position in enumerate(_MATMUL[func])
+    )
+    return left, right
+
+
+def _storage(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    with torch._C.DisableTorchFunction():
+        return (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            tensor.dtype,
+        )

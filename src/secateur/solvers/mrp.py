@@ -1,0 +1,84 @@
+"""The Multiple Removal Problem (Zhao et al., EMNLP Findings 2024, arXiv 2410.15567): all pruned weights at once.
+
+Removing the set P of a row jointly has the closed-form optimal update `delta w = -w_P [Hinv_PP]^-1 Hinv_P,:`.
+The paper's variants are named by two letters, mask and compensation, each S (single) or M (multiple).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.gram import Gram
+from secateur.linalg import refit_rows
+from secateur.pattern import NM, Pattern
+from secateur.solvers.contract import Solved, check_damping
+from secateur.solvers.group_search import MAX_ENUMERATED
+from secateur.solvers.sweep import Rule, sweep
+
+SWEEP_TILE = 128
+
+
+@dataclass(frozen=True)
+class MRP:
+    """Joint removal.
+
+    Args:
+        mask: S scores weights one by one; M takes the n:m pattern of a group with the least joint cost (n:m only).
+            Where it is not given: M for n:m, S for unstructured patterns.
+        compensation: S moves the columns to the right after each column (SparseGPT); M moves jointly.
+        block: how far joint compensation reaches. A number sweeps blocks of as many columns with all columns left of
+            a block frozen. `all` keeps the mask of that sweep (128 columns a block) and re-optimises every kept
+            weight of a row for all its pruned ones at once, from the original weights: the true optimum for the mask.
+            With compensation S there is nothing joint to extend: `all` then means blocks of 128.
+        damping: added to the Gram matrix's diagonal, relative to its mean over live inputs.
+        tolerance: the full-row refit stops when its estimated gap in loss to the optimum is below this share.
+        iterations: most iterations of the full-row refit; reaching it is reported as `converged: False`.
+    """
+
+    mask: Rule | None = None
+    compensation: Rule = "M"
+    block: int | Literal["all"] = "all"
+    damping: float = 0.01
+    tolerance: float = 1e-4
+    iterations: int = 200
+
+    def __post_init__(self) -> None:
+        for name, rule in (("mask", self.mask or "S"), ("compensation", self.compensation)):
+            if rule not in ("S", "M"):
+                raise ValueError(f"{name} is {rule!r}; it must be S (single removal) or M (multiple removal)")
+        if self.block != "all":
+            check_block(self.block)
+        check_damping(self.damping)
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-4)")
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; it must be at least 1")
+
+    def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
+        mask = self.mask or ("M" if isinstance(pattern, NM) else "S")
+        if mask == "M" and not isinstance(pattern, NM):
+            raise ValueError(
+                f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: "
+                f"use mask S, or a pattern such as 2:4"
+            )
+        damped = gram.damped(self.damping)
+        full_row = self.compensation == "M" and self.block == "all"
+        tile = SWEEP_TILE if self.block == "all" else self.block
+        weight, keep = sweep(W, damped, pattern, mask, self.compensation, tile, mask_only=full_row)
+        info: dict[str, Any] = {"damping": damped.dampings, "mask": mask}
+        if mask == "M":
+            info["mask_search"] = "exhaustive" if pattern.num_masks <= MAX_ENUMERATED else "greedy with exchanges"
+        if full_row:
+            weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
+            info |= figures
+        return Solved(weight, keep, info)
+
+
+def check_block(block: int) -> None:
+    """Raise ValueError unless block is a positive number of columns."""
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1 column")
