@@ -1,0 +1,78 @@
+"""What a run did: per-matrix figures and their summary, as plain data for `secateur.json` and tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One pruned matrix.
+
+    `relative_error` is `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as saved, H undamped.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    pattern: str
+    zeros: int
+    relative_error: float
+    seconds: float
+    tokens: int
+    solver: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.rows * self.columns)
+
+
+@dataclass
+class Report:
+    """A whole run: its recipe, and what came of it."""
+
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    calibration: dict[str, Any]
+    matrices: list[MatrixReport] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    model_parameters: int = 0
+    seconds: float = 0.0
+    notices: list[str] = field(default_factory=list)
+    out: str | None = None
+
+    @property
+    def pruned_parameters(self) -> int:
+        """Weights in the matrices that were pruned, kept ones included."""
+        return sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the pruned matrices."""
+        return sum(matrix.zeros for matrix in self.matrices) / max(1, self.pruned_parameters)
+
+    @property
+    def mean_relative_error(self) -> float:
+        return sum(matrix.relative_error for matrix in self.matrices) / max(1, len(self.matrices))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the summary first."""
+        return {
+            "summary": {
+                "sparsity": self.sparsity,
+                "pruned_matrices": len(self.matrices),
+                "pruned_parameters": self.pruned_parameters,
+                "model_parameters": self.model_parameters,
+                "share_of_parameters": self.pruned_parameters / max(1, self.model_parameters),
+                "mean_relative_error": self.mean_relative_error,
+                "seconds": self.seconds,
+                "out": self.out,
+            },
+            "recipe": self.recipe,
+            "environment": self.environment,
+            "calibration": self.calibration,
+            "notices": self.notices,
+            "dense": self.dense,
+            "matrices": [asdict(matrix) | {"sparsity": matrix.sparsity} for matrix in self.matrices],
+        }
