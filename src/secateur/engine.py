@@ -94,6 +94,7 @@ def _prune_matrix(matrix: Matrix, input_dim: int, gram: Gram, plan: Plan) -> Mat
         name=matrix.name,
         rows=W.shape[0],
         columns=W.shape[1],
+        input_dim=input_dim,
         pattern=str(plan.pattern),
         zeros=int((~solved.keep).sum()),
         relative_error=relative_error(saved.float(), W, gram.xx),

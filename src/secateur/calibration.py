@@ -1,0 +1,244 @@
+"""Texts to token windows: calibration batches and evaluation windows.
+
+Documents are encoded one by one, joined, and cut into disjoint windows; each window opens with what the tokenizer
+puts in front of a text (BOS for Gemma and Llama, nothing for SmolLM2). Text that merely spells a special token, such
+as `<|endoftext|>` on a web page, stays ordinary text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.capture import Batch
+
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQ_LEN = 2048
+BATCH_TOKENS = 4096
+
+Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template
+
+# Short names of the data sets that the field calibrates on: (path, configuration, split, text field).
+DATASETS: dict[str, tuple[str, str | None, str, str]] = {
+    "c4": ("allenai/c4", "en", "train", "text"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence"),
+}
+
+
+@dataclass
+class Calibration:
+    """Batches of token windows, where they came from, and what the user should know about them."""
+
+    batches: list[Batch]
+    origin: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    source: str | Path | Sequence[Tensor] | Sequence[Batch] | None,
+    tokenizer: Any,
+    config: Any,
+    samples: int = DEFAULT_SAMPLES,
+    seq_len: int | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Calibration batches from a text source, or from the caller's own token tensors or batches.
+
+    Args:
+        source: text file, folder of texts, JSONL, data set name, tensors of token ids, or None for the shipped text.
+        samples: windows wanted; fewer are taken, with a notice, where the text holds fewer.
+        seq_len: tokens a window; by default 2048 or the model's positions, whichever is less.
+        seed: fixes which windows are drawn, and in which order.
+
+    Raises:
+        ValueError: nothing to read, a text shorter than one window, or a window longer than the model's positions.
+    """
+    if source is not None and not isinstance(source, str | Path):
+        return _from_tensors(source, config)
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least 1 calibration window is needed")
+    if tokenizer is None:
+        raise ValueError("text was given for calibration but no tokenizer: pass tokenizer=, or token tensors")
+    length = window_length(seq_len, DEFAULT_SEQ_LEN, config)
+    limit = samples * length if _is_dataset(source) else None
+    windows = cut_windows(encode(read_documents(source, seed), tokenizer, limit), length, tokenizer, what=_name(source))
+    drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
+    notices = []
+    if len(drawn) < samples:
+        notices.append(f"{_name(source)} holds {len(drawn)} windows of {length} tokens; {samples} were asked for")
+    size = max(1, BATCH_TOKENS // length)
+    batches: list[Batch] = [{"input_ids": part} for part in drawn.split(size)]
+    origin = {"source": _name(source), "samples": len(drawn), "seq_len": length, "seed": seed}
+    return Calibration(batches, origin | {"sha256": _digest(batches)}, notices)
+
+
+def shipped_text(name: str) -> str:
+    """A text that the package carries: `calibration` or `evaluation`."""
+    return (files("secateur") / "data" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def read_documents(source: str | Path | None, seed: int = 0, shipped: str = "calibration") -> Iterator[Document]:
+    """Documents of a text file, a folder (its .txt and .jsonl files, by name), a JSONL file or a data set."""
+    if source is None:
+        yield shipped_text(shipped)
+        return
+    path = Path(source)
+    if path.is_dir():
+        members = sorted(member for member in path.iterdir() if member.suffix in (".txt", ".jsonl"))
+        if not members:
+            raise ValueError(f"{path} holds no .txt or .jsonl file")
+        for member in members:
+            yield from read_documents(member)
+    elif path.is_file():
+        yield from _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else [_read_text(path)]
+    elif _is_dataset(source):
+        yield from _stream_dataset(str(source), seed)
+    else:
+        raise ValueError(f"{source} is no file, folder or data set name (short names: {', '.join(DATASETS)})")
+
+
+def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
+    """Token ids of all documents in a row, at most about `limit` of them."""
+    ids: list[int] = []
+    for document in documents:
+        if isinstance(document, str):
+            encoded = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        else:
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError("the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field")
+            encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+        ids += encoded
+        if limit is not None and len(ids) >= limit:
+            break
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts in front of a text."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
+
+
+def cut_windows(ids: Tensor, length: int, tokenizer: Any, what: str) -> Tensor:
+    """Disjoint windows (N, length) in order, each with the opening in front; the remainder is dropped."""
+    if len(ids) == 0:
+        raise ValueError(f"{what} is empty: there is no text to use")
+    prefix = opening(tokenizer)
+    body = length - len(prefix)
+    if body < 1:
+        raise ValueError(f"a sequence length of {length} leaves no room after the tokenizer's {len(prefix)} opening tokens")
+    number = len(ids) // body
+    if number == 0:
+        raise ValueError(f"{what} has {len(ids)} tokens, less than one sequence of {length}: lower --seq-len or give more text")
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).repeat(number, 1), ids[: number * body].view(number, body)], 1)
+
+
+def window_length(seq_len: int | None, default: int, config: Any) -> int:
+    """The window length asked for, checked against the model's positions, or the default capped by them."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if seq_len is None:
+        return min(default, positions or default)
+    if seq_len < 2:
+        raise ValueError(f"sequence length is {seq_len}; at least 2 tokens are needed")
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"sequence length is {seq_len}, but the model has {positions} positions: lower --seq-len")
+    return seq_len
+
+
+def _name(source: str | Path | None) -> str:
+    return "the shipped text" if source is None else str(source)
+
+
+def _is_dataset(source: str | Path | None) -> bool:
+    """Whether a source that is no file names a data set: a short name, or `owner/name` without a text file's suffix."""
+    if source is None or Path(source).exists():
+        return False
+    name = str(source)
+    return name in DATASETS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in _SUFFIXES)
+
+
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if isinstance(record, dict) and isinstance(record.get("messages"), list):
+            yield record["messages"]
+        elif isinstance(record, dict) and isinstance(record.get("text"), str):
+            yield record["text"]
+        else:
+            raise ValueError(f"{path}, line {number}: neither a `text` nor a `messages` field")
+
+
+def _stream_dataset(name: str, seed: int) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"data set {name} needs the `data` extra: pip install 'secateur[data]'") from error
+    path, configuration, split, field_name = DATASETS.get(name, (name, None, "train", "text"))
+    try:
+        stream = load_dataset(path, configuration, split=split, streaming=True).shuffle(seed=seed, buffer_size=1000)
+        for record in stream:
+            if field_name not in record:
+                raise ValueError(f"data set {name} has no field {field_name!r}, only {', '.join(record)}")
+            yield record[field_name]
+    except OSError as error:  # the hub's network and not-found errors all derive from it
+        raise ValueError(f"data set {name} could not be read ({error}): check the name and the connection") from error
+
+
+def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
+    batches: list[Batch] = []
+    for item in source:
+        batch = dict(item) if isinstance(item, dict) else {"input_ids": item if item.ndim == 2 else item[None]}
+        if "input_ids" in batch:
+            _check_ids(batch["input_ids"], config)
+        batches.append(batch)
+    if not batches:
+        raise ValueError("the list of calibration tensors is empty")
+    origin = {"source": "token tensors", "samples": sum(len(next(iter(batch.values()))) for batch in batches)}
+    return Calibration(batches, origin | {"sha256": _digest(batches)})
+
+
+def _check_ids(ids: Tensor, config: Any) -> None:
+    if ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(f"calibration tokens must be non-empty integer tensors, not {tuple(ids.shape)} of {ids.dtype}")
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):
+        raise ValueError(f"calibration token ids reach {int(ids.max())}, but the model's vocabulary has {vocabulary}")
+    window_length(max(2, ids.shape[1]), DEFAULT_SEQ_LEN, config)
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor = batch[name].detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""From what a user calls a model (folder, GGUF file, hub name, `smollm2`) to a checked checkpoint and a loaded model.
+
+Weights come from safetensors only, and remote code is not run, unless asked for. Every file is checked before use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from secateur.assets import convert_gguf, demo_model
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A model in memory, its tokenizer, and the folder it came from.
+
+    `storage` is the dtype of each of the model's parameters in the checkpoint, by parameter name; the model itself may
+    compute in another. `shards` maps the checkpoint's tensors to their files.
+    """
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    name: str
+    storage: dict[str, torch.dtype]
+    shards: dict[str, Path]
+    main_dtype: torch.dtype
+
+    @property
+    def matrix_storage(self) -> dict[str, torch.dtype]:
+        """`storage` under the names of matrices (without `.weight`)."""
+        return {name.removesuffix(".weight"): dtype for name, dtype in self.storage.items()}
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model, fetched or converted into the user's cache where need be."""
+    path = Path(name).expanduser()
+    if name == "smollm2" and not path.exists():
+        return demo_model()
+    if path.is_file() and path.suffix == ".gguf":
+        return convert_gguf(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{name} is a file that is no .gguf: give a model folder, a GGUF file or a hub name")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise ValueError(f"no model at {name}: there is no such folder or file")
+    return _from_hub(name)
+
+
+def load(
+    name: str, device: str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
+    """Load a causal language model with its tokenizer, ready for forward passes.
+
+    Args:
+        device: where the model lives.
+        trust_remote_code: let the checkpoint's own Python code run.
+        allow_pickle: also take PyTorch .bin files, which can run code when they are loaded.
+
+    Raises:
+        ValueError: missing, incomplete or damaged files, or a model that is not a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(name)
+    dtypes, shards = check_folder(folder, allow_pickle)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        main = main_dtype(dtypes, config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=compute_dtype(main, device),
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3])
+        raise ValueError(f"{folder} lacks {len(missing)} tensors ({some} ...): the download is incomplete")
+    floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    storage = {key: dtypes.get(key, main) for key in floating}
+    return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+
+
+def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, torch.dtype], dict[str, Path]]:
+    """Check a checkpoint's files without reading weights; returns the dtype and the file of each floating tensor."""
+    config = read_json(folder / "config.json", "a model folder needs its config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
+    shard_paths = _shard_paths(folder)
+    if not shard_paths:
+        if allow_pickle and any(folder.glob("*.bin")):
+            return {}, {}
+        hint = " (it has .bin files: --allow-pickle reads them, at the risk of code in them)" * any(folder.glob("*.bin"))
+        raise ValueError(f"{folder} holds no model.safetensors{hint}")
+    dtypes: dict[str, torch.dtype] = {}
+    shards: dict[str, Path] = {}
+    for path in shard_paths:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                    dtype = shard.get_slice(key).get_dtype()
+                    shards[key] = path
+                    if dtype in FLOATS:
+                        dtypes[key] = FLOATS[dtype]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): download it again") from error
+    return dtypes, shards
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """Parse a JSON object from a file that may be missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {why}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def main_dtype(dtypes: dict[str, torch.dtype], config: Any) -> torch.dtype:
+    """The dtype most tensors of the checkpoint have."""
+    if dtypes:
+        return Counter(dtypes.values()).most_common(1)[0][0]
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def compute_dtype(storage: torch.dtype, device: str) -> torch.dtype:
+    """The dtype of forward passes: the checkpoint's own where the device is fast in it, else fp32, which holds it exactly."""
+    if not device.startswith("cpu") or storage in (torch.float32, torch.float64):
+        return storage
+    native = storage == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return storage if native else torch.float32
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    if not (folder / INDEX).exists():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else []
+    weight_map = read_json(folder / INDEX, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is not a plain file name")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing though the index names it: the download is incomplete")
+    return [folder / name for name in names]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    weights = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=weights))
+    except (HFValidationError, OSError) as error:  # network, permission and not-found errors all derive from OSError
+        raise ValueError(
+            f"no folder {name} here, and no model of that name could be had from the hub ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Number of weights, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

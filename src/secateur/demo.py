@@ -1,0 +1,49 @@
+"""The demonstration: SmolLM2-135M before and after pruning, by the same functions as the other commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.api import default_device, evaluate, prune
+from secateur.capture import Progress
+from secateur.checkpoint import load
+from secateur.report import Report
+
+MODEL = "smollm2"
+QUESTION = "What is the capital of France, and what is it known for?"
+NEW_TOKENS = 40
+
+
+def run_demo(
+    out: Path, pattern: str, method: str, samples: int, seq_len: int, eval_tokens: int, device: str | None, progress: Progress
+) -> tuple[dict[str, Any], Report]:
+    """Prune the demo model to `out`; returns the figures and answers of both models, and the pruning report."""
+    before = look_at(MODEL, eval_tokens, device, progress)
+    report = prune(
+        MODEL,
+        out,
+        pattern=pattern,
+        method=method,
+        samples=samples,
+        seq_len=seq_len,
+        overwrite=True,
+        device=device,
+        progress=progress,
+    )
+    return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
+
+
+def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:
+    """Perplexity on the shipped evaluation text, and a short greedy answer."""
+    checkpoint = load(name, device or default_device())
+    figures = evaluate(checkpoint.model, tokenizer=checkpoint.tokenizer, max_tokens=eval_tokens, progress=progress)
+    conversation = [{"role": "user", "content": QUESTION}]
+    prompt = checkpoint.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
+    prompt = prompt.to(checkpoint.model.device)
+    with torch.no_grad():
+        ids = checkpoint.model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    answer = checkpoint.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return figures | {"question": QUESTION, "answer": answer.strip()}

@@ -1,0 +1,103 @@
+"""Perplexity of a causal language model on a text, in disjoint windows.
+
+Each window of T tokens gives T - 1 targets; nothing is carried from one window to the next. Losses are fp32, and
+logits are formed in chunks, so that a vocabulary of 262k costs megabytes and not gigabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.calibration import cut_windows, encode, read_documents, window_length
+from secateur.capture import Progress
+
+DEFAULT_WINDOW = 1024
+LOGIT_ELEMENTS = 1 << 26  # fp32 logits at a time: 256 MB
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | Path | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`exp` of the mean loss a target over the text's windows; None is the shipped evaluation text.
+
+    Returns:
+        `perplexity`, `loss` (nats a token), `windows`, `seq_len`, `targets`, `text`.
+
+    Raises:
+        ValueError: empty text, a text shorter than one window, or a window longer than the model's positions.
+    """
+    length = window_length(seq_len, DEFAULT_WINDOW, model.config)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max-tokens is {max_tokens}; it must be at least 1")
+    name = "the shipped evaluation text" if text is None else str(text)
+    windows = cut_windows(encode(read_documents(text, shipped="evaluation"), tokenizer), length, tokenizer, name)
+    if max_tokens is not None:
+        windows = windows[: max(1, max_tokens // length)]
+    device = next(model.parameters()).device
+    total, targets = 0.0, 0
+    for index, window in enumerate(windows):
+        losses = token_losses(model, window[None].to(device))
+        if not bool(torch.isfinite(losses).all()):
+            raise ValueError(f"the loss of window {index} of {name} is not finite: the model is damaged")
+        total += float(losses.double().sum())
+        targets += losses.numel()
+        progress("evaluate", index + 1, len(windows))
+    loss = total / targets
+    return {
+        "perplexity": math.exp(loss),
+        "loss": loss,
+        "windows": len(windows),
+        "seq_len": length,
+        "targets": targets,
+        "text": name,
+    }
+
+
+def token_losses(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
+    """Cross-entropy of each next token, B (T - 1) of them, in nats."""
+    targets = ids[:, 1:]
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(1, LOGIT_ELEMENTS // (vocabulary * len(ids)))
+    losses = []
+    with _body_runs_once(model, ids, chunked=len(positions) > size) as logits_at:
+        for chunk in positions.split(size):
+            logits = logits_at(chunk).float()
+            losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, chunk].flatten(), reduction="none"))
+    return torch.cat(losses)
+
+
+@contextmanager
+def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
+    """A function from positions to logits.
+
+    The model's own forward must form the logits (it may scale or cap them), so for chunks the body's output is kept
+    and handed to it again: only the head runs for each chunk.
+    """
+    body = getattr(model, "base_model", model)
+    extra = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    if not chunked or body is model or "logits_to_keep" not in signature(model.forward).parameters:
+        logits = model(input_ids=ids, **extra).logits
+        yield lambda positions: logits[:, positions]
+        return
+    output = body(input_ids=ids, **extra)
+    body.forward = lambda *args, **kwargs: output
+    try:
+        yield lambda positions: model(input_ids=ids, logits_to_keep=positions, **extra).logits
+    finally:
+        del body.forward

@@ -1,0 +1,204 @@
+"""Save a pruned model as an ordinary checkpoint: dense safetensors, tokenizer, `secateur.json`, model card.
+
+Nothing marks the checkpoint as sparse to a runtime: every loader that knew such marks has dropped them, and some
+then load random weights without an error. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from secateur.checkpoint import Checkpoint
+from secateur.report import Report
+
+METADATA = "secateur.json"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
+NOT_COPIED = {"README.md", "config.json", METADATA}
+
+
+def check_target(out: Path, source: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a checkpoint may be written to `out`. Leaves nothing behind."""
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the model itself: write the pruned model to another folder")
+    if out.is_file():
+        raise ValueError(f"{out} is a file: give a folder to write to")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")
+        if not any((out / name).is_file() for name in (METADATA, "config.json")):
+            raise ValueError(f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten")
+    try:
+        made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.").cleanup()
+        for parent in made:
+            parent.rmdir()
+    except OSError as error:
+        raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
+
+
+def save(checkpoint: Checkpoint, report: Report, out: Path, max_shard_size: str = "5GB") -> None:
+    """Write model, tokenizer, every other file of the source, metadata and card to `out`, replacing what is there.
+
+    Everything is written beside `out` first and moved at the end, so that a full disk costs nothing that was there.
+
+    Raises:
+        ValueError: the disk is full or not writable; the earlier content is untouched.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+    try:
+        checkpoint.model.save_pretrained(partial, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size)
+        _keep_config_dtype(checkpoint, partial)
+        _copy_companions(checkpoint.folder, partial)
+        (partial / METADATA).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(checkpoint, report, out.name), encoding="utf-8")
+        _make_readable(partial)
+        _replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out} could not be saved ({error}); what was there is unchanged") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]:
+    """The model's tensors, each in its checkpoint's dtype; tied tensors stay one.
+
+    A tensor that the forward pass held in a narrower dtype than the checkpoint does, and that was not pruned, is read
+    from the checkpoint again, so that its bits are the original ones.
+    """
+    done: dict[tuple[int, int, torch.dtype], Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    pruned = {matrix.name.partition("[")[0] for matrix in report.matrices}
+    for name, tensor in checkpoint.model.state_dict().items():
+        dtype = checkpoint.storage.get(name, tensor.dtype)
+        key = (tensor.data_ptr(), tensor.numel(), dtype)
+        if key not in done:
+            narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
+            if narrower and name in checkpoint.shards and name.removesuffix(".weight") not in pruned:
+                with safe_open(checkpoint.shards[name], framework="pt") as shard:
+                    done[key] = shard.get_tensor(name)
+            else:
+                done[key] = tensor.to(dtype)
+        tensors[name] = done[key]
+    return tensors
+
+
+def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
+    """README.md of the pruned model: licence and base model from the source's card, recipe and figures from the run."""
+    source = _front_matter(checkpoint.folder / "README.md")
+    base = source.get("base_model") if checkpoint.name == "smollm2" else None
+    header = {
+        "license": source.get("license", "unknown"),
+        "base_model": base or checkpoint.name,
+        "tags": "[pruned, sparse, secateur]",
+        "library_name": "transformers",
+    }
+    recipe = report.recipe
+    options = ", ".join(f"{key} {value}" for key, value in recipe["options"].items()) or "none"
+    calibration = report.calibration
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in header.items()),
+        "---",
+        f"# {title}",
+        "",
+        f"{base or checkpoint.name}, pruned to {recipe['pattern']} by secateur (method `{recipe['method']}`) in one shot, "
+        f"without retraining.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| zeros in the pruned matrices | {report.sparsity:.2%} of {report.pruned_parameters:,} weights |",
+        f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
+        f"| mean relative layer error | {report.mean_relative_error:.4f} |",
+        f"| method and options | {recipe['method']}; {options} |",
+        f"| calibration | {calibration.get('samples')} x {calibration.get('seq_len')} tokens of {calibration['source']}, "
+        f"seed {calibration.get('seed')} |",
+        "",
+        "The zeros are stored like other weights: the files are as large as before, and dense runtimes are not faster.",
+        f"Per-matrix figures and the whole recipe are in `{METADATA}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(card: Path) -> dict[str, str]:
+    """Plain `key: value` lines of a card's YAML header."""
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    lines = match[1].splitlines() if match else []
+    pairs = (re.fullmatch(r"(\w+):\s*(\S.*)", line) for line in lines)
+    return {pair[1]: pair[2] for pair in pairs if pair}
+
+
+def _keep_config_dtype(checkpoint: Checkpoint, folder: Path) -> None:
+    """State the checkpoint's dtype in config.json, not the one that forward passes ran in."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(checkpoint.main_dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy the source's other files as they are: tokenizer, chat template, generation config, licence, notice."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name not in NOT_COPIED and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files the permissions the user's umask asks for (safetensors and mkdtemp write 0600 and 0700)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Move `partial` to `out`; what `out` held is set aside first and put back if the move fails."""
+    with _set_aside(out):
+        partial.rename(out)
+
+
+@contextmanager
+def _set_aside(out: Path) -> Iterator[None]:
+    if not out.exists():
+        yield
+        return
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.earlier-")) / "content"
+    out.rename(aside)
+    try:
+        yield
+    except OSError:
+        aside.rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and threads: what a repeat of the run needs to be the same."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("secateur", "torch", "transformers", "safetensors")
+    return {package: version(package) for package in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,118 @@
+"""Look into a checkpoint on disk: zeros of each matrix, and whether they are what `secateur.json` promises."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.checkpoint import check_folder, read_json
+from secateur.export import METADATA
+from secateur.pattern import Pattern, parse_pattern
+
+
+@dataclass(frozen=True)
+class MatrixInspection:
+    """One matrix as it lies in the file. `ok` is None where nothing was promised."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    sparsity: float
+    pattern: str | None
+    ok: bool | None
+
+
+@dataclass
+class Inspection:
+    """A checkpoint's matrices, what stayed dense and why, and every broken promise."""
+
+    folder: str
+    matrices: list[MatrixInspection] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": not self.problems, **asdict(self)}
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Count the zeros of every matrix, and check those that `secateur.json` names against their recorded pattern.
+
+    Cost: one read of the weights.
+
+    Raises:
+        ValueError: no checkpoint there, damaged files, or a `secateur.json` that isn't one.
+    """
+    _, shards = check_folder(folder)
+    recorded, dense = _read_metadata(folder)
+    inspection = Inspection(str(folder), dense=dense)
+    for path in sorted(set(shards.values())):
+        with safe_open(path, framework="pt") as shard:
+            for key in sorted(name for name, where in shards.items() if where == path):
+                if len(shard.get_slice(key).get_shape()) in (2, 3):
+                    _inspect_tensor(inspection, key, shard.get_tensor(key), recorded)
+    for name in recorded:
+        inspection.problems.append(f"{name} is recorded as pruned, but the checkpoint has no such matrix")
+    inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
+    return inspection
+
+
+def _inspect_tensor(inspection: Inspection, key: str, tensor: Tensor, recorded: dict[str, dict[str, Any]]) -> None:
+    """Add a tensor's matrices: itself, or each recorded expert of a 3-D tensor. Takes what it finds off `recorded`."""
+    path = key.removesuffix(".weight")
+    parts = {path: tensor}
+    if tensor.ndim == 3:
+        experts = {f"{path}[{index}]": part for index, part in enumerate(tensor)}
+        if any(name in recorded for name in experts):
+            parts = experts
+    for name, part in parts.items():
+        zeros = int((part == 0).sum())
+        promise = recorded.pop(name, None)
+        ok = None
+        if promise is not None:
+            ok = part.ndim == 2 and _keeps(promise, part)
+            if not ok:
+                inspection.problems.append(
+                    f"{name} breaks its pattern {promise['pattern']}: it has {zeros} zeros of {part.numel()} weights, "
+                    f"{promise['zeros']} are recorded"
+                )
+        elif name not in inspection.dense:
+            inspection.dense[name] = "outside the blocks"
+        pattern = None if promise is None else promise["pattern"]
+        inspection.matrices.append(
+            MatrixInspection(name, tuple(part.shape), zeros, zeros / max(1, part.numel()), pattern, ok)
+        )
+
+
+def _keeps(promise: dict[str, Any], stored: Tensor) -> bool:
+    """Whether a stored matrix has at least the recorded zeros, where its pattern wants them."""
+    weight = stored if promise["input_dim"] == 1 else stored.T
+    zero = weight == 0
+    pattern: Pattern = parse_pattern(promise["pattern"])
+    if tuple(weight.shape) != (promise["rows"], promise["columns"]) or int(zero.sum()) < promise["zeros"]:
+        return False
+    return pattern.is_met_by(zero)
+
+
+def _read_metadata(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    path = folder / METADATA
+    if not path.is_file():
+        return {}, {}
+    metadata = read_json(path, "")
+    wanted = {"name": str, "pattern": str, "zeros": int, "rows": int, "columns": int, "input_dim": int}
+    matrices, dense = metadata.get("matrices"), metadata.get("dense")
+    if not isinstance(matrices, list) or not isinstance(dense, dict):
+        raise ValueError(f"{path} lacks its list of matrices: it was not written by secateur, or was changed")
+    for entry in matrices:
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+            raise ValueError(f"{path} has an entry without {', '.join(wanted)}: it was not written by secateur, or was changed")
+    return {entry["name"]: entry for entry in matrices}, {str(name): str(reason) for name, reason in dense.items()}
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
