@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
 from secateur.checkpoint import Checkpoint, load, parameters_of, resolve
-from secateur.evaluate import perplexity
+from secateur.evaluation import perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.pattern import Pattern, parse_pattern
@@ -122,7 +121,7 @@ def evaluate(
     """Perplexity of a model (object or name) on a text; None is the shipped evaluation text.
 
     Windows of `seq_len` tokens (default 1024) are disjoint and give seq_len - 1 targets each; `max_tokens` caps
-    how many tokens are read. See `evaluate.perplexity` for what is returned.
+    how many tokens are read. See `evaluation.perplexity` for what is returned.
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
@@ -142,8 +141,8 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def solve(
-    W: Float[Tensor, "R C"],
-    H: Float[Tensor, "C C"],
+    W: Tensor,
+    H: Tensor,
     pattern: str | float | Pattern,
     method: str = "mrp",
     **options: Any,
@@ -153,8 +152,8 @@ def solve(
     Works in fp32, or in fp64 where either argument is fp64; the arguments are not changed.
 
     Args:
-        W: weights, output rows x input columns.
-        H: symmetric positive semi-definite, of the inputs.
+        W: weights (R, C), output rows x input columns.
+        H: (C, C), symmetric positive semi-definite.
         options: the method's options, such as `block=128`.
 
     Raises:

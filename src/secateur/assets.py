@@ -14,8 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -90,7 +88,7 @@ def _convert(gguf: Path, folder: Path, card: str) -> None:
 
     say(f"secateur: converting {gguf.name} to safetensors (once, about half a minute)")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, _quiet_transformers():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(
@@ -107,20 +105,6 @@ def _convert(gguf: Path, folder: Path, card: str) -> None:
         (made / "README.md").write_text(card, encoding="utf-8")
         if not (folder / "config.json").is_file():  # another process may have been faster
             made.rename(folder)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,7 @@ def demo(
 
 def main() -> None:
     """Run a command. What the user can mend ends with a message and exit code 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; ours show the same work
     try:
         app()
     except ValueError as error:
@@ -207,7 +209,6 @@ def _progress() -> Iterator[Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
         tasks: dict[str, TaskID] = {}

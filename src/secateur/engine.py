@@ -80,7 +80,7 @@ def _prune_matrix(matrix: Matrix, input_dim: int, gram: Gram, plan: Plan) -> Mat
     """Solve one matrix, round to the dtype it is saved in, mask once more, write back, and measure."""
     started = time.perf_counter()
     view = matrix.weight(input_dim)
-    W = view.float()
+    W = view.to(torch.float32, copy=True)  # in an fp32 model .float() would alias what is overwritten below
     try:
         solved = plan.solver(W, gram, plan.pattern)
     except NotPositiveDefiniteError as error:

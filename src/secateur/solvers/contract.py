@@ -7,7 +7,7 @@ arguments, sees no `nn.Module`, and works in the dtype it is given: fp32, or fp6
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -28,6 +28,7 @@ class Solved:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """The call every method answers."""
 

@@ -7,7 +7,7 @@ The paper's variants are named by two letters, mask and compensation, each S (si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +17,7 @@ from secateur.linalg import refit_rows
 from secateur.pattern import NM, Pattern
 from secateur.solvers.contract import Solved, check_damping
 from secateur.solvers.group_search import MAX_ENUMERATED
-from secateur.solvers.sweep import Rule, sweep
+from secateur.solvers.sweep import sweep
 
 SWEEP_TILE = 128
 
@@ -39,9 +39,9 @@ class MRP:
         iterations: most iterations of the full-row refit; reaching it is reported as `converged: False`.
     """
 
-    mask: Rule | None = None
-    compensation: Rule = "M"
-    block: int | Literal["all"] = "all"
+    mask: str | None = None
+    compensation: str = "M"
+    block: int | str = "all"
     damping: float = 0.01
     tolerance: float = 1e-4
     iterations: int = 200
@@ -67,7 +67,7 @@ class MRP:
             )
         damped = gram.damped(self.damping)
         full_row = self.compensation == "M" and self.block == "all"
-        tile = SWEEP_TILE if self.block == "all" else self.block
+        tile = self.block if isinstance(self.block, int) else SWEEP_TILE
         weight, keep = sweep(W, damped, pattern, mask, self.compensation, tile, mask_only=full_row)
         info: dict[str, Any] = {"damping": damped.dampings, "mask": mask}
         if mask == "M":
@@ -78,7 +78,7 @@ class MRP:
         return Solved(weight, keep, info)
 
 
-def check_block(block: int) -> None:
+def check_block(block: int | str) -> None:
     """Raise ValueError unless block is a positive number of columns."""
-    if block < 1:
-        raise ValueError(f"block is {block}; it must be at least 1 column")
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"block is {block!r}; it must be a number of columns, at least 1")

@@ -15,7 +15,6 @@ Shape legend: R output rows, C input columns, B columns of a span, P pruned weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +24,6 @@ from secateur.linalg import Damped, masked_cg
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.solvers.group_search import GroupSearch
 
-Rule = Literal["S", "M"]
-
 COLUMNS_AT_ONCE = 16
 SOLVE_CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32: the batch of small systems stays in cache
 
@@ -35,8 +32,8 @@ def sweep(
     W: Float[Tensor, "R C"],
     damped: Damped,
     pattern: Pattern,
-    mask: Rule,
-    compensation: Rule,
+    mask: str,
+    compensation: str,
     tile: int,
     mask_only: bool = False,
 ) -> tuple[Float[Tensor, "R C"], Bool[Tensor, "R C"]]:
@@ -54,7 +51,7 @@ def sweep(
     U = damped.U
     live = (~damped.dead).to(W.dtype)
     search = GroupSearch(U, pattern) if isinstance(pattern, NM) else None
-    Wt = W.T.contiguous()
+    Wt = W.T.clone(memory_format=torch.contiguous_format)  # .contiguous() would alias a W stored transposed
     keep = torch.ones_like(W, dtype=torch.bool)
     for i, j in _tiles(columns, tile, pattern):
         errors = torch.zeros_like(Wt[i:j])
@@ -101,7 +98,7 @@ def _spans(i: int, j: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
         yield start, start + width
 
 
-def _single_variance(span: Float[Tensor, "B B"], compensation: Rule) -> Float[Tensor, " B"]:
+def _single_variance(span: Float[Tensor, "B B"], compensation: str) -> Float[Tensor, " B"]:
     """`[Hinv]_jj` as it stands when j is removed.
 
     Column by column, all columns left of j are frozen by then: `U_jj^2`. In a joint removal the whole span is still

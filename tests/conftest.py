@@ -1,0 +1,31 @@
+"""Shared fixtures. Shapes and dtypes in signatures are checked at run time in every test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Before anything imports secateur: annotations become checks.
+install_import_hook("secateur", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """xdist runs two workers on two cores."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for commands the tests start
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden figures and real texts beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: golden figures and real texts are kept beside the checkout")
+    return SHARED

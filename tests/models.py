@@ -1,0 +1,63 @@
+"""Tiny random models of many families, made from their configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 96
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_OWN_HEADS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+_OPT = _OWN_HEADS | {"ffn_dim": 64, "word_embed_proj_dim": 32}
+
+# Family -> (configuration class, its arguments, matrices a block).
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("LlamaConfig", _COMMON, 7),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": 8}, 7),
+    "qwen2": ("Qwen2Config", _COMMON, 7),
+    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 8}, 7),
+    "gemma2": ("Gemma2Config", _COMMON | {"head_dim": 8, "sliding_window": 8}, 7),
+    "gemma3": ("Gemma3TextConfig", _COMMON | {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 3,
+               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, 7),
+    "phi3": ("Phi3Config", _COMMON, 4),
+    "opt": ("OPTConfig", _OPT, 6),
+    "bloom": ("BloomConfig", _BLOOM, 4),
+    "gpt2": ("GPT2Config", _GPT2, 4),
+    "gpt_neox": ("GPTNeoXConfig", _OWN_HEADS, 4),
+    "falcon": ("FalconConfig", _OWN_HEADS | {"alibi": False, "multi_query": True}, 4),
+    "stablelm": ("StableLmConfig", _COMMON, 7),
+}  # fmt: skip
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """A random causal language model of the family, in training mode as built."""
+    name, arguments, _ = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, name)(**(arguments | overrides))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:  # weights as large as a trained model's: layers then change what they pass on
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def tokens(number: int = 8, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
+    """Calibration batches of random token ids, two sequences each."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, VOCABULARY, (number, length), generator=generator).split(2))

@@ -1,0 +1,314 @@
+"""The engine over model families: what is observed, pruned, written and replayed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, tiny_model, tokens
+from torch import nn
+
+import secateur
+from secateur import api, engine
+from secateur.capture import survey
+from secateur.engine import Plan, relative_error
+from secateur.model import UnsupportedModelError, find_blocks
+from secateur.pattern import NM, Unstructured
+from secateur.solvers import make_solver
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def plan(pattern, method="mrp", **options):
+    return Plan(pattern, make_solver(method, options))
+
+
+def surveyed(model, batches):
+    blocks = find_blocks(model)
+    model.eval()
+    return blocks, survey(model, blocks, [{"input_ids": batch} for batch in batches], api.no_progress)
+
+
+@every_family
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_every_matrix_of_every_family_is_pruned_exactly(family, pattern):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    report = secateur.prune(model, pattern=pattern, calibration=tokens())
+    assert len(report.matrices) == FAMILIES[family][2] * model.config.num_hidden_layers
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.removesuffix(".weight") for name in changed} == {matrix.name for matrix in report.matrices}
+    wanted = secateur.parse_pattern(pattern)
+    for matrix in report.matrices:
+        stored = model.get_parameter(matrix.name + ".weight").data
+        weight = stored if matrix.input_dim == 1 else stored.T
+        assert weight.shape == (matrix.rows, matrix.columns)
+        assert int((weight == 0).sum()) == wanted.num_pruned(*weight.shape) == matrix.zeros
+        assert wanted.is_met_by(weight == 0)
+    assert model.training, "the training flag is given back"
+    assert bool(torch.isfinite(model(tokens()[0]).logits).all())
+
+
+@every_family
+def test_mrp_loses_less_than_sparsegpt_and_magnitude(family):
+    errors = {}
+    for method in ("mrp", "sparsegpt", "magnitude"):
+        report = secateur.prune(tiny_model(family), pattern="50%", method=method, calibration=tokens(32))
+        errors[method] = report.mean_relative_error
+    assert errors["mrp"] < errors["sparsegpt"] < errors["magnitude"]
+
+
+@every_family
+def test_gram_matrices_equal_those_of_module_inputs(family):
+    """Against an independent way to see inputs: hooks on modules, which exist for these families."""
+    model = tiny_model(family)
+    batches = tokens()
+    blocks, stream = surveyed(model, batches)
+    block = blocks[1]
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for name, module in block.module.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2:
+            path = f"{block.name}.{name}"
+            hooks.append(module.register_forward_pre_hook(
+                lambda _, args, path=path: seen.setdefault(path, []).append(args[0].flatten(0, -2))
+            ))  # fmt: skip
+    with torch.no_grad():
+        for batch in batches:
+            model(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    stream.hidden = [call_input for call_input in stream.hidden]
+    stream.advance(blocks[0])
+    grams = stream.observe(block, stream.groups[block.name])
+    members = [(group, matrix) for group in stream.groups[block.name] for matrix, _ in group.members]
+    assert {matrix.name for _, matrix in members} == set(seen)
+    for group, matrix in members:
+        X = torch.cat(seen[matrix.name])
+        assert grams[group.leader.name].tokens == len(X)
+        assert torch.allclose(grams[group.leader.name].xx, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_with_one_input_share_one_gram_matrix():
+    _, stream = surveyed(tiny_model("llama"), tokens())
+    groups = [[matrix.name.rsplit(".", 1)[1] for matrix, _ in group.members] for group in stream.groups["model.layers.0"]]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_replay_equals_the_models_own_forward():
+    """With no matrix changed, the last hidden states of the stream are the model's."""
+    for family in ("gemma3", "gpt2", "falcon", "bloom"):
+        model = tiny_model(family)
+        batches = tokens()
+        blocks, stream = surveyed(model, batches)
+        with torch.no_grad():
+            for block in blocks:
+                stream.advance(block)
+            norm = next(module for name, module in model.base_model.named_children() if name in ("norm", "ln_f"))
+            for hidden, batch in zip(stream.hidden, batches, strict=True):
+                expected = model.base_model(batch, use_cache=False).last_hidden_state
+                assert torch.allclose(norm(hidden), expected, atol=1e-5)
+
+
+def test_later_blocks_see_pruned_predecessors():
+    """Block 1's reported error belongs to the Gram matrix behind the pruned block 0."""
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    batches = tokens()
+    report = secateur.prune(model, pattern="50%", method="wanda", calibration=batches)
+    name = "model.layers.1.self_attn.q_proj"
+    found = next(matrix for matrix in report.matrices if matrix.name == name)
+    errors = {}
+    for label, source in (("pruned", model), ("dense", dense)):
+        captured = []
+        hook = source.get_submodule(name).register_forward_pre_hook(lambda _, args, to=captured: to.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                source.eval()(batch)
+        hook.remove()
+        X = torch.cat(captured).flatten(0, 1)
+        old, new = dense.get_submodule(name).weight.data, model.get_submodule(name).weight.data
+        errors[label] = relative_error(new, old, X.T @ X / len(X))
+    assert found.relative_error == pytest.approx(errors["pruned"], rel=1e-4)
+    assert found.relative_error != pytest.approx(errors["dense"], rel=1e-3)
+
+
+def test_true_sequential_observes_pruned_siblings():
+    """o_proj then sees the output of pruned q, k, v; by default it sees that of the dense ones."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    one, again = copy.deepcopy(model), copy.deepcopy(model)
+    plain = secateur.prune(one, pattern="70%", method="sparsegpt", calibration=tokens())
+    sequential = secateur.prune(again, pattern="70%", method="sparsegpt", calibration=tokens(), true_sequential=True)
+    for name, same in (("q_proj", True), ("o_proj", False), ("down_proj", False)):
+        first, second = (
+            next(matrix.relative_error for matrix in report.matrices if matrix.name.endswith(name))
+            for report in (plain, sequential)
+        )
+        assert (first == second) is same
+
+
+def test_same_seed_gives_the_same_bits():
+    states = []
+    for _ in range(2):
+        model = tiny_model("qwen2", torch.bfloat16)
+        secateur.prune(model, pattern="2:4", calibration=tokens())
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_weights_keep_their_dtype_and_zeros_survive_rounding():
+    model = tiny_model("llama", torch.bfloat16)
+    report = secateur.prune(model, pattern="50%", calibration=tokens())
+    for matrix in report.matrices:
+        weight = model.get_submodule(matrix.name).weight
+        assert weight.dtype == torch.bfloat16
+        assert int((weight == 0).sum()) == matrix.zeros
+
+
+def test_weights_are_rounded_to_the_dtype_they_are_saved_in():
+    model = tiny_model("llama")
+    storage = {matrix.name: torch.bfloat16 for block in find_blocks(model) for matrix in block.matrices}
+    rounded = Plan(Unstructured(0.5), make_solver("mrp"), storage_dtype=storage)
+    engine.run(model, [{"input_ids": batch} for batch in tokens()], rounded, api.no_progress)
+    for name in storage:
+        weight = model.get_submodule(name).weight.data
+        assert torch.equal(weight, weight.bfloat16().float())
+
+
+def test_ties_and_the_head_stay_dense():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    embedding = model.get_input_embeddings().weight.clone()
+    secateur.prune(model, pattern="50%", calibration=tokens())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, embedding)
+
+
+def test_include_and_exclude_choose_matrices():
+    model = tiny_model("llama")
+    report = secateur.prune(model, pattern="50%", calibration=tokens(), include=["*.mlp.*"], exclude=["*.1.mlp.up_proj"])
+    assert {matrix.name.split(".", 2)[2] for matrix in report.matrices} == {
+        "0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.gate_proj", "1.mlp.down_proj",
+    }  # fmt: skip
+    assert report.dense["model.layers.1.mlp.up_proj"] == "excluded"
+    assert report.dense["model.layers.0.self_attn.q_proj"] == "not included"
+    with pytest.raises(ValueError, match=r"no matrix matches '\*.mpl.\*'.*model.layers.0.self_attn.q_proj"):
+        find_blocks(model, exclude=["*.mpl.*"])
+
+
+def test_padded_positions_never_enter_a_gram_matrix():
+    ids = torch.stack([batch[0] for batch in tokens(8)])
+    padded = torch.cat([ids, torch.full((len(ids), 6), 5)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 6, dtype=torch.long)], 1)
+    plain, with_padding = tiny_model("llama"), tiny_model("llama")
+    first = secateur.prune(plain, pattern="50%", method="wanda", calibration=[ids])
+    second = secateur.prune(
+        with_padding, pattern="50%", method="wanda", calibration=[{"input_ids": padded, "attention_mask": mask}]
+    )
+    assert [matrix.tokens for matrix in second.matrices] == [matrix.tokens for matrix in first.matrices]
+    for a, b in zip(first.matrices, second.matrices, strict=True):
+        assert a.relative_error == pytest.approx(b.relative_error, rel=1e-3)
+
+
+class Skipping(nn.Module):
+    """A block list whose second block never uses one of its matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.layers = nn.ModuleList(Half() for _ in range(2))
+        self.config = None
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+VOCAB = 96
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.decay = nn.Parameter(torch.randn(8, 4))
+        self.twisted = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, hidden):
+        mixed = (self.twisted @ hidden.transpose(1, 2)).transpose(1, 2)  # weight @ x, as Mamba's dt_proj
+        return self.used(hidden) + mixed @ torch.exp(self.decay.T)
+
+
+def test_a_matrix_without_tokens_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"layers.0.unused saw no calibration token: it was never used.*--exclude"):
+        engine.run(Skipping(), [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+
+
+def test_weight_at_x_is_seen_and_other_uses_are_explained():
+    model = Skipping()
+    reports, dense = engine.run(
+        model, [{"input_ids": tokens()[0]}], Plan(NM(2, 4), make_solver("wanda"), exclude=["*.unused"]), api.no_progress
+    )
+    assert {report.name for report in reports} == {f"layers.{i}.{name}" for i in (0, 1) for name in ("used", "twisted")}
+    assert all(report.tokens == 48 for report in reports)
+    assert "enters no matrix product" in dense["layers.0.decay"]
+
+
+def test_damping_retries_are_in_the_report(monkeypatch):
+    from secateur import linalg
+
+    real, calls = linalg.inverse_factor, []
+
+    def fail_once(H):
+        calls.append(1)
+        return None if len(calls) == 1 else real(H)
+
+    monkeypatch.setattr(linalg, "inverse_factor", fail_once)
+    report = secateur.prune(tiny_model("llama"), pattern="50%", calibration=tokens())
+    assert report.matrices[0].solver["damping"] == [0.01, 0.1]
+    assert report.matrices[-1].solver["damping"] == [0.01]
+
+
+def test_hopeless_gram_matrix_names_the_layer(monkeypatch):
+    monkeypatch.setattr("secateur.linalg.inverse_factor", lambda H: None)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: the Gram matrix \(32 inputs\) is not positive"):
+        secateur.prune(tiny_model("llama"), pattern="50%", calibration=tokens())
+
+
+def unchanged(model, action, message):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        action(model)
+    assert all(torch.equal(tensor, before[name]) or tensor.isnan().any() for name, tensor in model.state_dict().items())
+
+
+def test_bad_models_are_refused_and_left_as_they_were():
+    def pruned(model, **options):
+        return secateur.prune(model, **({"pattern": "50%", "calibration": tokens()} | options))
+
+    damaged = tiny_model("llama")
+    damaged.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    unchanged(damaged, pruned, r"model.layers.1.mlp.up_proj.weight has 1 weights that are NaN")
+    exploding = tiny_model("llama")
+    exploding.model.layers[1].mlp.down_proj.weight.data.fill_(1e38)
+    unchanged(exploding, pruned, r"model.layers.1 gives NaN or infinite activations in the dense model")
+    unchanged(tiny_model("llama"), lambda model: pruned(model, pattern="2:5"), r"layers.0.self_attn.q_proj: pattern 2:5 needs")
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=[]), "empty")
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="x.txt"), "tokenizer")
+    long = [torch.ones(1, 65, dtype=torch.long)]
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=long), "65, but the model has 64 positions")
+    foreign = [torch.full((1, 8), 96)]
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 96, but the model's vocabulary")
+
+
+def test_models_that_hide_their_weights_are_refused():
+    offloaded = tiny_model("llama")
+    offloaded.model.layers[0]._hf_hook = object()
+    with pytest.raises(UnsupportedModelError, match=r"model.layers.0 carries an accelerate offload hook.*device_map"):
+        secateur.prune(offloaded, pattern="50%", calibration=tokens())
+    with pytest.raises(UnsupportedModelError, match="is compiled"):
+        secateur.prune(torch.compile(tiny_model("llama")), pattern="50%", calibration=tokens())
+    with pytest.raises(UnsupportedModelError, match="no prunable block"):
+        find_blocks(nn.Sequential(nn.Linear(4, 4)))

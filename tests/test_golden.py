@@ -1,0 +1,56 @@
+"""Real matrices of SmolLM2 against figures of the reference implementations (kept beside the checkout)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import secateur
+from secateur.engine import relative_error
+
+NAMES = ["smollm2-l10-q_proj", "smollm2-l10-v_proj"]
+PATTERNS = ["0.5", "0.7", "2:4", "4:8"]
+golden_case = pytest.mark.parametrize(("name", "pattern"), [(name, pattern) for name in NAMES for pattern in PATTERNS])
+
+
+def load(shared, name):
+    arrays = np.load(shared / "golden" / f"{name}.npz")
+    figures = json.loads((shared / "golden" / "golden.json").read_text())[name]
+    return torch.from_numpy(arrays["W"]).float(), torch.from_numpy(arrays["H"]).float(), figures
+
+
+def error(W, H, pattern, **options):
+    return relative_error(secateur.solve(W, H, pattern, **options).weight, W, H)
+
+
+@golden_case
+def test_sparsegpt_is_within_a_percent_of_the_authors_code(shared, name, pattern):
+    W, H, figures = load(shared, name)
+    assert error(W, H, pattern, method="sparsegpt") == pytest.approx(figures[pattern]["sparsegpt"], rel=0.01)
+
+
+@golden_case
+@pytest.mark.parametrize("options", [{}, {"mask": "S"}], ids=["default", "mask S"])
+def test_full_row_is_at_most_the_refit_of_sparsegpts_mask(shared, name, pattern, options):
+    W, H, figures = load(shared, name)
+    allowed = 1.0 if not options else 1.0005
+    assert error(W, H, pattern, **options) <= figures[pattern]["sparsegpt_mask_refit"] * allowed
+
+
+@golden_case
+def test_block_wise_joint_compensation_is_at_most_single(shared, name, pattern):
+    W, H, _ = load(shared, name)
+    joint = error(W, H, pattern, mask="S", compensation="M", block=128)
+    assert joint <= error(W, H, pattern, mask="S", compensation="S", block=128)
+
+
+def test_joint_mask_is_at_most_single_for_2_4_over_both_matrices(shared):
+    total = {"S": 0.0, "M": 0.0}
+    for name in NAMES:
+        W, H, _ = load(shared, name)
+        for mask in total:
+            total[mask] += error(W, H, "2:4", mask=mask, compensation="M", block=128)
+    assert total["M"] <= total["S"]
