@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-VOCABULARY = 96
+VOCABULARY = 128
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -61,3 +61,34 @@ def tokens(number: int = 8, length: int = 24, seed: int = 0) -> list[torch.Tenso
     """Calibration batches of random token ids, two sequences each."""
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randint(3, VOCABULARY, (number, length), generator=generator).split(2))
+
+
+def character_tokenizer(bos: bool = False, chat: bool = False) -> Any:
+    """One token a printable ASCII character; `<|end|>` is special; optionally BOS in front and a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = ["<s>", "<unk>", "<|end|>", "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({text: index for index, text in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    if chat:
+        fast.chat_template = "{% for message in messages %}{{ message['content'] + '<|end|>' }}{% endfor %}"
+    return fast
+
+
+def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """A tiny checkpoint on disk with a tokenizer and the companions that must travel along; returns the model."""
+    model = tiny_model(family, dtype, **options)
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    character_tokenizer(chat=True).save_pretrained(folder)
+    (folder / "LICENSE").write_text("the licence\n")
+    (folder / "NOTICE").write_text("the notice\n")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: somebody/something\n---\n# theirs\n")
+    return model

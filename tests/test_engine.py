@@ -299,8 +299,8 @@ def test_bad_models_are_refused_and_left_as_they_were():
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="x.txt"), "tokenizer")
     long = [torch.ones(1, 65, dtype=torch.long)]
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=long), "65, but the model has 64 positions")
-    foreign = [torch.full((1, 8), 96)]
-    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 96, but the model's vocabulary")
+    foreign = [torch.full((1, 8), 128)]
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 128, but the model's vocabulary")
 
 
 def test_models_that_hide_their_weights_are_refused():

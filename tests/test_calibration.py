@@ -1,0 +1,151 @@
+"""Texts to windows: draws, openings, special strings, formats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import character_tokenizer
+
+from secateur.calibration import calibrate, encode, opening, read_documents, shipped_text
+
+TEXT = "".join(f"line {number} of a text\n" for number in range(200))
+
+
+def config(positions=None):
+    inner = SimpleNamespace(max_position_embeddings=positions, vocab_size=128)
+    return SimpleNamespace(get_text_config=lambda: inner)
+
+
+@pytest.fixture()
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def windows(calibration):
+    return torch.cat([batch["input_ids"] for batch in calibration.batches])
+
+
+def test_windows_are_disjoint_pieces_of_the_text(text_file):
+    found = calibrate(text_file, character_tokenizer(), config(), samples=10, seq_len=64, seed=3)
+    pieces = [character_tokenizer().decode(window) for window in windows(found)]
+    starts = [TEXT.index(piece) for piece in pieces]
+    assert len(set(starts)) == 10
+    assert all(start % 64 == 0 for start in starts)
+    assert found.origin["samples"] == 10
+    assert not found.notices
+
+
+def test_seed_fixes_the_draw(text_file):
+    def draw(seed):
+        return calibrate(text_file, character_tokenizer(), config(), samples=10, seq_len=32, seed=seed)
+
+    assert draw(1).origin["sha256"] == draw(1).origin["sha256"] != draw(2).origin["sha256"]
+
+
+def test_short_text_caps_the_samples_with_a_notice(text_file):
+    found = calibrate(text_file, character_tokenizer(), config(), samples=128, seq_len=1000)
+    assert len(windows(found)) == len(TEXT) // 1000
+    assert found.notices == [f"{text_file} holds {len(TEXT) // 1000} windows of 1000 tokens; 128 were asked for"]
+
+
+def test_bos_opens_every_window(text_file):
+    tokenizer = character_tokenizer(bos=True)
+    assert opening(tokenizer) == [0]
+    assert opening(character_tokenizer()) == []
+    found = windows(calibrate(text_file, tokenizer, config(), samples=4, seq_len=16))
+    assert found.shape == (4, 16)
+    assert bool((found[:, 0] == 0).all())
+    assert not bool((found[:, 1:] == 0).any())
+
+
+def test_text_that_spells_a_special_token_stays_text():
+    tokenizer = character_tokenizer()
+    assert 2 in tokenizer("a<|end|>b").input_ids
+    ids = encode(["a<|end|>b"], tokenizer)
+    assert 2 not in ids
+    assert tokenizer.decode(ids) == "a<|end|>b"
+
+
+def test_default_length_is_capped_by_the_models_positions(text_file):
+    assert calibrate(text_file, character_tokenizer(), config(48), samples=2).origin["seq_len"] == 48
+
+
+def test_jsonl_text_and_messages(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    ids = encode(read_documents(path), character_tokenizer(chat=True))
+    assert character_tokenizer().decode(ids, skip_special_tokens=False) == "abchi<|end|>"
+    assert int(ids[-1]) == 2, "the chat template's special tokens are special"
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(read_documents(path), character_tokenizer())
+
+
+def test_folder_is_read_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("B")
+    (tmp_path / "a.jsonl").write_text('{"text": "A"}')
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    assert list(read_documents(tmp_path)) == ["A", "B"]
+
+
+def test_shipped_texts_are_large_enough_and_apart():
+    calibration, evaluation = shipped_text("calibration"), shipped_text("evaluation")
+    assert len(calibration.encode()) >= 1_200_000
+    assert len(evaluation) >= 200_000
+    paragraphs = {text for text in calibration.split("\n\n") if len(text) > 80}
+    assert not paragraphs & set(evaluation.split("\n\n"))
+
+
+def test_token_tensors_and_batches_are_taken_as_they_are():
+    found = calibrate([torch.arange(5), torch.ones(2, 7, dtype=torch.long)], None, config())
+    assert [tuple(batch["input_ids"].shape) for batch in found.batches] == [(1, 5), (2, 7)]
+    assert found.origin["samples"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("", {}, "text.txt is empty"),
+        ("short", {}, "has 5 tokens, less than one sequence of 64: lower --seq-len"),
+        ("x" * 99, {"seq_len": 1}, "at least 2 tokens"),
+        ("x" * 99, {"seq_len": 300}, "300, but the model has 256 positions"),
+        ("x" * 99, {"samples": 0}, "samples is 0"),
+    ],
+)
+def test_texts_that_cannot_serve_are_refused(tmp_path, content, options, message):
+    path = tmp_path / "text.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        calibrate(path, character_tokenizer(), config(256), **({"seq_len": 64, "samples": 2} | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"{", "line 1: not JSON"),
+        ("a.jsonl", b'{"body": 1}', "line 1: neither a `text` nor a `messages` field"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(path))
+
+
+def test_missing_text_and_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"is no file, folder or data set name \(short names: c4, wikitext2, ptb\)"):
+        list(read_documents(tmp_path / "no.txt"))
+    with pytest.raises(ValueError, match="holds no .txt or .jsonl"):
+        list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, 4), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1, 2]])])
+def test_bad_token_tensors_are_refused(tensor):
+    with pytest.raises(ValueError, match="calibration token"):
+        calibrate([tensor], None, config())

