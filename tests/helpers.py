@@ -34,7 +34,9 @@ def case_id(value: Any) -> str:
     return str(value)
 
 
-def problem(rows: int = 20, columns: int = 48, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def problem(
+    rows: int = 20, columns: int = 48, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """Weights and the Gram matrix of correlated inputs with a few strong channels, as in language models."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5

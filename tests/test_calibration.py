@@ -19,7 +19,7 @@ def config(positions=None):
     return SimpleNamespace(get_text_config=lambda: inner)
 
 
-@pytest.fixture()
+@pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
@@ -77,7 +77,9 @@ def test_default_length_is_capped_by_the_models_positions(text_file):
 
 def test_jsonl_text_and_messages(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    path.write_text(
+        json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    )
     ids = encode(read_documents(path), character_tokenizer(chat=True))
     assert character_tokenizer().decode(ids, skip_special_tokens=False) == "abchi<|end|>"
     assert int(ids[-1]) == 2, "the chat template's special tokens are special"

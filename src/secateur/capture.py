@@ -59,12 +59,15 @@ class Stream:
             sums[name].add(X)
 
         with WeightWatcher([group.leader for group in groups], accumulate):
-            for hidden, call, real in zip(self.hidden, self.calls[block.name], self.padding, strict=True):
+            for hidden, call, mask in zip(self.hidden, self.calls[block.name], self.padding, strict=True):
+                real = mask
                 call.replay(block, hidden)
         grams = {name: total.finish() for name, total in sums.items()}
         for name, gram in grams.items():
             if not bool(torch.isfinite(gram.xx).all()):
-                raise ValueError(f"the input of {name} holds NaN or infinite activations after pruning the blocks before it")
+                raise ValueError(
+                    f"the input of {name} holds NaN or infinite activations after pruning the blocks before it"
+                )
         return grams
 
     def advance(self, block: Block) -> None:
@@ -128,7 +131,7 @@ class _Recorder:
         self._real: Tensor | None = None
 
     @contextmanager
-    def watch(self, real: Tensor | None) -> Iterator[None]:
+    def watch(self, real: Tensor | None) -> Iterator[WeightWatcher]:
         """Watch one forward pass of the whole model."""
         self._real = real
         self._last_output = None
@@ -151,12 +154,14 @@ class _Recorder:
             )
 
     def _before(self, block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, call = Call.split(args, kwargs)
             self._inputs.clear()
             if self._last_output is None:
                 if block is not self.blocks[0]:
-                    raise UnsupportedModelError(f"{block.name} runs before {self.blocks[0].name}: blocks must run in order")
+                    raise UnsupportedModelError(
+                        f"{block.name} runs before {self.blocks[0].name}: blocks must run in order"
+                    )
                 self.hidden.append(hidden.detach().clone())
             elif not (hidden is self._last_output[1] or torch.equal(hidden, self._last_output[1])):
                 raise UnsupportedModelError(
@@ -168,11 +173,13 @@ class _Recorder:
         return hook
 
     def _after(self, block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             hidden = hidden_of(output, block)
             real = hidden if self._real is None else hidden[self._real]
             if not bool(torch.isfinite(real).all()):
-                raise ValueError(f"{block.name} gives NaN or infinite activations in the dense model: try another dtype")
+                raise ValueError(
+                    f"{block.name} gives NaN or infinite activations in the dense model: try another dtype"
+                )
             self._last_output = (block.name, hidden)
 
         return hook
@@ -205,7 +212,7 @@ class _Recorder:
         return groups
 
     def _explain_unused(self, block: Block, matrix: Matrix) -> None:
-        """A bare parameter that enters no product is no matrix of the model (Mamba's A_log); a module's weight must be."""
+        """A bare parameter in no product is no matrix of the model (Mamba's A_log); a module's weight must be one."""
         uses = self.other_uses.get(matrix.name, set())
         module_weights = {id(module.weight) for module in block.module.modules() if hasattr(module, "weight")}
         if uses and id(matrix.parameter) not in module_weights:

@@ -59,9 +59,7 @@ def resolve(name: str) -> Path:
     return _from_hub(name)
 
 
-def load(
-    name: str, device: str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False
-) -> Checkpoint:
+def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False) -> Checkpoint:
     """Load a causal language model with its tokenizer, ready for forward passes.
 
     Args:
@@ -80,7 +78,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         main = main_dtype(dtypes, config)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=compute_dtype(main, device),
@@ -88,6 +86,7 @@ def load(
             output_loading_info=True,
             **options,
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
@@ -109,7 +108,9 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     if not shard_paths:
         if allow_pickle and any(folder.glob("*.bin")):
             return {}, {}
-        hint = " (it has .bin files: --allow-pickle reads them, at the risk of code in them)" * any(folder.glob("*.bin"))
+        hint = " (it has .bin files: --allow-pickle reads them, at the risk of code in them)" * any(
+            folder.glob("*.bin")
+        )
         raise ValueError(f"{folder} holds no model.safetensors{hint}")
     dtypes: dict[str, torch.dtype] = {}
     shards: dict[str, Path] = {}
@@ -147,7 +148,7 @@ def main_dtype(dtypes: dict[str, torch.dtype], config: Any) -> torch.dtype:
 
 
 def compute_dtype(storage: torch.dtype, device: str) -> torch.dtype:
-    """The dtype of forward passes: the checkpoint's own where the device is fast in it, else fp32, which holds it exactly."""
+    """The dtype of forward passes: the checkpoint's own where the device is fast in it, else fp32, which holds it."""
     if not device.startswith("cpu") or storage in (torch.float32, torch.float64):
         return storage
     native = storage == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()

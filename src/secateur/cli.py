@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -46,14 +54,20 @@ def prune(
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, mrp, or a plug-in's.")] = "mrp",
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, folder, JSONL, or data set name (c4, wikitext2, ptb); default: the shipped text."),
+        typer.Option(
+            help="Text file, folder, JSONL, or data set name (c4, wikitext2, ptb); default: the shipped text."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes the draw of windows.")] = 0,
     mask: Annotated[str | None, typer.Option(help="mrp: S (single scores) or M (joint n:m choice).")] = None,
     compensation: Annotated[str | None, typer.Option(help="mrp: S (column by column) or M (joint).")] = None,
-    block: Annotated[str | None, typer.Option(help="mrp, sparsegpt: columns a block; mrp: or `all`, the full row.")] = None,
+    block: Annotated[
+        str | None, typer.Option(help="mrp, sparsegpt: columns a block; mrp: or `all`, the full row.")
+    ] = None,
     damping: Annotated[float | None, typer.Option(help="mrp, sparsegpt: relative damping (0.01).")] = None,
     tolerance: Annotated[float | None, typer.Option(help="mrp: loss gap at which the full-row refit stops.")] = None,
     iterations: Annotated[int | None, typer.Option(help="mrp: most iterations of the full-row refit.")] = None,
@@ -113,7 +127,9 @@ def prune(
 def evaluate(
     model: Model,
     text: Annotated[str | None, typer.Option(help="Text file or data set name; default: the shipped text.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens (whole windows).")] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
@@ -264,7 +280,9 @@ def _print_report(report: Report) -> None:
     """One row for each kind of matrix, averaged over the blocks."""
     kinds: dict[str, list[Any]] = {}
     for matrix in report.matrices:
-        kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(matrix)
+        kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(
+            matrix
+        )
     table = Table("matrix", "number", "shape", "zeros", "layer error", "seconds")
     for kind, matrices in kinds.items():
         weights = sum(matrix.rows * matrix.columns for matrix in matrices)
@@ -278,7 +296,8 @@ def _print_report(report: Report) -> None:
     share = report.pruned_parameters / max(1, report.model_parameters)
     stdout.print(
         f"{len(report.matrices)} matrices, {share:.1%} of the model's weights; mean layer error "
-        f"{report.mean_relative_error:.5f}; {report.seconds:.0f} s; {len(report.dense)} matrices left dense; {report.out}",
+        f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
+        f"{report.seconds:.0f} s; saved to {report.out}",
         markup=False,
         highlight=False,
     )

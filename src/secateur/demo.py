@@ -18,7 +18,14 @@ NEW_TOKENS = 40
 
 
 def run_demo(
-    out: Path, pattern: str, method: str, samples: int, seq_len: int, eval_tokens: int, device: str | None, progress: Progress
+    out: Path,
+    pattern: str,
+    method: str,
+    samples: int,
+    seq_len: int,
+    eval_tokens: int,
+    device: str | None,
+    progress: Progress,
 ) -> tuple[dict[str, Any], Report]:
     """Prune the demo model to `out`; returns the figures and answers of both models, and the pruning report."""
     before = look_at(MODEL, eval_tokens, device, progress)

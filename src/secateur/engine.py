@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.capture import Batch, InputGroup, Progress, Stream, survey
+from secateur.capture import Batch, Progress, Stream, survey
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
 from secateur.model import Block, check_finite_weights, check_runnable, find_blocks
@@ -157,11 +157,12 @@ def deterministic_algorithms() -> Iterator[None]:
     """Only deterministic kernels, so that the same seed on the same machine gives the same bits."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fills: Any = torch.utils.deterministic  # its setting is no declared attribute
+    fill = fills.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write of each new tensor
+    fills.fill_uninitialized_memory = False  # a debugging aid that costs a write of each new tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        fills.fill_uninitialized_memory = fill

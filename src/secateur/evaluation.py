@@ -68,7 +68,7 @@ def perplexity(
     }
 
 
-def token_losses(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
+def token_losses(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
     """Cross-entropy of each next token, B (T - 1) of them, in nats."""
     targets = ids[:, 1:]
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
@@ -78,7 +78,9 @@ def token_losses(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N
     with _body_runs_once(model, ids, chunked=len(positions) > size) as logits_at:
         for chunk in positions.split(size):
             logits = logits_at(chunk).float()
-            losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, chunk].flatten(), reduction="none"))
+            losses.append(
+                nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, chunk].flatten(), reduction="none")
+            )
     return torch.cat(losses)
 
 
@@ -96,7 +98,7 @@ def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
         yield lambda positions: logits[:, positions]
         return
     output = body(input_ids=ids, **extra)
-    body.forward = lambda *args, **kwargs: output
+    body.forward = lambda *_args, **_kwargs: output
     try:
         yield lambda positions: model(input_ids=ids, logits_to_keep=positions, **extra).logits
     finally:

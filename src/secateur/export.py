@@ -38,7 +38,9 @@ def check_target(out: Path, source: Path, overwrite: bool) -> None:
         if not overwrite:
             raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")
         if not any((out / name).is_file() for name in (METADATA, "config.json")):
-            raise ValueError(f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten")
+            raise ValueError(
+                f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten"
+            )
     try:
         made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,9 @@ def save(checkpoint: Checkpoint, report: Report, out: Path, max_shard_size: str 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
     try:
-        checkpoint.model.save_pretrained(partial, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size)
+        checkpoint.model.save_pretrained(
+            partial, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size
+        )
         _keep_config_dtype(checkpoint, partial)
         _copy_companions(checkpoint.folder, partial)
         (partial / METADATA).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -83,7 +87,7 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     pruned = {matrix.name.partition("[")[0] for matrix in report.matrices}
     for name, tensor in checkpoint.model.state_dict().items():
-        dtype = checkpoint.storage.get(name, tensor.dtype)
+        dtype = checkpoint.storage.get(name) or tensor.dtype
         key = (tensor.data_ptr(), tensor.numel(), dtype)
         if key not in done:
             narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
@@ -115,8 +119,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         "---",
         f"# {title}",
         "",
-        f"{base or checkpoint.name}, pruned to {recipe['pattern']} by secateur (method `{recipe['method']}`) in one shot, "
-        f"without retraining.",
+        f"{base or checkpoint.name}, pruned to {recipe['pattern']} in one shot, without retraining, by secateur.",
         "",
         "| | |",
         "|---|---|",
@@ -124,8 +127,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
         f"| mean relative layer error | {report.mean_relative_error:.4f} |",
         f"| method and options | {recipe['method']}; {options} |",
-        f"| calibration | {calibration.get('samples')} x {calibration.get('seq_len')} tokens of {calibration['source']}, "
-        f"seed {calibration.get('seed')} |",
+        f"| calibration | {calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']} |",
         "",
         "The zeros are stored like other weights: the files are as large as before, and dense runtimes are not faster.",
         f"Per-matrix figures and the whole recipe are in `{METADATA}`.",

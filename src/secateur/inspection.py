@@ -110,7 +110,9 @@ def _read_metadata(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, s
         raise ValueError(f"{path} lacks its list of matrices: it was not written by secateur, or was changed")
     for entry in matrices:
         if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-            raise ValueError(f"{path} has an entry without {', '.join(wanted)}: it was not written by secateur, or was changed")
+            raise ValueError(
+                f"{path} has an entry without {', '.join(wanted)}: it was not written by secateur, or was changed"
+            )
     return {entry["name"]: entry for entry in matrices}, {str(name): str(reason) for name, reason in dense.items()}
 
 

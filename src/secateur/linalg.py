@@ -131,9 +131,9 @@ def refit_rows(
 
     Minimises `tr((W' - W) Hd (W' - W)^T)` over W' supported on `keep`, which equals the closed form
     `W - lambda Hinv_P,:` with `lambda = w_P [Hinv_PP]^-1` (the paper's Multiple Removal Problem). All rows advance
-    together from the pruned original weights, one (R, C) x (C, C) product an iteration. The preconditioner is each row's own: the low-rank-plus-
-    diagonal model of Hd on that row's kept set, inverted by Woodbury. It needs a third of the iterations of the
-    diagonal alone, and fewer than the dual system on the pruned set (docs/solvers.md).
+    together from the pruned original weights, one (R, C) x (C, C) product an iteration. The preconditioner is each
+    row's own: the low-rank-plus-diagonal model of Hd on that row's kept set, inverted by Woodbury. It needs fewer
+    iterations than the diagonal alone, and than the dual system on the pruned set (docs/solvers.md has both).
 
     Args:
         W: the original weights.

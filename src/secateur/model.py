@@ -107,8 +107,9 @@ def check_runnable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise UnsupportedModelError(
-                f"{name or 'the model'} carries an accelerate offload hook, which moves weights while they are watched: "
-                f"load the model without device_map (or call accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+                f"{name or 'the model'} carries an accelerate offload hook, which moves weights while they are "
+                f"watched: load the model without device_map, or call "
+                f"accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModelError(
@@ -117,7 +118,9 @@ def check_runnable(model: nn.Module) -> None:
             )
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
     if quantised is not None:
-        raise UnsupportedModelError("the model is quantised: load it dequantised (secateur prunes floating-point weights)")
+        raise UnsupportedModelError(
+            "the model is quantised: load it dequantised (secateur prunes floating-point weights)"
+        )
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -140,7 +143,7 @@ def _largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
             best = (size, name, module)
     if best is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no prunable block: secateur looks for a ModuleList of layers that hold matrices"
+            f"{type(model).__name__} has no prunable block: no ModuleList of layers that hold matrices was found"
         )
     return best[1], best[2]
 

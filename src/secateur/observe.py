@@ -1,8 +1,9 @@
 """Watch the *use* of weights: every matrix product that has a known parameter as an operand.
 
-Modules are not trusted to be `nn.Linear`: Mamba multiplies `weight @ x`, Falcon `x @ weight.T`, GPT-2 `addmm(b, x, weight)`,
-experts take slices of one 3-D parameter. What all share is the product, so a `TorchFunctionMode` looks at the operands
-of products and recognises a parameter by storage, offset, shape and strides: views and transposes match.
+Modules are not trusted to be `nn.Linear`: Mamba multiplies `weight @ x`, Falcon `x @ weight.T`, GPT-2
+`addmm(b, x, weight)`, experts take slices of one 3-D parameter. What all share is the product, so a
+`TorchFunctionMode` looks at the operands of products and recognises a parameter by storage, offset, shape and strides:
+views and transposes match.
 
 Shape legend: T tokens, R output rows, C input columns.
 """
@@ -33,14 +34,14 @@ _MATMUL: dict[Any, tuple[int, int]] = {
     Tensor.__matmul__: (0, 1),
     Tensor.__rmatmul__: (1, 0),
 }
-_OPERAND_NAMES = {torch.matmul: ("input", "other"), torch.mm: ("input", "mat2"), torch.bmm: ("input", "mat2")} | {
-    function: names
-    for function, names in (
-        (torch.addmm, ("mat1", "mat2")),
-        (torch.baddbmm, ("batch1", "batch2")),
-        (Tensor.addmm, ("mat1", "mat2")),
-        (Tensor.baddbmm, ("batch1", "batch2")),
-    )
+_OPERAND_NAMES: dict[Any, tuple[str, str]] = {
+    torch.matmul: ("input", "other"),
+    torch.mm: ("input", "mat2"),
+    torch.bmm: ("input", "mat2"),
+    torch.addmm: ("mat1", "mat2"),
+    torch.baddbmm: ("batch1", "batch2"),
+    Tensor.addmm: ("mat1", "mat2"),
+    Tensor.baddbmm: ("batch1", "batch2"),
 }
 
 

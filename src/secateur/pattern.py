@@ -142,7 +142,7 @@ def keep_highest_of_rows(score: Float[Tensor, "R C"], num_pruned: int) -> Bool[T
 
     The rows that lose one more are those whose next score is lowest, so permuting rows permutes the mask.
     """
-    rows, columns = score.shape
+    rows = len(score)
     base, num_extra = divmod(num_pruned, rows)
     order = score.argsort(dim=1, stable=True)
     keep = torch.ones_like(score, dtype=torch.bool)

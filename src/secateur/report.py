@@ -10,7 +10,8 @@ from typing import Any
 class MatrixReport:
     """One pruned matrix.
 
-    `input_dim` is the stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`). `relative_error` is `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as saved, H undamped.
+    `input_dim` is the stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`). `relative_error` is
+    `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as saved, H undamped.
     """
 
     name: str

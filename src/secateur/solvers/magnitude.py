@@ -16,7 +16,7 @@ from secateur.solvers.contract import Solved
 class Magnitude:
     """Score `|w|`; unstructured patterns compare within the whole matrix, n:m within groups. Cost: one selection."""
 
-    def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
+    def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:  # noqa: ARG002 - uses no data
         if isinstance(pattern, NM):
             keep = keep_highest_of_groups(W.abs(), pattern)
         else:

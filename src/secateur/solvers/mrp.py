@@ -70,7 +70,7 @@ class MRP:
         tile = self.block if isinstance(self.block, int) else SWEEP_TILE
         weight, keep = sweep(W, damped, pattern, mask, self.compensation, tile, mask_only=full_row)
         info: dict[str, Any] = {"damping": damped.dampings, "mask": mask}
-        if mask == "M":
+        if isinstance(pattern, NM) and mask == "M":
             info["mask_search"] = "exhaustive" if pattern.num_masks <= MAX_ENUMERATED else "greedy with exchanges"
         if full_row:
             weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)

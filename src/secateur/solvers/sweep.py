@@ -65,7 +65,7 @@ def sweep(
                 keep[:, a:b] = search.best_keep(current, a)
             else:
                 score = current.square() / _single_variance(span, compensation)
-                keep[:, a:b] = keep_highest_of_groups(score, pattern)
+                keep[:, a:b] = keep_highest_of_groups(score, search.pattern)
             pruned = ~keep[:, a:b]
             if compensation == "S":
                 _remove_columns(Wt[a:b], span, pruned.T.contiguous(), errors[a - i : b - i])
@@ -142,9 +142,7 @@ def solve_pruned(
     identity = torch.eye(longest, dtype=U.dtype, device=U.device)
     for rows in torch.arange(len(removed), device=U.device).split(max(1, SOLVE_CHUNK_ELEMENTS // longest**2)):
         index, valid = front[rows], real[rows]
-        system = torch.where(
-            valid[:, :, None] & valid[:, None, :], G[index[:, :, None], index[:, None, :]], identity
-        )
+        system = torch.where(valid[:, :, None] & valid[:, None, :], G[index[:, :, None], index[:, None, :]], identity)
         target = removed[rows].gather(1, index) * valid
         solution = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(system))[:, :, 0]
         multipliers[rows] = torch.zeros_like(removed[rows]).scatter_(1, index, solution * valid)

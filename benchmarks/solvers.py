@@ -1,0 +1,113 @@
+"""Time and error of each solver on one matrix, as ratios to SparseGPT in the same run.
+
+    python benchmarks/solvers.py --out benchmarks/results/solvers.json
+
+Every time includes the factorisation of the Gram matrix. Each method runs `--repeats` times in turn with the others
+and the median counts. Inputs are random with a decaying spectrum and a few strong channels; where golden matrices are
+beside the checkout, their 576-wide Gram matrix is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import solve
+from secateur.engine import relative_error
+from secateur.export import environment
+
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 4096)]
+CASES: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "mrp block 128": {"method": "mrp", "block": 128},
+    "mrp full row": {"method": "mrp"},
+    "mrp full row, tolerance 1e-3": {"method": "mrp", "tolerance": 1e-3},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--largest", type=int, default=4096, help="skip shapes with a larger side")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for shape in SHAPES:
+        if max(shape) <= args.largest:
+            W, H = random_problem(*shape, args.device)
+            rows += [measure(W, H, pattern, args.repeats) for pattern in args.patterns]
+            print(json.dumps(rows[-len(args.patterns) :], indent=1), flush=True)
+    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    result = {"environment": environment() | {"device": args.device, "card": card}, "rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def random_problem(rows: int, columns: int, device: str) -> tuple[Tensor, Tensor]:
+    """Weights and a Gram matrix with a power-law spectrum and log-normal channel strengths."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, columns + 1) ** -0.4
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    X = (torch.randn(2 * columns, columns, generator=generator) * spectrum) @ mix
+    X += 0.1 * torch.randn(2 * columns, columns, generator=generator)
+    X *= torch.exp(0.5 * torch.randn(columns, generator=generator))
+    W = 0.02 * torch.randn(rows, columns, generator=generator)
+    return W.to(device), (X.T @ X / len(X)).to(device)
+
+
+def measure(W: Tensor, H: Tensor, pattern: str, repeats: int) -> dict[str, Any]:
+    """Median seconds, time and error relative to SparseGPT, for every case."""
+    seconds: dict[str, list[float]] = {name: [] for name in CASES}
+    errors, infos = {}, {}
+    for _ in range(repeats):
+        for name, options in CASES.items():
+            started = clock(W)
+            solved = solve(W, H, pattern, **options)
+            seconds[name].append(clock(W) - started)
+            errors[name] = relative_error(solved.weight, W, H)
+            infos[name] = solved.info
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    product = min(time_product(W, H) for _ in range(3))
+    return {
+        "rows": W.shape[0],
+        "columns": W.shape[1],
+        "pattern": pattern,
+        "seconds_of_one_product": product,
+        "cases": {
+            name: {
+                "seconds": median[name],
+                "time_to_sparsegpt": median[name] / median["sparsegpt"],
+                "error_to_sparsegpt": errors[name] / errors["sparsegpt"],
+                "iterations": infos[name].get("iterations"),
+            }
+            for name in CASES
+        },
+    }
+
+
+def time_product(W: Tensor, H: Tensor) -> float:
+    started = clock(W)
+    _ = W @ H
+    return clock(W) - started
+
+
+def clock(tensor: Tensor) -> float:
+    """Now, after all work on the tensor's device is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
