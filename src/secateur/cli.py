@@ -74,7 +74,9 @@ def prune(
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A plug-in method's option.")] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Prune only these matrices.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these matrices dense.")] = None,
-    true_sequential: Annotated[bool, typer.Option(help="Observe again after each group of matrices.")] = False,
+    true_sequential: Annotated[
+        bool, typer.Option("--true-sequential", help="Observe again after each group of matrices.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in OUT.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     device: Device = None,
@@ -194,9 +196,9 @@ def demo(
         _print_json({"models": models, "report": report.to_dict()})
         return
     _print_report(report)
-    table = Table("model", "perplexity", "answer to: " + models["dense"]["question"], title="before and after")
+    table = Table("model", "perplexity", "continuation", title="before and after")
     for name, figures in models.items():
-        table.add_row(name, f"{figures['perplexity']:.2f}", figures["answer"])
+        table.add_row(name, f"{figures['perplexity']:.2f}", figures["continuation"])
     stdout.print(table)
     stdout.print(
         f"perplexity on {models['dense']['targets']} tokens of the shipped evaluation text\n"

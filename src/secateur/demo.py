@@ -13,7 +13,7 @@ from secateur.checkpoint import load
 from secateur.report import Report
 
 MODEL = "smollm2"
-QUESTION = "What is the capital of France, and what is it known for?"
+PROMPT = "Photosynthesis is the process by which"
 NEW_TOKENS = 40
 
 
@@ -27,7 +27,7 @@ def run_demo(
     device: str | None,
     progress: Progress,
 ) -> tuple[dict[str, Any], Report]:
-    """Prune the demo model to `out`; returns the figures and answers of both models, and the pruning report."""
+    """Prune the demo model to `out`; returns the figures and continuations of both models, and the pruning report."""
     before = look_at(MODEL, eval_tokens, device, progress)
     report = prune(
         MODEL,
@@ -44,13 +44,10 @@ def run_demo(
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:
-    """Perplexity on the shipped evaluation text, and a short greedy answer."""
+    """Perplexity on the shipped evaluation text, and a short greedy continuation."""
     checkpoint = load(name, device or default_device())
     figures = evaluate(checkpoint.model, tokenizer=checkpoint.tokenizer, max_tokens=eval_tokens, progress=progress)
-    conversation = [{"role": "user", "content": QUESTION}]
-    prompt = checkpoint.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
-    prompt = prompt.to(checkpoint.model.device)
+    prompt = checkpoint.tokenizer(PROMPT, return_tensors="pt").to(checkpoint.model.device)
     with torch.no_grad():
         ids = checkpoint.model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    answer = checkpoint.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return figures | {"question": QUESTION, "answer": answer.strip()}
+    return figures | {"continuation": checkpoint.tokenizer.decode(ids[0], skip_special_tokens=True)}

@@ -1,0 +1,213 @@
+"""Write docs/results.md, its picture and the README's table from benchmarks/results; or `--check` that they are current.
+
+    python docs/make_results.py
+
+No number is typed by hand: each comes from a JSON that a script in benchmarks/ (or `secateur demo --json`) wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PICTURE, README = ROOT / "docs" / "results.md", ROOT / "docs" / "perplexity.svg", ROOT / "README.md"
+METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
+BEGIN, END = "<!-- results: written by docs/make_results.py -->", "<!-- end of results -->"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def perplexity_table() -> str:
+    """Methods x patterns, the dense model in the first row."""
+    results = read("perplexity-smollm2")
+    cells = results["cells"]
+    patterns = sorted({name.split()[1] for name in cells if " " in name}, key=lambda text: (":" in text, text))
+    rows = [["dense", *[f"{cells['dense']['perplexity']:.2f}"] * len(patterns)]]
+    for method in METHODS:
+        label = f"**{method}** (default)" if method == "mrp" else method
+        rows.append([label, *(f"{cells[f'{method} {pattern}']['perplexity']:.2f}" for pattern in patterns)])
+    return table(["perplexity", *patterns], rows)
+
+
+def perplexity_settings() -> str:
+    settings, where = read("perplexity-smollm2")["settings"], read("perplexity-smollm2")["environment"]
+    return (
+        f"SmolLM2-135M-Instruct, {settings['samples']} x {settings['seq_len']} calibration tokens of "
+        f"{settings['calibration']}, evaluated on {settings['max_tokens']} tokens of {settings['text']} in windows of 1024, "
+        f"seed {settings['seed']}, one run; torch {where['torch']}, transformers {where['transformers']}, "
+        f"{where['threads']} threads."
+    )
+
+
+def time_table() -> str:
+    cells = read("perplexity-smollm2")["cells"]
+    rows = [
+        [name, f"{cell['mean_layer_error']:.5f}", f"{cell['seconds']:.0f}"]
+        for name, cell in cells.items()
+        if "seconds" in cell
+    ]
+    return table(["run", "mean relative layer error", "seconds"], rows)
+
+
+def golden_table() -> str:
+    golden = read("golden")
+    columns = list(dict.fromkeys(key for cell in golden.values() for key in cell))
+    rows = []
+    for name, cell in golden.items():
+        unit = cell["reference sparsegpt"]
+        rows.append([name, *(f"{cell[key] / unit:.4f}" if key in cell else "" for key in columns)])
+    return table(["matrix", *columns], rows)
+
+
+def solver_table() -> str:
+    rows = []
+    for row in read("solvers")["rows"]:
+        for name, case in row["cases"].items():
+            rows.append(
+                [
+                    f"{row['rows']} x {row['columns']}",
+                    row["pattern"],
+                    name,
+                    f"{case['seconds']:.3f}",
+                    f"{case['time_to_sparsegpt']:.2f}",
+                    f"{case['error_to_sparsegpt']:.3f}",
+                    str(case["iterations"] or ""),
+                ]
+            )
+    return table(
+        ["matrix", "pattern", "method", "seconds", "time / sparsegpt", "error / sparsegpt", "iterations"], rows
+    )
+
+
+def refit_table() -> str:
+    rows = []
+    for name, ways in read("refit").items():
+        for way, gaps in ways.items():
+            rows.append([name, way, *("more than 80" if count is None else str(count) for count in gaps.values())])
+    gaps = list(next(iter(next(iter(read("refit").values())).values())))
+    return table(["matrix", "conjugate gradients", *(f"gap {gap}" for gap in gaps)], rows)
+
+
+def demo_lines() -> str:
+    demo = read("demo")
+    models, summary = demo["models"], demo["report"]["summary"]
+    rows = [
+        [name, f"{figures['perplexity']:.2f}", figures["continuation"].replace("\n", " ").replace("|", "\\|")]
+        for name, figures in models.items()
+    ]
+    return (
+        table(["model", "perplexity", "continuation"], rows)
+        + f"\n\n{summary['pruned_matrices']} matrices, {summary['share_of_parameters']:.1%} of the model's weights, pruned in "
+        f"{summary['seconds']:.0f} s."
+    )
+
+
+def page() -> str:
+    """docs/results.md."""
+    return f"""# Results
+
+Written by `python docs/make_results.py` from `benchmarks/results/*.json`; do not edit. `TEXTS` below is a folder with
+`wikitext2-valid.txt` and `wikitext2-test.txt` (WikiText-2, detokenised), `GOLDEN` one with the golden matrices.
+
+## Perplexity after pruning
+
+{perplexity_settings()}
+
+{perplexity_table()}
+
+![perplexity](perplexity.svg)
+
+{time_table()}
+
+    python benchmarks/perplexity.py --calibration TEXTS/wikitext2-valid.txt --text TEXTS/wikitext2-test.txt --out benchmarks/results/perplexity-smollm2.json
+
+The seconds are of a machine that did other work beside; compare solvers by the table below.
+
+## Solver time
+
+{read("solvers")["environment"]["threads"]} CPU threads, factorisation of the Gram matrix included, median of three runs in turn.
+
+{solver_table()}
+
+    python benchmarks/solvers.py --out benchmarks/results/solvers.json
+
+On a GPU: not measured (`--device cuda` runs it there).
+
+## Layer error on real matrices
+
+Relative layer error over that of the SparseGPT authors' code. `reference sparsegpt_mask_refit` is that mask with all kept
+weights refit by direct solves; `reference alps` the ALPS authors' code (a joint mask search, which secateur has not yet).
+
+{golden_table()}
+
+    python benchmarks/golden.py --golden GOLDEN --out benchmarks/results/golden.json
+
+## Iterations of the full-row refit
+
+First iteration within each gap of the optimal loss (float64, against direct solves); one product of the size of W H each.
+
+{refit_table()}
+
+    python benchmarks/refit.py --golden GOLDEN --out benchmarks/results/refit.json
+
+## The demo
+
+{demo_lines()}
+
+    secateur demo --json > benchmarks/results/demo.json
+"""
+
+
+def readme() -> str:
+    """The README with its table renewed."""
+    block = f"{BEGIN}\n{perplexity_table()}\n\n{perplexity_settings()}\n{END}"
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def draw() -> None:
+    """The picture: perplexity by method, one group of bars a pattern."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "secateur"
+    import matplotlib.pyplot as plt
+
+    cells = read("perplexity-smollm2")["cells"]
+    patterns = sorted({name.split()[1] for name in cells if " " in name}, key=lambda text: (":" in text, text))
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    colours = {"magnitude": "#b8b8b8", "wanda": "#8fb3d9", "sparsegpt": "#4f81bd", "mrp": "#2e7d32"}
+    for offset, method in enumerate(METHODS):
+        heights = [cells[f"{method} {pattern}"]["perplexity"] for pattern in patterns]
+        places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
+        bars = axes.bar(places, heights, 0.19, color=colours[method], label=method)
+        axes.bar_label(bars, [f"{height:.0f}" if height < 1000 else f"{height:.0e}" for height in heights], fontsize=7)
+    axes.axhline(cells["dense"]["perplexity"], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.set(yscale="log", ylabel="perplexity (log scale)", ylim=(15, 400), xticks=range(len(patterns)))
+    axes.set_xticklabels(patterns)
+    axes.set_title("SmolLM2-135M after pruning, lower is better (bars are cut at 400)", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    wanted = {PAGE: page(), README: readme()}
+    if "--check" in sys.argv:
+        stale = [
+            str(path) for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+        ]
+        sys.exit(f"out of date: {', '.join(stale)}" if stale else 0)
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+    draw()
