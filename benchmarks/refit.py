@@ -64,10 +64,14 @@ def compare(W: Tensor, H: Tensor, keep: Tensor) -> dict[str, dict[str, int | Non
     }
     found: dict[str, dict[str, int | None]] = {}
     for way, run in ways.items():
-        found[way] = {}
-        gaps = [loss(W, run(k), Hd) / best - 1 for k in range(1, MOST + 1)]
-        for gap in GAPS:
-            found[way][f"{gap:g}"] = next((k for k, value in enumerate(gaps, 1) if value <= gap), None)
+        found[way] = {f"{gap:g}": None for gap in GAPS}
+        for k in range(1, MOST + 1):
+            reached = loss(W, run(k), Hd) / best - 1
+            for gap in GAPS:
+                if reached <= gap and found[way][f"{gap:g}"] is None:
+                    found[way][f"{gap:g}"] = k
+            if reached <= min(GAPS):
+                break
     return found
 
 
