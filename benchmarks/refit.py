@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur import solve
-from secateur.linalg import Damped, MaskedInverse, masked_cg
+from secateur.linalg import Damped, MaskedInverse, Stop, masked_cg
 
 GAPS = (1e-2, 1e-3, 1e-4, 1e-5)
 MOST = 80
@@ -53,13 +53,13 @@ def compare(W: Tensor, H: Tensor, keep: Tensor) -> dict[str, dict[str, int | Non
     low_rank = MaskedInverse(*damped.low_rank, mask)
 
     def primal(precondition: Any, k: int) -> Tensor:
-        return start + masked_cg(Hd, target, mask, precondition, 0.0, k).Y
+        return start + masked_cg(Hd, target, mask, precondition, Stop(0.0, k)).Y
 
     ways = {
         "primal diagonal": lambda k: primal(lambda R: R / diagonal, k),
         "primal low-rank": lambda k: primal(low_rank, k),
         "dual": lambda k: (
-            (W - masked_cg(Hinv, W * pruned, pruned, lambda R: R / inverse_diagonal, 0.0, k).Y @ Hinv) * mask
+            (W - masked_cg(Hinv, W * pruned, pruned, lambda R: R / inverse_diagonal, Stop(0.0, k)).Y @ Hinv) * mask
         ),
     }
     found: dict[str, dict[str, int | None]] = {}

@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "mrp block 128": {"method": "mrp", "block": 128},
     "mrp full row": {"method": "mrp"},
-    "mrp full row, tolerance 1e-3": {"method": "mrp", "tolerance": 1e-3},
+    "mrp full row, tolerance 1e-4": {"method": "mrp", "tolerance": 1e-4},
 }
 
 

@@ -87,6 +87,46 @@ def test_jsonl_text_and_messages(tmp_path):
         encode(read_documents(path), character_tokenizer())
 
 
+def test_json_lines_end_at_line_feeds_only(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\ufeff" + json.dumps({"text": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert list(read_documents(path)) == ["one\u2028two"]
+
+
+def test_a_bos_of_the_chat_template_is_not_doubled():
+    tokenizer = character_tokenizer(bos=True, chat=True)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    ids = encode([[{"role": "user", "content": "hi"}]], tokenizer)
+    assert 0 not in ids
+
+
+def test_data_set_streams_stop_at_the_limit(monkeypatch):
+    import sys
+    from types import ModuleType
+
+    read = []
+
+    class Stream:
+        def shuffle(self, **_):
+            return self
+
+        def __iter__(self):
+            for number in range(10_000):
+                read.append(number)
+                yield {"text": "abcdefgh" * 4}
+
+    module = ModuleType("datasets")
+    module.load_dataset = lambda *_, **options: read.append(options["split"]) or Stream()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    found = calibrate("c4", character_tokenizer(), config(), samples=4, seq_len=16)
+    assert read[0] == "train"
+    assert len(read) < 10
+    assert found.origin["samples"] == 4
+    read.clear()
+    assert next(iter(read_documents("c4", held_out=True))) == "abcdefgh" * 4
+    assert read[0] == "validation"
+
+
 def test_folder_is_read_in_order(tmp_path):
     (tmp_path / "b.txt").write_text("B")
     (tmp_path / "a.jsonl").write_text('{"text": "A"}')
@@ -147,7 +187,9 @@ def test_missing_text_and_empty_folder(tmp_path):
         list(read_documents(tmp_path))
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(2, 4), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1, 2]])])
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, 4), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1, 2]]), torch.tensor(3)]
+)
 def test_bad_token_tensors_are_refused(tensor):
     with pytest.raises(ValueError, match="calibration token"):
         calibrate([tensor], None, config())

@@ -233,6 +233,62 @@ def test_overwrite_replaces_a_model_and_nothing_else(main, model, text, tmp_path
     assert (out / "secateur.json").exists()
 
 
+def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    (outer / "config.json").write_text("{}")
+    inner = shutil.copytree(model, outer / "model")
+    notes = outer / "notes.txt"
+    notes.write_text(TEXT)
+    before = content(outer)
+    for source, words in ((inner, text), (model, notes)):
+        code, _, errors = main("prune", source, outer, "--calibration", words, *SMALL, "--overwrite")
+        assert code == 2
+        assert "which must stay" in errors.replace("\n", " ")
+    shutil.move(notes, tmp_path / "notes.txt")
+    code, _, errors = main("prune", model, outer, "--calibration", text, *SMALL, "--overwrite")
+    assert code == 2
+    assert "holds the folder model" in errors.replace("\n", " ")
+    before.pop(Path("notes.txt"))
+    assert content(outer) == before
+
+
+def test_a_stopped_replacement_puts_the_earlier_model_back(monkeypatch, tmp_path):
+    from secateur.export import _replace
+
+    out, partial = tmp_path / "out", tmp_path / "partial"
+    for folder in (out, partial):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    real = Path.rename
+
+    def interrupted(self, target):
+        if self == partial:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _replace(partial, out)
+    assert (out / "name").read_text() == "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "partial"]
+
+
+def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path):
+    from test_engine import mixtral
+
+    folder, out = tmp_path / "mixtral", tmp_path / "out"
+    mixtral().half().save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    arguments = ("--pattern", "2:4", "--calibration", text, "--samples", "32", "--seq-len", "32")
+    code, _, errors = main("prune", folder, out, *arguments)
+    assert code == 0, errors
+    code, stdout, errors = main("inspect", out, "--json")
+    assert code == 0, errors
+    checked = [matrix for matrix in json.loads(stdout)["matrices"] if matrix["ok"]]
+    assert len(checked) == 2 * (4 + 2 * 4)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
 def test_full_disk_leaves_the_earlier_model(model, text, tmp_path):
     """A limit on file size makes writes fail as a full disk does."""
@@ -333,6 +389,9 @@ BAD_REQUESTS = {
     ("--mask", "X"): "mask is 'X'",
     ("--tolerance", "2"): "tolerance is 2",
     ("--option", "novalue"): "write NAME=VALUE",
+    ("--option", "samples=4"): "--option can't set samples",
+    ("--max-shard-size", "abc"): "max-shard-size is 'abc'",
+    ("--device", "nonsense"): "device 'nonsense' can't be used",
     ("--option", "colour=red"): "no option 'colour'",
     ("--seq-len", "65"): "sequence length is 65, but the model has 64 positions",
     ("--samples", "0"): "samples is 0",
@@ -353,9 +412,9 @@ def test_bad_requests(main, model, text, tmp_path, arguments, message):
 def test_bad_places(main, model, text, tmp_path):
     arguments = ("--calibration", text, *SMALL)
     for target, message in (
-        (text, "is a file"),
+        (model / "LICENSE", "is a file"),
         (text / "out", "can't be written"),
-        (model, "is the model itself"),
+        (model, "is or holds"),
     ):
         code, _, errors = main("prune", model, target, *arguments)
         assert code == 2

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, tiny_model, tokens
+from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import nn
 
 import secateur
@@ -218,7 +218,7 @@ class Skipping(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, 8)
+        self.embed = nn.Embedding(VOCABULARY, 8)
         self.layers = nn.ModuleList(Half() for _ in range(2))
         self.config = None
 
@@ -227,9 +227,6 @@ class Skipping(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
-
-
-VOCAB = 96
 
 
 class Half(nn.Module):
@@ -245,7 +242,9 @@ class Half(nn.Module):
 
 
 def test_a_matrix_without_tokens_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"layers.0.unused saw no calibration token: it was never used.*--exclude"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.unused saw no calibration token: it entered no matrix product.*--exclude"
+    ):
         engine.run(Skipping(), [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
 
 
@@ -257,6 +256,100 @@ def test_weight_at_x_is_seen_and_other_uses_are_explained():
     assert {report.name for report in reports} == {f"layers.{i}.{name}" for i in (0, 1) for name in ("used", "twisted")}
     assert all(report.tokens == 48 for report in reports)
     assert "enters no matrix product" in dense["layers.0.decay"]
+
+
+class Chain(Skipping):
+    """Blocks that misbehave in a chosen way."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(2))
+        self.between = False
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+            if self.between:
+                hidden.mul_(0.5)
+        return hidden
+
+
+class InPlace(nn.Module):
+    def __init__(self, in_place=True):
+        super().__init__()
+        self.up, self.in_place = nn.Linear(8, 8), in_place
+
+    def forward(self, hidden):
+        change = self.up(hidden)
+        return hidden.add_(change) if self.in_place else hidden + change
+
+
+def test_blocks_that_change_their_input_are_replayed_right():
+    reports = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model = Chain(lambda in_place=in_place: InPlace(in_place))
+        reports.append(engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4), "wanda"), api.no_progress)[0])
+    assert [report.relative_error for report in reports[0]] == [report.relative_error for report in reports[1]]
+
+
+def test_changes_between_blocks_are_refused():
+    model = Chain(InPlace)
+    model.between = True
+    with pytest.raises(UnsupportedModelError, match="changes hidden states between its blocks"):
+        engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+
+
+class SharedInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        return self.first(hidden) + self.second(hidden) + self.first(torch.tanh(hidden))
+
+
+def test_a_matrix_with_a_second_input_shares_no_gram_matrix():
+    model = Chain(SharedInput)
+    reports, _ = engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+    assert [report.tokens for report in reports] == [96, 48, 96, 48]
+
+
+def test_one_tensor_in_two_places_is_refused():
+    model = Chain(InPlace)
+    model.layers[1].up.weight = model.layers[0].up.weight
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.up and layers.0.up are one tensor"):
+        find_blocks(model)
+
+
+def mixtral(**options):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**(sizes | heads | options))).eval()
+
+
+def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():
+    model = mixtral()
+    report = secateur.prune(model, pattern="2:4", calibration=tokens(32))
+    experts = [matrix for matrix in report.matrices if ".experts." in matrix.name]
+    assert len(experts) == 2 * 4 * 2
+    assert sum(matrix.tokens for matrix in experts if "0.mlp.experts.gate_up_proj" in matrix.name) == 2 * 32 * 24
+    weight = model.model.layers[1].mlp.experts.down_proj
+    assert bool(((weight.view(4, 32, -1, 4) == 0).sum(-1) == 2).all())
+    assert all(report.dense[f"model.layers.{index}.mlp.gate"] == "router" for index in (0, 1))
+
+
+def test_an_expert_without_tokens_is_an_error_that_names_it():
+    few = [torch.tensor([[5, 6]])]
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj\[\d\] saw no calibration token"):
+        secateur.prune(mixtral(num_local_experts=8, num_experts_per_tok=1), pattern="2:4", calibration=few)
+    model = mixtral(num_local_experts=8, num_experts_per_tok=1)
+    name = "model.layers.0.mlp.experts.gate_up_proj[0]"
+    assert name in find_blocks(model, exclude=[name])[0].dense
 
 
 def test_damping_retries_are_in_the_report(monkeypatch):

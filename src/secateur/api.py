@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
-from secateur.checkpoint import Checkpoint, load, parameters_of, resolve
+from secateur.checkpoint import load, parameters_of, resolve
 from secateur.evaluation import perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
@@ -82,7 +82,10 @@ def prune(
     else:
         if out is None:
             raise ValueError("out is missing: name the folder to save the pruned model to")
-        checkpoint = _open(str(model), Path(out), overwrite, device, trust_remote_code, allow_pickle)
+        export.check_shard_size(max_shard_size)
+        folder = resolve(str(model), trust_remote_code, allow_pickle)
+        out = _writable(out, str(model), calibration, folder, overwrite)
+        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
         target, tokens, config = checkpoint.model, checkpoint.tokenizer, checkpoint.model.config
     data = calibrate(calibration, tokens, config, samples, seq_len, seed)
     storage = checkpoint.matrix_storage if checkpoint else None
@@ -179,11 +182,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _open(
-    name: str, out: Path, overwrite: bool, device: str | None, trust_remote_code: bool, allow_pickle: bool
-) -> Checkpoint:
-    export.check_target(out, resolve(name), overwrite)
-    return load(name, device or default_device(), trust_remote_code, allow_pickle)
+def _writable(out: str | Path, model: str, calibration: Any, folder: Path, overwrite: bool) -> Path:
+    """The absolute path of `out`, checked against everything that the run reads."""
+    path = Path(out).expanduser().resolve()
+    named = [Path(item).expanduser() for item in (model, calibration) if isinstance(item, str | Path)]
+    export.check_target(path, [folder, *(item for item in named if item.exists())], overwrite)
+    return path
 
 
 def _fields(solver: Any) -> dict[str, Any]:

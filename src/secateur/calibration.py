@@ -1,8 +1,8 @@
 """Texts to token windows: calibration batches and evaluation windows.
 
 Documents are encoded one by one, joined, and cut into disjoint windows; each window opens with what the tokenizer
-puts in front of a text (BOS for Gemma and Llama, nothing for SmolLM2). Text that merely spells a special token, such
-as `<|endoftext|>` on a web page, stays ordinary text.
+puts in front of a text (BOS for Gemma and Llama, nothing for SmolLM2). Plain text that merely spells a special token,
+such as `<|endoftext|>` on a web page, stays ordinary text; in conversations the chat template's are special.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BATCH_TOKENS = 4096
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template
 
-# Short names of the data sets that the field calibrates on: (path, configuration, split, text field).
+# Short names of the data sets that the field uses: (path, configuration, split to evaluate on, text field).
 DATASETS: dict[str, tuple[str, str | None, str, str]] = {
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence"),
+    "c4": ("allenai/c4", "en", "validation", "text"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
 }
 
 
@@ -87,10 +87,15 @@ def shipped_text(name: str) -> str:
     return (files("secateur") / "data" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def read_documents(source: str | Path | None, seed: int = 0, shipped: str = "calibration") -> Iterator[Document]:
-    """Documents of a text file, a folder (its .txt and .jsonl files, by name), a JSONL file or a data set."""
+def read_documents(source: str | Path | None, seed: int = 0, held_out: bool = False) -> Iterator[Document]:
+    """Documents of a text file, a folder (its .txt and .jsonl files, by name), a JSONL file or a data set.
+
+    Args:
+        seed: of the order in which a data set's training split is streamed.
+        held_out: the shipped evaluation text or a data set's test split, in order, instead of what to calibrate on.
+    """
     if source is None:
-        yield shipped_text(shipped)
+        yield shipped_text("evaluation" if held_out else "calibration")
         return
     path = Path(source)
     if path.is_dir():
@@ -102,7 +107,7 @@ def read_documents(source: str | Path | None, seed: int = 0, shipped: str = "cal
     elif path.is_file():
         yield from _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else [_read_text(path)]
     elif _is_dataset(source):
-        yield from _stream_dataset(str(source), seed)
+        yield from _stream_dataset(str(source), seed, held_out)
     else:
         raise ValueError(f"{source} is no file, folder or data set name (short names: {', '.join(DATASETS)})")
 
@@ -119,6 +124,8 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
                     "the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field"
                 )
             encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+            prefix = opening(tokenizer)  # each window gets it anyway
+            encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
         ids += encoded
         if limit is not None and len(ids) >= limit:
             break
@@ -157,6 +164,7 @@ def window_length(seq_len: int | None, default: int, config: Any) -> int:
     """The window length asked for, checked against the model's positions, or the default capped by them."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text_config, "max_position_embeddings", None)
+    positions = positions if positions and positions > 0 else None  # XLNet's -1 means no limit
     if seq_len is None:
         return min(default, positions or default)
     if seq_len < 2:
@@ -175,8 +183,9 @@ def _is_dataset(source: str | Path | None) -> bool:
     if source is None or Path(source).exists():
         return False
     name = str(source)
+    looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     return name in DATASETS or (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in _SUFFIXES
+        looks_like_one and Path(name).suffix not in _SUFFIXES and not Path(name).parent.is_dir()
     )
 
 
@@ -185,13 +194,13 @@ _SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -206,15 +215,15 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             raise ValueError(f"{path}, line {number}: neither a `text` nor a `messages` field")
 
 
-def _stream_dataset(name: str, seed: int) -> Iterator[str]:
+def _stream_dataset(name: str, seed: int, held_out: bool) -> Iterator[str]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ValueError(f"data set {name} needs the `data` extra: pip install 'secateur[data]'") from error
-    path, configuration, split, field_name = DATASETS.get(name, (name, None, "train", "text"))
+    path, configuration, test_split, field_name = DATASETS.get(name, (name, None, "test", "text"))
     try:
-        stream = load_dataset(path, configuration, split=split, streaming=True).shuffle(seed=seed, buffer_size=1000)
-        for record in stream:
+        stream = load_dataset(path, configuration, split=test_split if held_out else "train", streaming=True)
+        for record in stream if held_out else stream.shuffle(seed=seed, buffer_size=1000):
             if field_name not in record:
                 raise ValueError(f"data set {name} has no field {field_name!r}, only {', '.join(record)}")
             yield record[field_name]
@@ -225,9 +234,13 @@ def _stream_dataset(name: str, seed: int) -> Iterator[str]:
 def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
     batches: list[Batch] = []
     for item in source:
-        batch = dict(item) if isinstance(item, dict) else {"input_ids": item if item.ndim == 2 else item[None]}
+        batch = dict(item) if isinstance(item, dict) else {"input_ids": item}
+        if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
+            raise ValueError("calibration items must be tensors of token ids, or keyword batches of tensors")
         if "input_ids" in batch:
-            _check_ids(batch["input_ids"], config)
+            ids = batch["input_ids"]
+            _check_ids(ids, config)
+            batch["input_ids"] = ids if ids.ndim == 2 else ids[None]
         batches.append(batch)
     if not batches:
         raise ValueError("the list of calibration tensors is empty")
@@ -236,12 +249,14 @@ def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
 
 
 def _check_ids(ids: Tensor, config: Any) -> None:
-    if ids.is_floating_point() or ids.numel() == 0:
-        raise ValueError(f"calibration tokens must be non-empty integer tensors, not {tuple(ids.shape)} of {ids.dtype}")
+    if ids.is_floating_point() or ids.numel() == 0 or ids.ndim not in (1, 2):
+        raise ValueError(
+            f"calibration tokens must be non-empty integer tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}"
+        )
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):
         raise ValueError(f"calibration token ids reach {int(ids.max())}, but the model's vocabulary has {vocabulary}")
-    window_length(max(2, ids.shape[1]), DEFAULT_SEQ_LEN, config)
+    window_length(max(2, ids.shape[-1]), DEFAULT_SEQ_LEN, config)
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -1,8 +1,8 @@
 """The calibration stream: what flows into each block, and the Gram matrices of what flows into each matrix.
 
 One dense pass (`survey`) learns everything that does not depend on pruning: how each block is called, which matrices
-take part in products, which of them share an input. It changes nothing, so whatever is wrong is found before any
-weight is. `Stream.observe` and `Stream.advance` then serve one block at a time.
+take part in products, which of them share an input. It changes nothing, so what is wrong with a model or a text is
+found before any weight is changed. `Stream.observe` and `Stream.advance` then serve one block at a time.
 
 Shape legend: B sequences, T positions, C channels.
 """
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from secateur.gram import Gram, GramAccumulator
 from secateur.model import Block, Call, UnsupportedModelError, hidden_of
 from secateur.observe import Matrix, Use, WeightWatcher
+
+# Names of functions that multiply matrices: a weight that enters one must not be called dense.
+PRODUCTS = {"linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "scaled_mm"}
 
 Batch = dict[str, Tensor]
 Progress = Callable[[str, int, int], None]
@@ -61,7 +64,12 @@ class Stream:
         with WeightWatcher([group.leader for group in groups], accumulate):
             for hidden, call, mask in zip(self.hidden, self.calls[block.name], self.padding, strict=True):
                 real = mask
-                call.replay(block, hidden)
+                call.replay(block, hidden.clone())  # a block may change its input in place
+        if silent := sorted(set(leaders) - set(sums)):
+            raise ValueError(
+                f"{silent[0]} saw tokens in the dense model, but none once the blocks before it were pruned: use more "
+                f"calibration text, or leave it dense with --exclude '{silent[0]}'"
+            )
         grams = {name: total.finish() for name, total in sums.items()}
         for name, gram in grams.items():
             if not bool(torch.isfinite(gram.xx).all()):
@@ -124,10 +132,11 @@ class _Recorder:
         self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
         self.tokens: dict[str, int] = {}
         self.input_dim: dict[str, int] = {}
-        self.leader: dict[str, str] = {}
+        self.inputs_seen: dict[str, list[int]] = {}
         self.other_uses: dict[str, set[str]] = {}
-        self._inputs: dict[tuple[Any, ...], tuple[Tensor, str]] = {}
-        self._last_output: tuple[str, Tensor] | None = None
+        self._inputs: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
+        self._number_of_inputs = 0
+        self._last_output: tuple[str, Tensor, int] | None = None
         self._real: Tensor | None = None
 
     @contextmanager
@@ -163,7 +172,7 @@ class _Recorder:
                         f"{block.name} runs before {self.blocks[0].name}: blocks must run in order"
                     )
                 self.hidden.append(hidden.detach().clone())
-            elif not (hidden is self._last_output[1] or torch.equal(hidden, self._last_output[1])):
+            elif not self._is_last_output(hidden):
                 raise UnsupportedModelError(
                     f"the input of {block.name} is not the output of {self._last_output[0]}: the model changes hidden "
                     f"states between its blocks, which a block by block replay would miss"
@@ -180,9 +189,15 @@ class _Recorder:
                 raise ValueError(
                     f"{block.name} gives NaN or infinite activations in the dense model: try another dtype"
                 )
-            self._last_output = (block.name, hidden)
+            self._last_output = (block.name, hidden, hidden._version)
 
         return hook
+
+    def _is_last_output(self, hidden: Tensor) -> bool:
+        """Whether hidden states are the output of the block before, unchanged."""
+        assert self._last_output is not None
+        _, output, version = self._last_output
+        return output._version == version and (hidden is output or torch.equal(hidden, output))
 
     def _on_use(self, use: Use) -> None:
         name, x = use.matrix.name, use.inputs
@@ -190,10 +205,10 @@ class _Recorder:
         if known_dim != use.input_dim:
             raise UnsupportedModelError(f"{name} is used both as stored and transposed: it has no single input")
         key = (x.data_ptr(), x.shape[-1], x.numel(), x.stride()[-1], x._version)
-        _, leader = self._inputs.setdefault(key, (x, name))
-        # A matrix joins the group of the first one to see the same input, and leaves it for good if they ever differ.
-        if self.leader.setdefault(name, leader) != leader:
-            self.leader[name] = name
+        if key not in self._inputs:  # the tensor is kept, so that its address is not given to another
+            self._number_of_inputs += 1
+            self._inputs[key] = (x, self._number_of_inputs)
+        self.inputs_seen.setdefault(name, []).append(self._inputs[key][1])
         self.tokens[name] = self.tokens.get(name, 0) + len(real_tokens(use, self._real))
 
     def finish(self) -> dict[str, list[InputGroup]]:
@@ -203,10 +218,10 @@ class _Recorder:
             for matrix in [matrix for matrix in block.matrices if not self.tokens.get(matrix.name)]:
                 self._explain_unused(block, matrix)
             by_name = {matrix.name: matrix for matrix in block.matrices}
-            found: dict[str, InputGroup] = {}
-            for name, leader in self.leader.items():
+            found: dict[tuple[int, ...], InputGroup] = {}
+            for name, inputs in self.inputs_seen.items():  # in order of first use
                 if name in by_name:
-                    group = found.setdefault(leader, InputGroup(by_name[leader]))
+                    group = found.setdefault(tuple(inputs), InputGroup(by_name[name]))
                     group.members.append((by_name[name], self.input_dim[name]))
             groups[block.name] = list(found.values())
         return groups
@@ -214,13 +229,17 @@ class _Recorder:
     def _explain_unused(self, block: Block, matrix: Matrix) -> None:
         """A bare parameter in no product is no matrix of the model (Mamba's A_log); a module's weight must be one."""
         uses = self.other_uses.get(matrix.name, set())
+        if products := sorted(use for use in uses if use.rsplit(".", 1)[-1].strip("_") in PRODUCTS):
+            raise UnsupportedModelError(
+                f"{matrix.name} enters {products[0]} in an unknown form, so its inputs can't be observed: "
+                f"leave it dense with --exclude '{matrix.name}'"
+            )
         module_weights = {id(module.weight) for module in block.module.modules() if hasattr(module, "weight")}
-        if uses and id(matrix.parameter) not in module_weights:
+        if uses and matrix.index is None and id(matrix.parameter) not in module_weights:
             block.matrices.remove(matrix)
             block.dense[matrix.name] = f"enters no matrix product (used by {', '.join(sorted(uses))})"
             return
-        how = f"it was used by {', '.join(sorted(uses))}, not in a matrix product" if uses else "it was never used"
         raise ValueError(
-            f"{matrix.name} saw no calibration token: {how}. Use more calibration text, or leave it dense with "
-            f"--exclude '{matrix.name}'"
+            f"{matrix.name} saw no calibration token: it entered no matrix product. Use more calibration text, "
+            f"or leave it dense with --exclude '{matrix.name}'"
         )

@@ -43,7 +43,7 @@ class Checkpoint:
         return {name.removesuffix(".weight"): dtype for name, dtype in self.storage.items()}
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = False) -> Path:
     """The local folder of a model, fetched or converted into the user's cache where need be."""
     path = Path(name).expanduser()
     if name == "smollm2" and not path.exists():
@@ -56,7 +56,7 @@ def resolve(name: str) -> Path:
         raise ValueError(f"{name} is a file that is no .gguf: give a model folder, a GGUF file or a hub name")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise ValueError(f"no model at {name}: there is no such folder or file")
-    return _from_hub(name)
+    return _from_hub(name, trust_remote_code, allow_pickle)
 
 
 def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False) -> Checkpoint:
@@ -72,7 +72,8 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve(name)
+    check_device(device)
+    folder = resolve(name, trust_remote_code, allow_pickle)
     dtypes, shards = check_folder(folder, allow_pickle)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
@@ -96,6 +97,14 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that this machine or this build of torch doesn't have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
+        raise ValueError(f"device {device!r} can't be used: {_first_line(error)}") from error
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, torch.dtype], dict[str, Path]]:
@@ -171,13 +180,24 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    weights = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md"]
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.txt",
+        "*.tiktoken",
+        "LICENSE*",
+        "NOTICE*",
+        "README.md",
+    ]
+    wanted += ["*.py"] * trust_remote_code + ["*.bin"] * allow_pickle
     try:
-        return Path(snapshot_download(name, allow_patterns=weights))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HFValidationError, OSError) as error:  # network, permission and not-found errors all derive from OSError
         raise ValueError(
             f"no folder {name} here, and no model of that name could be had from the hub ({_first_line(error)})"

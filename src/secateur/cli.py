@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from secateur.inspection import Inspection
     from secateur.report import Report
 
+# What `api.prune` takes besides a method's options, and so no plug-in's option can be called.
+RESERVED = {"model", "out", "pattern", "method", "calibration", "samples", "seq_len", "seed", "tokenizer", "include"}
+RESERVED |= {"exclude", "true_sequential", "overwrite", "max_shard_size", "device", "trust_remote_code", "allow_pickle"}
+RESERVED |= {"progress", "mask", "compensation", "block", "damping", "tolerance", "iterations"}
+
 app = typer.Typer(
     name="secateur",
     help="Prune foundation models in one shot, without retraining.",
@@ -132,7 +137,9 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens (whole windows).")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Evaluate at most so many tokens, in whole windows, at least one.")
+    ] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     allow_pickle: Pickle = False,
@@ -255,6 +262,8 @@ def _plugin_options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"--option is {pair!r}; write NAME=VALUE")
+        if name in RESERVED:
+            raise ValueError(f"--option can't set {name}: the command has an option of its own for it")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -263,7 +272,7 @@ def _plugin_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _print_notices(notices: list[str]) -> None:

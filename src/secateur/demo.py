@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from secateur import export
 from secateur.api import default_device, evaluate, prune
 from secateur.capture import Progress
-from secateur.checkpoint import load
+from secateur.checkpoint import load, read_json
 from secateur.report import Report
 
 MODEL = "smollm2"
@@ -28,6 +29,9 @@ def run_demo(
     progress: Progress,
 ) -> tuple[dict[str, Any], Report]:
     """Prune the demo model to `out`; returns the figures and continuations of both models, and the pruning report."""
+    out = out.expanduser().resolve()
+    overwrite = _is_earlier_demo(out)
+    export.check_target(out, [], overwrite)
     before = look_at(MODEL, eval_tokens, device, progress)
     report = prune(
         MODEL,
@@ -36,11 +40,17 @@ def run_demo(
         method=method,
         samples=samples,
         seq_len=seq_len,
-        overwrite=True,
+        overwrite=overwrite,
         device=device,
         progress=progress,
     )
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
+
+
+def _is_earlier_demo(out: Path) -> bool:
+    """Only what an earlier demo wrote is replaced without being asked."""
+    metadata = out / export.METADATA
+    return metadata.is_file() and read_json(metadata, "").get("recipe", {}).get("model") == MODEL
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the block is observed again after each group of matrices that share an input.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,8 @@ def run(
 ) -> tuple[list[MatrixReport], dict[str, str]]:
     """Prune the model in place; returns the figures of each matrix, and what stayed dense with the reason.
 
-    Everything that can be wrong with the model, the texts or the pattern is checked by a dense pass before the first
-    weight changes.
+    The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
+    brings about (a Gram matrix that can't be factored, an expert that loses its tokens) ends the run where it is met.
 
     Cost: the dense pass, two forward passes of each block over the batches, the Gram matrices and the solver calls.
     """
@@ -85,7 +86,7 @@ def _prune_matrix(matrix: Matrix, input_dim: int, gram: Gram, plan: Plan) -> Mat
         solved = plan.solver(W, gram, plan.pattern)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
-    storage = (plan.storage_dtype or {}).get(matrix.name, view.dtype)
+    storage = (plan.storage_dtype or {}).get(matrix.name.partition("[")[0], view.dtype)
     saved = solved.weight.to(storage).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise ValueError(f"{matrix.name}: the pruned weights are not finite in {storage}; use a larger --damping")
@@ -158,6 +159,7 @@ def deterministic_algorithms() -> Iterator[None]:
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fills: Any = torch.utils.deterministic  # its setting is no declared attribute
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
     fill = fills.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     fills.fill_uninitialized_memory = False  # a debugging aid that costs a write of each new tensor

@@ -45,7 +45,8 @@ def perplexity(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max-tokens is {max_tokens}; it must be at least 1")
     name = "the shipped evaluation text" if text is None else str(text)
-    windows = cut_windows(encode(read_documents(text, shipped="evaluation"), tokenizer), length, tokenizer, name)
+    limit = None if max_tokens is None else max(max_tokens, length)
+    windows = cut_windows(encode(read_documents(text, held_out=True), tokenizer, limit), length, tokenizer, name)
     if max_tokens is not None:
         windows = windows[: max(1, max_tokens // length)]
     device = next(model.parameters()).device

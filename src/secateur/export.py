@@ -11,8 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,16 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", "
 NOT_COPIED = {"README.md", "config.json", METADATA}
 
 
-def check_target(out: Path, source: Path, overwrite: bool) -> None:
-    """Raise ValueError unless a checkpoint may be written to `out`. Leaves nothing behind."""
-    if out.resolve() == source.resolve():
-        raise ValueError(f"{out} is the model itself: write the pruned model to another folder")
+def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Raise ValueError unless a checkpoint may be written to `out`. Leaves nothing behind.
+
+    Args:
+        out: an absolute path.
+        inputs: files and folders that the run reads; `out` may hold none of them, since it is replaced whole.
+    """
+    for kept in (*inputs, Path.cwd()):
+        if out == kept.resolve() or out in kept.resolve().parents:
+            raise ValueError(f"{out} is or holds {kept}, which must stay: write to another folder")
     if out.is_file():
         raise ValueError(f"{out} is a file: give a folder to write to")
     if out.is_dir() and any(out.iterdir()):
@@ -41,14 +46,26 @@ def check_target(out: Path, source: Path, overwrite: bool) -> None:
             raise ValueError(
                 f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten"
             )
+        if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
+            raise ValueError(
+                f"{out} holds the folder {folders[0]}, as no checkpoint of ours does: it is not overwritten"
+            )
+    made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
     try:
-        made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.").cleanup()
-        for parent in made:
-            parent.rmdir()
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
+    finally:
+        for parent in made:
+            if parent.is_dir():
+                parent.rmdir()
+
+
+def check_shard_size(size: str) -> None:
+    """Raise ValueError unless size is a number and a unit, as transformers reads it."""
+    if not re.fullmatch(r"\d+\s*[KMGT]i?B", size, re.IGNORECASE):
+        raise ValueError(f"max-shard-size is {size!r}; write a size such as 5GB or 500MB")
 
 
 def save(checkpoint: Checkpoint, report: Report, out: Path, max_shard_size: str = "5GB") -> None:
@@ -67,7 +84,9 @@ def save(checkpoint: Checkpoint, report: Report, out: Path, max_shard_size: str 
         )
         _keep_config_dtype(checkpoint, partial)
         _copy_companions(checkpoint.folder, partial)
-        (partial / METADATA).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (partial / METADATA).write_text(
+            json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (partial / "README.md").write_text(model_card(checkpoint, report, out.name), encoding="utf-8")
         _make_readable(partial)
         _replace(partial, out)
@@ -172,25 +191,18 @@ def _make_readable(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Move `partial` to `out`; what `out` held is set aside first and put back if the move fails."""
-    with _set_aside(out):
-        partial.rename(out)
-
-
-@contextmanager
-def _set_aside(out: Path) -> Iterator[None]:
+    """Move `partial` to `out`. What `out` held is set aside first, and put back if anything stops the move."""
     if not out.exists():
-        yield
+        partial.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.earlier-")) / "content"
-    out.rename(aside)
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.earlier-"))
     try:
-        yield
-    except OSError:
-        aside.rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        out.rename(aside / "content")
+        partial.rename(out)
+    finally:  # Ctrl-C too must not cost the earlier model
+        if not out.exists() and (aside / "content").exists():
+            (aside / "content").rename(out)
+        shutil.rmtree(aside)
 
 
 def environment() -> dict[str, Any]:

@@ -56,8 +56,8 @@ def inspect_folder(folder: Path) -> Inspection:
             for key in sorted(name for name, where in shards.items() if where == path):
                 if len(shard.get_slice(key).get_shape()) in (2, 3):
                     _inspect_tensor(inspection, key, shard.get_tensor(key), recorded)
-    for name in recorded:
-        inspection.problems.append(f"{name} is recorded as pruned, but the checkpoint has no such matrix")
+    if recorded:
+        _inspect_renamed(inspection, folder, recorded)
     inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
     return inspection
 
@@ -71,22 +71,41 @@ def _inspect_tensor(inspection: Inspection, key: str, tensor: Tensor, recorded: 
         if any(name in recorded for name in experts):
             parts = experts
     for name, part in parts.items():
-        zeros = int((part == 0).sum())
         promise = recorded.pop(name, None)
-        ok = None
-        if promise is not None:
-            ok = part.ndim == 2 and _keeps(promise, part)
-            if not ok:
-                inspection.problems.append(
-                    f"{name} breaks its pattern {promise['pattern']}: it has {zeros} zeros of {part.numel()} weights, "
-                    f"{promise['zeros']} are recorded"
-                )
-        elif name not in inspection.dense:
-            inspection.dense[name] = "outside the blocks"
-        pattern = None if promise is None else promise["pattern"]
-        inspection.matrices.append(
-            MatrixInspection(name, tuple(part.shape), zeros, zeros / max(1, part.numel()), pattern, ok)
+        if promise is None:
+            inspection.dense.setdefault(name, "outside the blocks")
+        _inspect_matrix(inspection, name, part, promise)
+
+
+def _inspect_renamed(inspection: Inspection, folder: Path, recorded: dict[str, dict[str, Any]]) -> None:
+    """Check matrices that the files hold under other names (experts are saved one by one): transformers maps them."""
+    from transformers import AutoModelForCausalLM
+
+    parameters = dict(
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).named_parameters()
+    )
+    for name, promise in list(recorded.items()):
+        path, _, index = name.partition("[")
+        parameter = parameters.get(f"{path}.weight", parameters.get(path))
+        if parameter is None:
+            inspection.problems.append(f"{name} is recorded as pruned, but the checkpoint has no such matrix")
+        else:
+            stored = parameter.data[int(index.rstrip("]"))] if index else parameter.data
+            _inspect_matrix(inspection, name, stored, recorded.pop(name, promise))
+
+
+def _inspect_matrix(inspection: Inspection, name: str, stored: Tensor, promise: dict[str, Any] | None) -> None:
+    """Add one matrix, held against what was promised of it."""
+    zeros = int((stored == 0).sum())
+    ok = None if promise is None else stored.ndim == 2 and _keeps(promise, stored)
+    if promise is not None and not ok:
+        inspection.problems.append(
+            f"{name} breaks its pattern {promise['pattern']}: it has {zeros} zeros of {stored.numel()} weights, "
+            f"{promise['zeros']} are recorded"
         )
+    pattern = None if promise is None else promise["pattern"]
+    share = zeros / max(1, stored.numel())
+    inspection.matrices.append(MatrixInspection(name, tuple(stored.shape), zeros, share, pattern, ok))
 
 
 def _keeps(promise: dict[str, Any], stored: Tensor) -> bool:

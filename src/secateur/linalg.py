@@ -135,14 +135,18 @@ def refit_rows(
     row's own: the low-rank-plus-diagonal model of Hd on that row's kept set, inverted by Woodbury. It needs fewer
     iterations than the diagonal alone, and than the dual system on the pruned set (docs/solvers.md has both).
 
+    The stop is certified: with r the residual on the kept set (zero on the pruned one), the gap to the optimum is at
+    most `r Hinv r^T = ||r U^T||^2`, the duality gap. This costs one product, so it is only formed once the decreases
+    of the last steps promise success.
+
     Args:
         W: the original weights.
-        tolerance: stop once the estimated remaining gap in loss, relative to the optimal loss, is below this.
+        tolerance: largest gap in loss, relative to the optimal loss.
         max_iterations: stop here in any case; the result then says `converged: False`.
 
     Returns:
         The refit weights, and `iterations`, `kkt_residual` (`||((W - W') Hd) * keep|| / ||((W * pruned) Hd) * keep||`),
-        `estimated_gap`, `converged`.
+        `gap_bound` (the certified relative gap; None where it was never formed), `converged`.
     """
     F, d = damped.low_rank
     elements = CHUNK_ELEMENTS.get(W.device.type, DEVICE_CHUNK_ELEMENTS)
@@ -157,7 +161,8 @@ def refit_rows(
         target = gradient * kept
         scale_sq += float(target.square().sum())
         precondition = MaskedInverse(F, d, kept)
-        solution = masked_cg(damped.matrix, target, kept, precondition, tolerance, max_iterations, loss)
+        stop = Stop(tolerance, max_iterations, loss, bound=lambda R: float((R @ damped.U.T).square().sum()))
+        solution = masked_cg(damped.matrix, target, kept, precondition, stop)
         weights.append(start + solution.Y)
         solutions.append(solution)
     residual_sq = sum(solution.residual_norm_sq for solution in solutions)
@@ -165,14 +170,30 @@ def refit_rows(
     return torch.cat(weights), {
         "iterations": max(solution.iterations for solution in solutions),
         "kkt_residual": (residual_sq / scale_sq) ** 0.5 if scale_sq > 0 else 0.0,
-        "estimated_gap": gap,
+        "gap_bound": gap if math.isfinite(gap) else None,
         "converged": gap <= tolerance,
     }
 
 
+@dataclass(frozen=True)
+class Stop:
+    """When conjugate gradients stop: at a relative gap of `tolerance`, or after `iterations`.
+
+    Args:
+        loss: objective at the start; the gap is relative to the objective at the optimum. With no loss, it is relative
+            to the whole decrease.
+        bound: an upper bound on the remaining decrease, given the residual. Without one the estimate decides.
+    """
+
+    tolerance: float
+    iterations: int
+    loss: float | None = None
+    bound: Callable[[Tensor], float] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class MaskedSolution:
-    """Y, the iterations it took, the relative gap that is estimated to remain, and the squared residual norm."""
+    """Y, the iterations it took, the relative gap (bounded or estimated), and the squared residual norm."""
 
     Y: Tensor
     iterations: int
@@ -185,57 +206,73 @@ def masked_cg(
     target: Float[Tensor, "R C"],
     mask: Float[Tensor, "R C"],
     precondition: Callable[[Tensor], Tensor],
-    tolerance: float,
-    max_iterations: int,
-    loss: float | None = None,
+    stop: Stop,
 ) -> MaskedSolution:
     """Solve `(Y A) * mask = target` for Y supported on `mask`, all rows at once, by preconditioned conjugate gradients.
 
-    Equivalent to `target_M [A_MM]^-1` row by row. Minimises `tr(Y A Y^T) - 2 tr(target Y^T)`, whose decrease is known
-    at each step.
+    Equivalent to `target_M [A_MM]^-1` row by row. Minimises `tr(Y A Y^T) - 2 tr(target Y^T)`.
 
     Args:
         target: zero outside the mask.
         mask: ones and zeros in A's dtype (a product with a boolean tensor converts it every time).
         precondition: maps residuals to directions, both supported on the mask.
-        tolerance: on the estimated remaining decrease, relative to the objective at the optimum: `loss` less all
-            decreases, or, with no `loss`, the total decrease itself.
     """
     Y = torch.zeros_like(target)
     R = target.clone()
     Z = precondition(R)
     P, rz = Z.clone(), (R * Z).sum(1)
-    gap, ratio, decrease, total = math.inf, 1.0, 0.0, 0.0
+    gaps = _Gaps(stop, torch.finfo(A.dtype).eps)
+    # Where nothing is kept, or nothing was pruned, the start is the optimum.
+    done = float(rz.sum()) <= torch.finfo(A.dtype).eps ** 2 * (stop.loss or 0.0)
     iteration = 0
-    if float(rz.sum()) <= torch.finfo(A.dtype).eps ** 2 * (loss or 0.0):
-        gap = 0.0  # nothing is kept, or nothing was pruned: the start is the optimum
-    while gap > tolerance and iteration < max_iterations:
+    while not done and iteration < stop.iterations:
         AP = (P @ A).mul_(mask)
         step = _ratio_or_zero(rz, (P * AP).sum(1))
         Y.addcmul_(step[:, None], P)
         R.addcmul_(step[:, None], AP, value=-1)
         iteration += 1
-        previous, decrease = decrease, float((step * rz).sum())
-        total += decrease
-        if iteration > 1:
-            previous_ratio, ratio = ratio, decrease / previous
-            remaining = _remaining_decrease(decrease, ratio, previous_ratio)
-            optimum = total + remaining if loss is None else loss - total - remaining
-            gap = remaining / optimum if optimum > 0 else math.inf
-        if gap > tolerance:
+        done = gaps.are_closed(float((step * rz).sum()), R)
+        if not done:
             Z = precondition(R)
             rz, rz_before = (R * Z).sum(1), rz
             P.mul_(_ratio_or_zero(rz, rz_before)[:, None]).add_(Z)
-    return MaskedSolution(Y, iteration, gap, float(R.square().sum()))
+    return MaskedSolution(Y, iteration, 0.0 if iteration == 0 else gaps.gap, float(R.square().sum()))
 
 
-def _remaining_decrease(decrease: float, ratio: float, previous_ratio: float) -> float:
-    """What is left of a series of decreases that shrinks by a steady factor q: `decrease * q / (1 - q)`.
+class _Gaps:
+    """Follows the decreases of the objective and decides when the rest is small enough.
 
-    The larger of the last two factors is taken for q, and never less than 0.1.
+    Conjugate gradients know by how much each step lowers the objective. Where the decreases shrink by a steady factor
+    q, the rest of their series is `decrease * q / (1 - q)`. That is an estimate, and fails on plateaus. So where a bound
+    is to be had, the estimate only says when to form it; a bound that fails tells by how much the estimate is too low.
     """
-    q = max(0.1, min(0.95, max(ratio, previous_ratio if previous_ratio < 1 else 0.0)))
-    return decrease * q / (1 - q)
+
+    def __init__(self, stop: Stop, rounding: float) -> None:
+        self.stop, self.rounding = stop, rounding
+        self.gap, self.decrease, self.total, self.ratio, self.too_low_by = math.inf, 0.0, 0.0, 0.0, 1.0
+
+    def are_closed(self, decrease: float, R: Float[Tensor, "R C"]) -> bool:
+        """Take note of a step and its residual; True where the gap is within tolerance."""
+        previous, self.decrease = self.decrease, decrease
+        self.total += decrease
+        if previous <= 0:
+            return decrease <= 0
+        previous_ratio, self.ratio = self.ratio, decrease / previous
+        q = min(0.95, max(self.ratio, previous_ratio if previous_ratio < 1 else 0.0, 0.1))
+        estimate = self._relative(decrease * q / (1 - q))
+        if self.stop.bound is None:
+            self.gap = estimate
+        elif estimate * self.too_low_by <= self.stop.tolerance:
+            self.gap = self._relative(self.stop.bound(R))
+            self.too_low_by = min(self.gap / estimate, 10.0)  # on a plateau the factor says little
+        return self.gap <= self.stop.tolerance
+
+    def _relative(self, remaining: float) -> float:
+        """Relative to the optimum; a loss below the rounding of where it began counts as that rounding."""
+        if self.stop.loss is None:
+            return remaining / (self.total + remaining)
+        optimum = self.stop.loss - self.total - remaining
+        return remaining / max(optimum, self.rounding * self.stop.loss)
 
 
 def _ratio_or_zero(numerator: Float[Tensor, " R"], denominator: Float[Tensor, " R"]) -> Float[Tensor, " R"]:

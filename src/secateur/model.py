@@ -18,7 +18,7 @@ from secateur.observe import Matrix
 
 # What stays dense inside a block, and why: patterns on the matrix's path. The field's habit, not a law: --include wins.
 DENSE_RULES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)(router|gate|shared_expert_gate)(\.(weight|proj|classifier|linear|layer))*$", "router"),
+    (r"(^|\.)(\w*router|gate|shared_expert_gate)(\.(weight|proj|classifier|linear|layer))*$", "router"),
     (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
 )
 
@@ -86,7 +86,7 @@ def find_blocks(model: nn.Module, include: Iterable[str] = (), exclude: Iterable
     for block in blocks:
         for matrix in _all_matrices(block):
             path = matrix.name
-            unmatched -= {glob for glob in unmatched if fnmatchcase(path, glob)}
+            unmatched -= {glob for glob in unmatched if _matches(path, glob)}
             if reason := _why_dense(path, include, exclude):
                 block.dense[path] = reason
             else:
@@ -97,6 +97,7 @@ def find_blocks(model: nn.Module, include: Iterable[str] = (), exclude: Iterable
             f"no matrix matches {', '.join(sorted(map(repr, unmatched)))}: patterns are globs on paths such as "
             f"{', '.join(some)}"
         )
+    _check_unshared(blocks)
     if not any(block.matrices for block in blocks):
         raise UnsupportedModelError(f"no prunable matrix is left in the {len(blocks)} blocks of {name}")
     return blocks
@@ -129,6 +130,19 @@ def check_finite_weights(model: nn.Module) -> None:
         if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.data).all()):
             bad = int((~torch.isfinite(parameter.data)).sum())
             raise ValueError(f"{name} has {bad} weights that are NaN or infinite: the checkpoint is damaged")
+
+
+def _check_unshared(blocks: list[Block]) -> None:
+    """Raise UnsupportedModelError where two matrices are one tensor: they can't be pruned one after the other."""
+    seen: dict[tuple[int, int], str] = {}
+    for block in blocks:
+        for matrix in block.matrices:
+            place = (matrix.stored.data_ptr(), matrix.stored.numel())
+            if matrix.parameter.device.type != "meta" and seen.setdefault(place, matrix.name) != matrix.name:
+                raise UnsupportedModelError(
+                    f"{matrix.name} and {seen[place]} are one tensor, and weights that are shared can't be pruned "
+                    f"block by block: leave them dense with --exclude"
+                )
 
 
 def _largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -167,9 +181,14 @@ def _all_matrices(block: Block) -> list[Matrix]:
     return matrices
 
 
+def _matches(path: str, glob: str) -> bool:
+    """Whether a glob means a path, or spells it out: an expert's ends in brackets, which a glob reads as a set."""
+    return path == glob or fnmatchcase(path, glob)
+
+
 def _why_dense(path: str, include: list[str], exclude: list[str]) -> str | None:
-    if any(fnmatchcase(path, glob) for glob in exclude):
+    if any(_matches(path, glob) for glob in exclude):
         return "excluded"
     if include:
-        return None if any(fnmatchcase(path, glob) for glob in include) else "not included"
+        return None if any(_matches(path, glob) for glob in include) else "not included"
     return next((reason for rule, reason in DENSE_RULES if re.search(rule, path)), None)

@@ -35,7 +35,7 @@ class MRP:
             weight of a row for all its pruned ones at once, from the original weights: the true optimum for the mask.
             With compensation S there is nothing joint to extend: `all` then means blocks of 128.
         damping: added to the Gram matrix's diagonal, relative to its mean over live inputs.
-        tolerance: the full-row refit stops when its estimated gap in loss to the optimum is below this share.
+        tolerance: the full-row refit stops when its gap in loss to the optimum is certified to be below this share.
         iterations: most iterations of the full-row refit; reaching it is reported as `converged: False`.
     """
 
@@ -43,7 +43,7 @@ class MRP:
     compensation: str = "M"
     block: int | str = "all"
     damping: float = 0.01
-    tolerance: float = 1e-4
+    tolerance: float = 1e-3
     iterations: int = 200
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class MRP:
             check_block(self.block)
         check_damping(self.damping)
         if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-4)")
+            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-3)")
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; it must be at least 1")
 

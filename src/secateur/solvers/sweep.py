@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.linalg import Damped, masked_cg
+from secateur.linalg import Damped, Stop, masked_cg
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.solvers.group_search import GroupSearch
 
@@ -152,11 +152,11 @@ def solve_pruned(
 def estimate_pruned(
     U: Float[Tensor, "B B"], removed: Float[Tensor, "R B"], pruned: Bool[Tensor, "R B"]
 ) -> Float[Tensor, "R B"]:
-    """The multipliers of `solve_pruned` to a loss gap of 1e-3, by conjugate gradients: a fifth of its time.
+    """The multipliers of `solve_pruned` to an estimated gap of 1e-3, by conjugate gradients: a fifth of its time.
 
     For sweeps of which only the mask is used.
     """
     G = U.T @ U
     inverse_diagonal = 1 / G.diagonal()
     mask = pruned.to(U.dtype)
-    return masked_cg(G, removed, mask, lambda R: R * inverse_diagonal, tolerance=1e-3, max_iterations=len(U)).Y
+    return masked_cg(G, removed, mask, lambda R: R * inverse_diagonal, Stop(tolerance=1e-3, iterations=len(U))).Y
