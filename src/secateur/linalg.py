@@ -243,8 +243,8 @@ class _Gaps:
     """Follows the decreases of the objective and decides when the rest is small enough.
 
     Conjugate gradients know by how much each step lowers the objective. Where the decreases shrink by a steady factor
-    q, the rest of their series is `decrease * q / (1 - q)`. That is an estimate, and fails on plateaus. So where a bound
-    is to be had, the estimate only says when to form it; a bound that fails tells by how much the estimate is too low.
+    q, the rest of their series is `decrease * q / (1 - q)`. That is an estimate, and fails on plateaus. So where a
+    bound is to be had, the estimate only says when to form it; a bound that fails tells by how much it is too low.
     """
 
     def __init__(self, stop: Stop, rounding: float) -> None:
