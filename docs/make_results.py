@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE, README = ROOT / "docs" / "results.md", ROOT / "docs" / "perplexity.svg", ROOT / "README.md"
+CUT = 400  # where the picture ends a bar
 METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
 BEGIN, END = "<!-- results: written by docs/make_results.py -->", "<!-- end of results -->"
 
@@ -54,7 +55,7 @@ def time_table() -> str:
     cells = read("perplexity-smollm2")["cells"]
     rows = [
         [name, f"{cell['mean_layer_error']:.5f}", f"{cell['seconds']:.0f}"]
-        for name, cell in cells.items()
+        for name, cell in sorted(cells.items())
         if "seconds" in cell
     ]
     return table(["run", "mean relative layer error", "seconds"], rows)
@@ -190,13 +191,18 @@ def draw() -> None:
     for offset, method in enumerate(METHODS):
         heights = [cells[f"{method} {pattern}"]["perplexity"] for pattern in patterns]
         places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
-        bars = axes.bar(places, heights, 0.19, color=colours[method], label=method)
-        axes.bar_label(bars, [f"{height:.0f}" if height < 1000 else f"{height:.0e}" for height in heights], fontsize=7)
+        axes.bar(places, [min(height, CUT) for height in heights], 0.19, color=colours[method], label=method)
+        for place, height in zip(places, heights, strict=True):
+            text = f"{height:.0f}" if height < 1000 else f"{height:,.0f}"
+            axes.text(place, min(height, CUT) * 1.04, text, ha="center", va="bottom", fontsize=6.5)
     axes.axhline(cells["dense"]["perplexity"], color="black", linewidth=0.8, linestyle="--", label="dense")
-    axes.set(yscale="log", ylabel="perplexity (log scale)", ylim=(15, 400), xticks=range(len(patterns)))
+    ticks = (20, 50, 100, 200, 400)
+    axes.set(yscale="log", ylabel="perplexity", ylim=(15, CUT * 1.25), xticks=range(len(patterns)))
+    axes.set_yticks(ticks, labels=map(str, ticks))
+    axes.set_yticks([], minor=True)
     axes.set_xticklabels(patterns)
-    axes.set_title("SmolLM2-135M after pruning, lower is better (bars are cut at 400)", fontsize=9)
-    axes.legend(fontsize=7, ncols=5, loc="upper left")
+    axes.set_title(f"SmolLM2-135M after pruning: lower is better (log scale, bars end at {CUT})", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, metadata={"Date": None})
 

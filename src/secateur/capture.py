@@ -65,7 +65,7 @@ class Stream:
             for hidden, call, mask in zip(self.hidden, self.calls[block.name], self.padding, strict=True):
                 real = mask
                 call.replay(block, hidden.clone())  # a block may change its input in place
-        if silent := sorted(set(leaders) - set(sums)):
+        if silent := sorted(name for name in leaders if name not in sums or sums[name].tokens == 0):
             raise ValueError(
                 f"{silent[0]} saw tokens in the dense model, but none once the blocks before it were pruned: use more "
                 f"calibration text, or leave it dense with --exclude '{silent[0]}'"
