@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import secateur
@@ -174,7 +174,7 @@ def test_sparsegpt_equals_its_plain_form():
 @given(
     st.integers(1, 6), st.integers(1, 5), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(["sparsegpt", "mrp"])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_small_shape_and_sparsity(rows, groups, sparsity, seed, name):
     W, H = problem(rows, 3 * groups, seed)
     solved = solve(name, W, H, Unstructured(sparsity))

@@ -255,8 +255,11 @@ class _Gaps:
         """Take note of a step and its residual; True where the gap is within tolerance."""
         previous, self.decrease = self.decrease, decrease
         self.total += decrease
+        if decrease <= self.rounding**2 * self.total:  # exact to rounding: no step can help any more
+            self.gap = self._relative(self.stop.bound(R)) if self.stop.bound else 0.0
+            return True
         if previous <= 0:
-            return decrease <= 0
+            return False
         previous_ratio, self.ratio = self.ratio, decrease / previous
         q = min(0.95, max(self.ratio, previous_ratio if previous_ratio < 1 else 0.0, 0.1))
         estimate = self._relative(decrease * q / (1 - q))
@@ -270,9 +273,9 @@ class _Gaps:
     def _relative(self, remaining: float) -> float:
         """Relative to the optimum; a loss below the rounding of where it began counts as that rounding."""
         if self.stop.loss is None:
-            return remaining / (self.total + remaining)
+            return remaining / (self.total + remaining) if remaining > 0 else 0.0
         optimum = self.stop.loss - self.total - remaining
-        return remaining / max(optimum, self.rounding * self.stop.loss)
+        return remaining / max(optimum, self.rounding * self.stop.loss) if remaining > 0 else 0.0
 
 
 def _ratio_or_zero(numerator: Float[Tensor, " R"], denominator: Float[Tensor, " R"]) -> Float[Tensor, " R"]:

@@ -34,7 +34,7 @@ class Unstructured:
 
     def num_pruned(self, rows: int, columns: int) -> int:
         """The exact number of zeros in a matrix: round(sparsity R C)."""
-        return round(self.sparsity * rows * columns)
+        return round(self.sparsity * (rows * columns))
 
     def check_width(self, columns: int) -> None:
         """Every width is legal."""
