@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secateur
