@@ -6,6 +6,7 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import Any
 
+from secateur.solvers.admm import ADMM
 from secateur.solvers.contract import Solved, Solver
 from secateur.solvers.magnitude import Magnitude
 from secateur.solvers.mrp import MRP
@@ -14,7 +15,7 @@ from secateur.solvers.wanda import Wanda
 
 __all__ = ["SOLVERS", "Solved", "Solver", "make_solver", "solver_table"]
 
-SOLVERS: dict[str, type] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "mrp": MRP}
+SOLVERS: dict[str, type] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "mrp": MRP, "admm": ADMM}
 
 
 def solver_table() -> dict[str, type]:
