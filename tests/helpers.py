@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
     "mrp": {"method": "mrp"},
+    "admm": {"method": "admm"},
     "mrp-SS": {"method": "mrp", "mask": "S", "compensation": "S"},
     "mrp-SM-32": {"method": "mrp", "mask": "S", "compensation": "M", "block": 32},
     "mrp-SM-all": {"method": "mrp", "mask": "S", "compensation": "M", "block": "all"},

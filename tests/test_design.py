@@ -22,7 +22,7 @@ LONG_FUNCTIONS = {
 LAYERS = (
     ("pattern", "linalg", "gram", "solvers"),
     ("observe", "model", "capture", "report"),
-    ("engine", "calibration", "evaluation"),
+    ("sensitivity", "allocation", "target", "refit", "engine", "recipe", "calibration", "evaluation"),
     ("assets", "checkpoint", "export", "inspection"),
     ("api", "demo", "cli", "__main__"),
 )

@@ -115,7 +115,7 @@ def test_dead_inputs_leave_the_rest_as_if_they_were_not_there(name):
     Hz[dead] = 0
     Hz[:, dead] = 0
     pruned_live = 256
-    tight = {"tolerance": 1e-12} if METHODS[name]["method"] == "mrp" else {}
+    tight = {"tolerance": 1e-12} if METHODS[name]["method"] in ("mrp", "admm") else {}
     with_dead = solve(name, W, Hz, Unstructured((pruned_live + 16 * len(dead)) / (16 * 40)), **tight)
     alone = W[:, live].contiguous(), H[live][:, live].contiguous()
     without = solve(name, *alone, Unstructured(pruned_live / (16 * len(live))), **tight)

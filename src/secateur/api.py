@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from secateur.evaluation import perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.pattern import Pattern, parse_pattern
+from secateur.recipe import describe, make_plan
 from secateur.report import Report
-from secateur.solvers import Solved, make_solver
+from secateur.solvers import Solved
+from secateur.solvers.swap import check_columns
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -31,7 +34,12 @@ def prune(
     out: str | Path | None = None,
     *,
     pattern: str | float | Pattern = "50%",
-    method: str = "mrp",
+    effort: str | None = None,
+    method: str | None = None,
+    target: str | None = None,
+    refine: str | None = None,
+    refit: str | None = None,
+    allocation: str | None = None,
     calibration: str | Path | Sequence[Tensor] | Sequence[Batch] | None = None,
     samples: int = DEFAULT_SAMPLES,
     seq_len: int | None = None,
@@ -56,7 +64,13 @@ def prune(
         model: a transformers model, or what names one (see `secateur prune --help`).
         out: folder to save to (for a name).
         pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension), or a Pattern.
-        method: `magnitude`, `wanda`, `sparsegpt`, `mrp`, or a plug-in's name.
+        effort: `fast`, `balanced` (the default) or `best`: a preset of the settings below; what is given wins over it.
+            Where a method is named and no effort is, the method stands alone.
+        method: `magnitude`, `wanda`, `sparsegpt`, `mrp`, `admm`, or a plug-in's name.
+        target: `pruned`, `dense` or `residual`: what each matrix is fitted to (`target.Target`).
+        refine: `swap` = exchanges to a 1-swap optimum after the method; or `none`.
+        refit: `block` = the kept weights of each block are refit to the dense block's output; or `none`.
+        allocation: `uniform`, `owl` or `curve`: how zeros are spread over the matrices.
         calibration: text file, folder, JSONL, data set name, token tensors or batches; None is the shipped text.
         samples, seq_len, seed: windows drawn from a text (default 128 x 2048), and the seed of the draw.
         tokenizer: needed for text with a model object.
@@ -64,21 +78,29 @@ def prune(
         true_sequential: observe a block again after each group of matrices that share an input.
         overwrite: replace an earlier model in `out`.
         progress: called with (stage, done, total).
-        options: the method's own options, such as `block=128`.
+        options: the method's own options, such as `block=128`, and settings of the steps: `target_strength`,
+            `max_swaps`, `refit_passes`, `refit_rate`, `refit_held_out`, `allocation_spread`, `allocation_windows`.
 
     Raises:
         ValueError: anything wrong with the request, the model or the texts. A model object is unchanged where the
             fault was there before the first weight moved; `out` is written only at the end.
     """
     started = time.perf_counter()
-    plan_options = {"include": list(include), "exclude": list(exclude), "true_sequential": true_sequential}
-    wanted = parse_pattern(pattern)
-    solver = make_solver(method, options)
+    settings = {"method": method, "target": target, "refine": refine, "refit": refit, "allocation": allocation}
+    plan = make_plan(
+        parse_pattern(pattern),
+        effort,
+        settings | options,
+        include=list(include),
+        exclude=list(exclude),
+        true_sequential=true_sequential,
+        seed=seed,
+    )
     checkpoint = None
     if isinstance(model, nn.Module):
         if out is not None:
             raise ValueError("out is for models given by name; a model object is pruned in place: save it yourself")
-        target, tokens, config = model, tokenizer, model.config
+        target_model, tokens, config = model, tokenizer, model.config
     else:
         if out is None:
             raise ValueError("out is missing: name the folder to save the pruned model to")
@@ -86,22 +108,23 @@ def prune(
         folder = resolve(str(model), trust_remote_code, allow_pickle)
         out = _writable(out, str(model), calibration, folder, overwrite)
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
-        target, tokens, config = checkpoint.model, checkpoint.tokenizer, checkpoint.model.config
+        target_model, tokens, config = checkpoint.model, checkpoint.tokenizer, checkpoint.model.config
     data = calibrate(calibration, tokens, config, samples, seq_len, seed)
-    storage = checkpoint.matrix_storage if checkpoint else None
-    plan = engine.Plan(wanted, solver, storage_dtype=storage, **plan_options)
-    matrices, dense = engine.run(target, data.batches, plan, progress)
+    if checkpoint:
+        plan = replace(plan, storage_dtype=checkpoint.matrix_storage)
+    outcome = engine.run(target_model, data.batches, plan, progress)
     report = Report(
-        recipe={"pattern": str(wanted), "method": method, "options": _fields(solver), **plan_options},
-        environment=export.environment() | {"device": str(next(target.parameters()).device)},
+        recipe=describe(plan) | {"effort": effort},
+        environment=export.environment() | {"device": str(next(target_model.parameters()).device)},
         calibration=data.origin,
-        matrices=matrices,
-        dense=dense,
-        model_parameters=parameters_of(target),
+        matrices=outcome.matrices,
+        blocks=outcome.blocks,
+        dense=outcome.dense,
+        model_parameters=parameters_of(target_model),
         notices=data.notices,
     )
     report.recipe["model"] = str(model) if checkpoint else type(model).__name__
-    report.environment["forward_dtype"] = str(next(target.parameters()).dtype).removeprefix("torch.")
+    report.environment["forward_dtype"] = str(next(target_model.parameters()).dtype).removeprefix("torch.")
     report.seconds = time.perf_counter() - started
     if checkpoint:
         report.out = str(out)
@@ -148,6 +171,7 @@ def solve(
     H: Tensor,
     pattern: str | float | Pattern,
     method: str = "mrp",
+    refine: str = "none",
     **options: Any,
 ) -> Solved:
     """Prune one matrix, given the undamped Gram matrix `H = X X^T / T` of its inputs.
@@ -157,13 +181,13 @@ def solve(
     Args:
         W: weights (R, C), output rows x input columns.
         H: (C, C), symmetric positive semi-definite.
-        options: the method's options, such as `block=128`.
+        refine: `swap` improves the method's mask by exchanges to a 1-swap optimum (up to 2048 columns on a CPU).
+        options: the method's options, such as `block=128`, and `max_swaps`.
 
     Raises:
         ValueError: shapes that don't fit, NaN or infinity, a pattern that doesn't divide C, an unknown option.
     """
-    wanted = parse_pattern(pattern)
-    solver = make_solver(method, options)
+    plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
     if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
     for name, tensor in (("W", W), ("H", H)):
@@ -171,10 +195,14 @@ def solve(
             raise ValueError(f"{name} holds NaN or infinity")
     if bool((H.diagonal() < 0).any()):
         raise ValueError("H has a negative diagonal: it is no Gram matrix")
-    wanted.check_width(W.shape[1])
+    plan.pattern.check_width(W.shape[1])
+    if plan.swaps is not None:
+        check_columns(W.shape[1], W.device)
     dtype = torch.float64 if torch.float64 in (W.dtype, H.dtype) else torch.float32
+    weights, gram = W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0)
     with torch.no_grad():
-        return solver(W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0), wanted)
+        solved = plan.solver(weights, gram, plan.pattern)
+        return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
 
 
 def default_device() -> str:
@@ -188,7 +216,3 @@ def _writable(out: str | Path, model: str, calibration: Any, folder: Path, overw
     named = [Path(item).expanduser() for item in (model, calibration) if isinstance(item, str | Path)]
     export.check_target(path, [folder, *(item for item in named if item.exists())], overwrite)
     return path
-
-
-def _fields(solver: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(solver).items() if value is not None}

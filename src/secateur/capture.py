@@ -39,50 +39,83 @@ class InputGroup:
 
 @dataclass(eq=False)
 class Stream:
-    """Hidden states of every batch in front of one block, and how to run each block on them."""
+    """Hidden states of every batch in front of one block, and how to run each block on them.
+
+    `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it.
+    """
 
     hidden: list[Tensor]
     calls: dict[str, list[Call]]
     padding: list[Tensor | None]  # True = a real token, None = all are
     groups: dict[str, list[InputGroup]]
+    dense: list[Tensor] | None = None
+
+    def outputs(self, block: Block, of_dense: bool = False) -> list[Tensor]:
+        """What the block gives on the stream, or on the dense one. Cost: one forward of the block on all batches."""
+        stream = self.dense if of_dense else self.hidden
+        assert stream is not None
+        calls = self.calls[block.name]
+        return [call.replay(block, hidden.clone()) for call, hidden in zip(calls, stream, strict=True)]
 
     def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Gram]:
         """Gram matrices by the name of each group's leader. Cost: one forward of the block on all batches."""
-        leaders = {group.leader.name: group for group in groups}
         sums: dict[str, GramAccumulator] = {}
-        real: Tensor | None = None
 
-        def accumulate(use: Use) -> None:
-            name = use.matrix.name
-            if name not in leaders:
-                return
-            X = real_tokens(use, real)
+        def accumulate(name: str, X: Tensor) -> None:
             if name not in sums:
                 sums[name] = GramAccumulator(X.shape[1], X.device)
             sums[name].add(X)
 
-        with WeightWatcher([group.leader for group in groups], accumulate):
-            for hidden, call, mask in zip(self.hidden, self.calls[block.name], self.padding, strict=True):
-                real = mask
-                call.replay(block, hidden.clone())  # a block may change its input in place
-        if silent := sorted(name for name in leaders if name not in sums or sums[name].tokens == 0):
-            raise ValueError(
-                f"{silent[0]} saw tokens in the dense model, but none once the blocks before it were pruned: use more "
-                f"calibration text, or leave it dense with --exclude '{silent[0]}'"
-            )
-        grams = {name: total.finish() for name, total in sums.items()}
-        for name, gram in grams.items():
-            if not bool(torch.isfinite(gram.xx).all()):
-                raise ValueError(
-                    f"the input of {name} holds NaN or infinite activations after pruning the blocks before it"
-                )
-        return grams
+        for index, hidden in enumerate(self.hidden):
+            self.replay_watched(block, groups, index, hidden, accumulate)
+        return finished_grams(groups, sums)
+
+    def replay_watched(
+        self,
+        block: Block,
+        groups: Sequence[InputGroup],
+        index: int,
+        hidden: Tensor,
+        on_input: Callable[[str, Tensor], None],
+    ) -> Tensor:
+        """Run the block on hidden states of batch `index`; returns its output.
+
+        Args:
+            on_input: called with the name of a group's leader and its input (real tokens, C), for each use.
+        """
+        leaders = {group.leader.name for group in groups}
+
+        def on_use(use: Use) -> None:
+            if use.matrix.name in leaders:
+                on_input(use.matrix.name, real_tokens(use, self.padding[index]))
+
+        with WeightWatcher([group.leader for group in groups], on_use):
+            return self.calls[block.name][index].replay(block, hidden.clone())  # a block may change its input in place
 
     def advance(self, block: Block) -> None:
         """Replace the hidden states by the block's output. Cost: one forward of the block on all batches."""
         for index, call in enumerate(self.calls[block.name]):
             self.hidden[index] = call.replay(block, self.hidden[index])
         del self.calls[block.name]
+
+
+def finished_grams(groups: Sequence[InputGroup], sums: dict[str, GramAccumulator]) -> dict[str, Gram]:
+    """The Gram matrix of each group.
+
+    Raises:
+        ValueError: a group that saw no token, or inputs that are not finite.
+    """
+    names = [group.leader.name for group in groups]
+    if silent := [name for name in names if name not in sums or sums[name].tokens == 0]:
+        raise ValueError(
+            f"{silent[0]} saw tokens in the dense model, but none once the blocks before it were pruned: use more "
+            f"calibration text, or leave it dense with --exclude '{silent[0]}'"
+        )
+    grams = {name: sums[name].finish() for name in names}
+    for name, gram in grams.items():
+        if not bool(torch.isfinite(gram.xx).all()):
+            raise ValueError(f"the input of {name} holds NaN or infinite activations after pruning the blocks before it")
+    return grams
 
 
 def real_tokens(use: Use, real: Tensor | None) -> Tensor:

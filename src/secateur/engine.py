@@ -10,99 +10,165 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.allocation import Allocation, allocate
 from secateur.capture import Batch, Progress, Stream, survey
-from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
 from secateur.model import Block, check_finite_weights, check_runnable, find_blocks
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
-from secateur.report import MatrixReport
+from secateur.refit import BlockRefit, refit_block
+from secateur.report import BlockReport, MatrixReport
 from secateur.solvers import Solver
+from secateur.solvers.swap import Swaps, check_columns
+from secateur.target import DenseWeights, Moments, Target, aim, write_gain
+from secateur.target import observe as observe_both
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to prune and how. `storage_dtype`: the dtype a parameter is saved in, by name (default: its own)."""
+    """What to prune and how.
+
+    Args:
+        method: the solver's name, for the report.
+        swaps: exchanges after the solver, or None.
+        target: what each matrix is fitted to.
+        refit: the block refit, or None.
+        allocation: how zeros are spread over the matrices.
+        storage_dtype: the dtype a parameter is saved in, by name (default: its own).
+    """
 
     pattern: Pattern
     solver: Solver
+    method: str = ""
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     true_sequential: bool = False
+    swaps: Swaps | None = None
+    target: Target = field(default_factory=Target)
+    refit: BlockRefit | None = None
+    allocation: Allocation = field(default_factory=Allocation)
     storage_dtype: dict[str, torch.dtype] | None = None
+    seed: int = 0
+
+    def storage_of(self, name: str, own: torch.dtype) -> torch.dtype:
+        """The dtype that a matrix (or an expert's parameter) is saved in."""
+        return (self.storage_dtype or {}).get(name.partition("[")[0], own)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a run gives: figures of each matrix and each refit block, and what stayed dense with the reason."""
+
+    matrices: list[MatrixReport]
+    blocks: list[BlockReport]
+    dense: dict[str, str]
 
 
 @torch.no_grad()
-def run(
-    model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progress
-) -> tuple[list[MatrixReport], dict[str, str]]:
-    """Prune the model in place; returns the figures of each matrix, and what stayed dense with the reason.
+def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progress) -> Outcome:
+    """Prune the model in place.
 
     The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
     brings about (a Gram matrix that can't be factored, an expert that loses its tokens) ends the run where it is met.
 
-    Cost: the dense pass, two forward passes of each block over the batches, the Gram matrices and the solver calls.
+    Cost: the dense pass, two forward passes of each block over the batches, the Gram matrices and the solver calls;
+    one more forward pass where something aims at the dense model; allocation and refit as their docstrings say.
     """
     check_runnable(model)
     check_finite_weights(model)
     blocks = find_blocks(model, plan.include, plan.exclude)
-    reports: list[MatrixReport] = []
+    if plan.refit is not None:
+        plan.refit.check_batches(len(batches))
+    matrices: list[MatrixReport] = []
+    refits: list[BlockReport] = []
     with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
         stream = survey(model, blocks, batches, progress)
-        _check_widths(stream, plan.pattern)
+        _check_widths(stream, plan)
+        patterns = allocate(model, blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress)
+        if plan.refit is not None or plan.target.kind != "pruned":
+            stream.dense = list(stream.hidden)
         for index, block in enumerate(blocks):
-            reports += _prune_block(block, stream, plan)
+            dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
+            matrices += _prune_block(block, stream, dense_outputs, patterns, plan)
+            if plan.refit is not None and block.matrices:
+                assert dense_outputs is not None
+                refits.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + index))
             stream.advance(block)
+            stream.dense = dense_outputs
             progress("prune", index + 1, len(blocks))
-    return reports, {name: reason for block in blocks for name, reason in block.dense.items()}
+    return Outcome(matrices, refits, {name: reason for block in blocks for name, reason in block.dense.items()})
 
 
-def _prune_block(block: Block, stream: Stream, plan: Plan) -> list[MatrixReport]:
+def _prune_block(
+    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, patterns: dict[str, Pattern], plan: Plan
+) -> list[MatrixReport]:
     groups = stream.groups[block.name]
-    passes = [[group] for group in groups] if plan.true_sequential else [groups]
+    one_by_one = plan.true_sequential or plan.target.kind == "residual"
+    originals = DenseWeights(block) if plan.target.kind != "pruned" else None
     reports = []
-    for observed in passes:
-        grams = stream.observe(block, observed)
+    for observed in [[group] for group in groups] if one_by_one else [groups]:
+        if originals is None:
+            moments = {name: Moments(gram) for name, gram in stream.observe(block, observed).items()}
+        else:
+            assert dense_outputs is not None
+            moments = observe_both(block, stream, observed, dense_outputs, originals, plan.target)
         for group in observed:
-            gram = grams[group.leader.name]
-            reports += [_prune_matrix(matrix, input_dim, gram, plan) for matrix, input_dim in group.members]
-            del grams[group.leader.name], gram
+            mine = moments.pop(group.leader.name)
+            for matrix, input_dim in group.members:
+                gain = write_gain(block, stream, matrix, input_dim) if plan.target.kind == "residual" else None
+                reports.append(_prune_matrix(matrix, input_dim, mine, gain, patterns[matrix.name], plan))
     return reports
 
 
-def _prune_matrix(matrix: Matrix, input_dim: int, gram: Gram, plan: Plan) -> MatrixReport:
+def _prune_matrix(
+    matrix: Matrix, input_dim: int, moments: Moments, gain: float | None, pattern: Pattern, plan: Plan
+) -> MatrixReport:
     """Solve one matrix, round to the dtype it is saved in, mask once more, write back, and measure."""
     started = time.perf_counter()
-    view = matrix.weight(input_dim)
+    view, gram = matrix.weight(input_dim), moments.gram
     W = view.to(torch.float32, copy=True)  # in an fp32 model .float() would alias what is overwritten below
     try:
-        solved = plan.solver(W, gram, plan.pattern)
+        aimed = aim(W, moments, plan.target, gain)
+        solved = plan.solver(aimed, gram, pattern)
+        if plan.swaps is not None:
+            solved = plan.swaps(aimed, solved, gram, pattern)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
-    storage = (plan.storage_dtype or {}).get(matrix.name.partition("[")[0], view.dtype)
-    saved = solved.weight.to(storage).masked_fill_(~solved.keep, 0.0)
+    saved = solved.weight.to(plan.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
-        raise ValueError(f"{matrix.name}: the pruned weights are not finite in {storage}; use a larger --damping")
+        raise ValueError(f"{matrix.name}: the pruned weights are not finite in {saved.dtype}; use a larger --damping")
     view.copy_(saved)
+    targeted = plan.target.kind != "pruned"
     return MatrixReport(
         name=matrix.name,
         rows=W.shape[0],
         columns=W.shape[1],
         input_dim=input_dim,
-        pattern=str(plan.pattern),
+        pattern=str(pattern),
         zeros=int((~solved.keep).sum()),
         relative_error=relative_error(saved.float(), W, gram.xx),
+        target_error=relative_error(saved.float(), aimed, gram.xx) if targeted else None,
         seconds=time.perf_counter() - started,
         tokens=gram.tokens,
-        solver=solved.info,
+        solver=solved.info | ({"write_gain": gain} if gain is not None else {}),
     )
+
+
+def _refit(block: Block, stream: Stream, dense_outputs: list[Tensor], plan: Plan, seed: int) -> BlockReport:
+    """Refit a block, and round what it moved to the dtype it is saved in."""
+    assert plan.refit is not None
+    started = time.perf_counter()
+    figures = refit_block(block, stream, dense_outputs, plan.refit, seed)
+    for matrix in block.matrices:
+        matrix.stored.copy_(matrix.stored.to(plan.storage_of(matrix.name, matrix.stored.dtype)))
+    return BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)
 
 
 def relative_error(pruned: Float[Tensor, "R C"], W: Float[Tensor, "R C"], H: Float[Tensor, "C C"]) -> float:
@@ -116,13 +182,16 @@ def relative_error(pruned: Float[Tensor, "R C"], W: Float[Tensor, "R C"], H: Flo
     return max(lost, 0.0) / whole if whole > 0 else 0.0
 
 
-def _check_widths(stream: Stream, pattern: Pattern) -> None:
-    """Raise ValueError for the first matrix whose input dimension the pattern doesn't divide."""
+def _check_widths(stream: Stream, plan: Plan) -> None:
+    """Raise ValueError for the first matrix whose input dimension the pattern, or the exchanges, can't take."""
     for groups in stream.groups.values():
         for group in groups:
             for matrix, input_dim in group.members:
+                columns = matrix.weight(input_dim).shape[1]
                 try:
-                    pattern.check_width(matrix.weight(input_dim).shape[1])
+                    plan.pattern.check_width(columns)
+                    if plan.swaps is not None:
+                        check_columns(columns, matrix.stored.device)
                 except ValueError as error:
                     raise ValueError(f"{matrix.name}: {error}") from error
 

@@ -55,9 +55,14 @@ class Call:
 
     def replay(self, block: Block, hidden: Tensor) -> Tensor:
         """Run the block; returns its new hidden states, whether it gives a tensor or a tuple."""
-        kwargs = self.kwargs if self.hidden_name is None else self.kwargs | {self.hidden_name: hidden}
-        args = self.args if self.hidden_name is not None else (hidden, *self.args)
+        args, kwargs = self.with_hidden(hidden)
         return hidden_of(block.module(*args, **kwargs), block)
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with these hidden states."""
+        if self.hidden_name is None:
+            return (hidden, *self.args), self.kwargs
+        return self.args, self.kwargs | {self.hidden_name: hidden}
 
 
 def hidden_of(output: Any, block: Block) -> Tensor:

@@ -71,23 +71,33 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """A product in which a matrix took part: its input (rows are tokens) and which stored dimension is contracted."""
+    """A product in which a matrix took part: its input (rows are tokens) and which stored dimension is contracted.
+
+    `output_is_transposed`: the matrix is the left operand, so that the product's columns are tokens.
+    """
 
     matrix: Matrix
     input_dim: int
     inputs: Tensor
+    output_is_transposed: bool = False
 
 
 class WeightWatcher(TorchFunctionMode):
-    """Calls `on_use` for each product with one of the matrices, before the product runs.
+    """Calls `on_use` for each product with one of the matrices before the product runs, and `on_output` after it.
 
     `other_uses` keeps, for each matrix, the functions that took it in another way: a matrix with no product is then
     reported with what was done to it instead.
     """
 
-    def __init__(self, matrices: Iterable[Matrix], on_use: Callable[[Use], None]) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Matrix],
+        on_use: Callable[[Use], None],
+        on_output: Callable[[Use, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.on_use = on_use
+        self.on_use, self.on_output = on_use, on_output
+        self._last_use: Use | None = None
         self.other_uses: dict[str, set[str]] = {}
         self._by_storage: dict[int, list[Matrix]] = {}
         self._by_layout: dict[tuple[Any, ...], tuple[Matrix, bool]] = {}
@@ -101,7 +111,12 @@ class WeightWatcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._observe_product(func, args, kwargs):
             self._note_other_use(func, args, kwargs)
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if self.on_output is not None:
+            assert self._last_use is not None
+            self.on_output(self._last_use, output)
+        return output
 
     def _observe_product(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Report a product with a known matrix; False where this call is none."""
@@ -112,15 +127,16 @@ class WeightWatcher(TorchFunctionMode):
         if func not in _MATMUL:
             return False
         left, right = _operands(func, args, kwargs)
-        return self._report(right, 0, left) or self._report(left, 1, right.mT if right.ndim > 1 else right)
+        return self._report(right, 0, left) or self._report(left, 1, right.mT if right.ndim > 1 else right, left=True)
 
-    def _report(self, operand: Tensor, contracted: int, inputs: Tensor) -> bool:
+    def _report(self, operand: Tensor, contracted: int, inputs: Tensor, left: bool = False) -> bool:
         found = self._by_layout.get(_layout(operand)) if operand.ndim == 2 else None
         if found is None:
             return False
         matrix, transposed = found
         with torch._C.DisableTorchFunction():
-            self.on_use(Use(matrix, contracted ^ transposed, inputs))
+            self._last_use = Use(matrix, contracted ^ transposed, inputs, output_is_transposed=left)
+            self.on_use(self._last_use)
         return True
 
     def _note_other_use(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -50,6 +50,14 @@ class BlockRefit:
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.125)")
 
+    def check_batches(self, batches: int) -> None:
+        """Raise ValueError unless there are batches to train on and to hold out."""
+        if batches < 2:
+            raise ValueError(
+                f"the block refit needs 2 calibration batches or more, one of them held out, but there is {batches}: "
+                f"use more --samples, or --refit none"
+            )
+
 
 def refit_block(
     block: Block, stream: Stream, dense_outputs: Sequence[Tensor], options: BlockRefit, seed: int = 0
@@ -71,11 +79,7 @@ def refit_block(
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(stream.hidden), generator=generator).tolist()
-    num_held_out = max(1, round(options.held_out * len(order)))
-    if len(order) <= num_held_out:
-        raise ValueError(
-            f"the block refit needs 2 calibration batches or more, one of them held out, but there is {len(order)}"
-        )
+    num_held_out = min(max(1, round(options.held_out * len(order))), len(order) - 1)
     held_out, trained = order[:num_held_out], order[num_held_out:]
     weights = KeptWeights(block)
     objective = _Objective(block, stream, dense_outputs)

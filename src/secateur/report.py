@@ -11,7 +11,8 @@ class MatrixReport:
     """One pruned matrix.
 
     `input_dim` is the stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`). `relative_error` is
-    `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as saved, H undamped.
+    `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as the solver left them, H undamped; `target_error` is
+    the same against the weights that a dense target asked for (None without one). A block refit comes after both.
     """
 
     name: str
@@ -21,6 +22,7 @@ class MatrixReport:
     pattern: str
     zeros: int
     relative_error: float
+    target_error: float | None
     seconds: float
     tokens: int
     solver: dict[str, Any]
@@ -28,6 +30,17 @@ class MatrixReport:
     @property
     def sparsity(self) -> float:
         return self.zeros / (self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block's refit: the objective on held-out batches before and after, and the pass that won (0 = as solved)."""
+
+    name: str
+    held_out_before: float
+    held_out_after: float
+    best_pass: int
+    seconds: float
 
 
 @dataclass
@@ -38,6 +51,7 @@ class Report:
     environment: dict[str, Any]
     calibration: dict[str, Any]
     matrices: list[MatrixReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     model_parameters: int = 0
     seconds: float = 0.0
@@ -76,5 +90,6 @@ class Report:
             "calibration": self.calibration,
             "notices": self.notices,
             "dense": self.dense,
+            "blocks": [asdict(block) for block in self.blocks],
             "matrices": [asdict(matrix) | {"sparsity": matrix.sparsity} for matrix in self.matrices],
         }

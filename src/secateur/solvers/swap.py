@@ -15,14 +15,16 @@ Works in fp64, or in fp32 on devices without it. Shape legend: N rows at once, C
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern
+from secateur.solvers.contract import Solved, check_damping
 
 MAX_COLUMNS = {"cpu": 2048}  # above, a matrix takes hours
 MAX_COLUMNS_ON_DEVICE = 8192
@@ -31,56 +33,65 @@ CHUNK_BYTES_ON_DEVICE = 1 << 33
 MIN_GAIN = 1e-9  # of the row's loss: below it an exchange is rounding
 
 
-def refine_by_swaps(
-    W: Float[Tensor, "R C"],
-    weight: Float[Tensor, "R C"],
-    keep: Bool[Tensor, "R C"],
-    damped: Damped,
-    pattern: Pattern,
-    max_swaps: int,
-    tolerance: float,
-    iterations: int,
-) -> tuple[Float[Tensor, "R C"], Bool[Tensor, "R C"], dict[str, Any]]:
-    """Improve a solver's mask row by row to a 1-swap optimum, then refit; no row ends with a higher damped loss.
+@dataclass(frozen=True)
+class Swaps:
+    """Refine a solver's mask row by row to a 1-swap optimum, then refit; no row ends with a higher damped loss.
 
     Exchanges stay within the row (and the n:m group), so counts and patterns hold.
 
     Args:
-        W: the original weights.
-        weight, keep: what a solver made of them.
         max_swaps: most exchanges a row; rows that reach it may not be at a 1-swap optimum.
-        tolerance, iterations: of the final `refit_rows`.
-
-    Returns:
-        Weights, mask, and `swaps` (exchanges in all), `rows_at_optimum`, besides the refit's figures.
-
-    Raises:
-        ValueError: more columns than the device's limit (C^2 numbers a row, C^3 flops a row).
+        damping: added to the Gram matrix's diagonal, relative to its mean over live inputs.
+        tolerance, iterations: of the final refit.
 
     Cost: 5 C^3 flops a row to begin, 2 C^2 + K P an exchange; memory is bounded by taking rows in chunks.
     """
-    rows, columns = W.shape
-    limit = MAX_COLUMNS.get(W.device.type, MAX_COLUMNS_ON_DEVICE)
+
+    max_swaps: int = 1000
+    damping: float = 0.01
+    tolerance: float = 1e-4
+    iterations: int = 200
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.max_swaps < 1:
+            raise ValueError(f"max swaps are {self.max_swaps}; at least 1 is needed")
+
+    def __call__(self, W: Float[Tensor, "R C"], solved: Solved, gram: Gram, pattern: Pattern) -> Solved:
+        """Refine what a solver made of W.
+
+        The result's `info` adds `swaps` (exchanges in all) and `rows_at_optimum`.
+
+        Raises:
+            ValueError: more columns than the device's limit.
+        """
+        check_columns(W.shape[1], W.device)
+        damped = gram.damped(self.damping)
+        dtype = torch.float32 if W.device.type == "mps" else torch.float64
+        H, precise = damped.matrix.to(dtype), W.to(dtype)
+        size = max(1, CHUNK_BYTES.get(W.device.type, CHUNK_BYTES_ON_DEVICE) // (8 * W.shape[1] ** 2))
+        keep = solved.keep.clone()
+        swaps = at_optimum = 0
+        for rows in torch.arange(len(W), device=W.device).split(size):
+            state = SweptRows(precise[rows], keep[rows], H, pattern)
+            made, finished = state.exchange(self.max_swaps)
+            keep[rows] = state.final_keep
+            swaps, at_optimum = swaps + made, at_optimum + finished
+        weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
+        worse = _row_losses(weight, W, damped) > _row_losses(solved.weight, W, damped)
+        weight[worse], keep[worse] = solved.weight[worse], solved.keep[worse]
+        return Solved(weight, keep, solved.info | figures | {"swaps": swaps, "rows_at_optimum": at_optimum})
+
+
+def check_columns(columns: int, device: torch.device) -> None:
+    """Raise ValueError where a row of so many columns is too much for the device."""
+    limit = MAX_COLUMNS.get(device.type, MAX_COLUMNS_ON_DEVICE)
     if columns > limit:
         raise ValueError(
             f"swap refinement of {columns} input columns takes {columns**2 * 8 / 1e6:.0f} MB and "
-            f"{5 * columns**3 / 1e12:.1f} Tflop a row, and is limited to {limit} columns on {W.device.type}: leave the "
-            f"matrix to its solver (no refine), or use a GPU"
+            f"{5 * columns**3 / 1e12:.1f} Tflop a row, and is limited to {limit} columns on {device.type}: run without "
+            f"--refine, leave the matrix dense with --exclude, or use a GPU"
         )
-    dtype = torch.float32 if W.device.type == "mps" else torch.float64
-    H, W64 = damped.matrix.to(dtype), W.to(dtype)
-    size = max(1, CHUNK_BYTES.get(W.device.type, CHUNK_BYTES_ON_DEVICE) // (8 * columns**2))
-    swapped = keep.clone()
-    swaps = at_optimum = 0
-    for chunk in torch.arange(rows, device=W.device).split(size):
-        state = SweptRows(W64[chunk], keep[chunk], H, pattern)
-        made, finished = state.exchange(max_swaps)
-        swapped[chunk] = state.final_keep
-        swaps, at_optimum = swaps + made, at_optimum + finished
-    refit, figures = refit_rows(W, swapped, damped, tolerance, iterations)
-    worse = _row_losses(refit, W, damped) > _row_losses(weight, W, damped)
-    refit[worse], swapped[worse] = weight[worse], keep[worse]
-    return refit, swapped, figures | {"swaps": swaps, "rows_at_optimum": at_optimum}
 
 
 def _row_losses(weight: Float[Tensor, "R C"], W: Float[Tensor, "R C"], damped: Damped) -> Float[Tensor, " R"]:
@@ -117,7 +128,7 @@ class SweptRows:
             self._best_in_groups if isinstance(self.pattern, NM) else self._best_in_rows
         )
         made = finished = 0
-        for _ in range(max_swaps + 1):
+        for step in range(max_swaps + 1):
             if len(self.rows) == 0:
                 break
             gain, i, j = find()
@@ -126,7 +137,7 @@ class SweptRows:
             if not bool(improves.all()):
                 self._drop(improves)
                 gain, i, j = gain[improves], i[improves], j[improves]
-            if _ == max_swaps:
+            if step == max_swaps or len(self.rows) == 0:
                 break
             self._sweep(i, inverse=True)
             self._sweep(j, inverse=False)

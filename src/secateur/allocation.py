@@ -1,0 +1,256 @@
+"""One global sparsity -> one pattern a matrix: zeros go where the model's output feels them least.
+
+Shape legend: T tokens, R output rows, C input columns, L levels of sparsity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.capture import Batch, Progress, Stream
+from secateur.gram import Gram
+from secateur.linalg import refit_rows
+from secateur.model import Block
+from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
+from secateur.sensitivity import output_sensitivity
+
+RULES = ("uniform", "owl", "curve")
+OUTLIER = 5.0  # OWL's M: an outlier is a score above so many times its matrix's mean
+SAMPLED_ROWS = 64
+LEVELS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+DAMPING = 0.01
+FINE_STEPS = 400
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How zeros are spread over the matrices; their total is exactly that of a uniform run.
+
+    Args:
+        rule: `uniform`; `owl` = blocks with many outliers lose less (Yin et al., ICML 2024, arXiv 2310.05175);
+            `curve` = each matrix's loss is measured at a few sparsities, weighted by what the model's predictions feel
+            of it, and the sum is minimised.
+        spread: how far a matrix's sparsity may lie from the global one.
+        windows: calibration sequences behind the sensitivity that `curve` uses.
+    """
+
+    rule: str = "uniform"
+    spread: float = 0.15
+    windows: int = 8
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"allocation is {self.rule!r}; it must be one of {', '.join(RULES)}")
+        if not 0 < self.spread < 1:
+            raise ValueError(f"allocation spread is {self.spread:g}; it must lie between 0 and 1 (default 0.15)")
+        if self.windows < 1:
+            raise ValueError(f"allocation windows are {self.windows}; at least 1 is needed")
+
+
+def allocate(
+    model: Any,
+    blocks: Sequence[Block],
+    stream: Stream,
+    batches: Sequence[Batch],
+    pattern: Pattern,
+    allocation: Allocation,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Pattern]:
+    """The pattern of each matrix, by its name. Nothing is changed, the stream's state included.
+
+    Cost: none for `uniform`; for the others a dense pass of every block with its Gram matrices, and for `curve` a
+    forward and a backward pass of the model over `windows` sequences and a refit of 64 rows a level and matrix.
+
+    Raises:
+        ValueError: a rule that has no form for the pattern.
+    """
+    matrices = [matrix for block in blocks for matrix in block.matrices]
+    if allocation.rule == "uniform":
+        return {matrix.name: pattern for matrix in matrices}
+    if allocation.rule == "owl":
+        if isinstance(pattern, NM):
+            raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
+        measured = _over_dense_blocks(blocks, stream, _count_outliers, progress)
+        return _by_outliers(measured, pattern, allocation)
+    sensitivity = output_sensitivity(model, blocks, batches, allocation.windows, seed)
+
+    def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
+        return loss_curve(W, gram, sensitivity[name], pattern)
+
+    curves = _over_dense_blocks(blocks, stream, measure, progress)
+    if isinstance(pattern, NM):
+        return _exchange_levels(curves, pattern, allocation.spread)
+    return _minimise(curves, pattern, allocation.spread)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Sparsities in rising order and the loss at each, and how many weights they share."""
+
+    sparsities: list[float]
+    losses: list[float]
+    weights: int
+
+
+def _over_dense_blocks(blocks: Sequence[Block], stream: Stream, measure: Any, progress: Progress) -> dict[str, Any]:
+    """`measure(name, W, gram)` of every matrix in the dense model."""
+    before, measured = list(stream.hidden), {}
+    for index, block in enumerate(blocks):
+        grams = stream.observe(block, stream.groups[block.name])
+        for group in stream.groups[block.name]:
+            gram = grams.pop(group.leader.name)
+            for matrix, input_dim in group.members:
+                measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
+        stream.hidden = stream.outputs(block)
+        progress("allocation", index + 1, len(blocks))
+    stream.hidden = before
+    return measured
+
+
+def loss_curve(W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, " R"], pattern: Pattern) -> _Curve:
+    """Loss `sum_r sensitivity_r (D H D^T)_rr` after a single-removal mask and the full-row refit, at several sparsities.
+
+    Measured on at most 64 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
+    """
+    rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
+    sample = W[rows] * sensitivity[rows].sqrt()[:, None]
+    damped = gram.damped(DAMPING)
+    score = sample.square() / damped.U.square().sum(0)
+    sparsities, losses = [], []
+    for level in _levels(pattern):
+        if isinstance(level, NM):
+            keep = keep_highest_of_groups(score, level)
+        else:
+            keep = keep_all_but_lowest(score, level.num_pruned(*sample.shape))
+        D = refit_rows(sample, keep, damped, tolerance=0.03, max_iterations=30)[0] - sample
+        sparsities.append(level.sparsity)
+        losses.append(float(((D @ gram.xx) * D).sum()) * len(W) / len(rows))
+    return _Curve(sparsities, losses, W.numel())
+
+
+def _levels(pattern: Pattern) -> list[Pattern]:
+    """Where a curve is measured, in order of sparsity."""
+    if isinstance(pattern, NM):
+        return [NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)]
+    return [Unstructured(sparsity) for sparsity in LEVELS]
+
+
+def _minimise(curves: dict[str, _Curve], pattern: Pattern, spread: float) -> dict[str, Pattern]:
+    """Sparsities that minimise the summed loss at the global one, by bisection of the price of a zero.
+
+    Losses are interpolated with their logarithms linear in sparsity. At a price, each matrix takes the sparsity where
+    loss minus price x zeros is least.
+    """
+    names = list(curves)
+    weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
+    low, high = max(0.0, pattern.sparsity - spread), min(1.0, pattern.sparsity + spread)
+    levels = torch.linspace(low, high, FINE_STEPS, dtype=torch.float64)
+    losses = torch.stack([_interpolated(curves[name], levels) for name in names])
+
+    def at(log_price: float) -> Tensor:
+        return levels[(losses - math.exp(log_price) * weights[:, None] * levels).argmin(1)]
+
+    cheap, dear = -60.0, 60.0
+    for _ in range(100):
+        price = (cheap + dear) / 2
+        too_few = float((at(price) * weights).sum() / weights.sum()) < pattern.sparsity
+        cheap, dear = (price, dear) if too_few else (cheap, price)
+    return _exact(dict(zip(names, at(dear).tolist(), strict=True)), curves, pattern, low, high)
+
+
+def _interpolated(curve: _Curve, levels: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
+    known = torch.tensor(curve.sparsities, dtype=torch.float64)
+    logs = torch.tensor(curve.losses, dtype=torch.float64).clamp_min(1e-30).log()
+    right = torch.searchsorted(known, levels).clamp(1, len(known) - 1)
+    left = right - 1
+    share = (levels - known[left]) / (known[right] - known[left])
+    return (logs[left] + share * (logs[right] - logs[left])).exp()
+
+
+def _exact(
+    wanted: dict[str, float], curves: dict[str, Any], pattern: Pattern, low: float, high: float
+) -> dict[str, Pattern]:
+    """Whole numbers of zeros near the wanted sparsities, within the bounds, that add up to the global number."""
+    weights = {name: curves[name].weights for name in wanted}
+    zeros = {name: round(wanted[name] * weights[name]) for name in wanted}
+    missing = round(pattern.sparsity * sum(weights.values())) - sum(zeros.values())
+    bound = {name: round((high if missing > 0 else low) * weights[name]) for name in wanted}
+    room = {name: bound[name] - zeros[name] for name in wanted}
+    total = sum(room.values())
+    for name in wanted:  # each takes its share of the room, the last ones what is left over
+        step = round(missing * room[name] / total) if total else 0
+        zeros[name] += step
+        missing, total = missing - step, total - room[name]
+    return {name: Unstructured(zeros[name] / weights[name]) for name in wanted}
+
+
+def _exchange_levels(curves: dict[str, _Curve], pattern: NM, spread: float) -> dict[str, Pattern]:
+    """Patterns of one m: while the summed loss falls, one matrix gives a weight a group to another of its size."""
+    allowed = [n for n in range(1, pattern.m) if abs(n - pattern.n) <= spread * pattern.m + 1e-9]
+    kept = dict.fromkeys(curves, pattern.n)
+    by_size: dict[int, list[str]] = {}
+    for name, curve in curves.items():
+        by_size.setdefault(curve.weights, []).append(name)
+
+    def change(name: str, step: int) -> float:
+        n = kept[name] + step
+        losses = curves[name].losses  # in order of sparsity: index m - 1 - n
+        return losses[pattern.m - 1 - n] - losses[pattern.m - 1 - kept[name]] if n in allowed else math.inf
+
+    for names in by_size.values():
+        while len(names) > 1:
+            gains = min((change(name, +1), name) for name in names)
+            loses = min((change(name, -1), name) for name in names if name != gains[1])
+            if not gains[0] + loses[0] < 0:
+                break
+            kept[gains[1]] += 1
+            kept[loses[1]] -= 1
+    return {name: NM(n, pattern.m) for name, n in kept.items()}
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    weights: int
+    share: float
+
+
+def _count_outliers(_name: str, W: Float[Tensor, "R C"], gram: Gram) -> _Outliers:
+    score = W.abs() * gram.energy.sqrt()
+    return _Outliers(W.numel(), float((score > OUTLIER * score.mean()).float().mean()))
+
+
+def _by_outliers(measured: dict[str, _Outliers], pattern: Pattern, allocation: Allocation) -> dict[str, Pattern]:
+    """OWL: a block's sparsity falls linearly with its share of outliers, over a range of twice the spread."""
+    blocks: dict[str, list[str]] = {}
+    for name in measured:
+        blocks.setdefault(_block_of(name), []).append(name)
+    total = sum(outliers.weights for outliers in measured.values())
+    share = {
+        block: sum(measured[name].weights * measured[name].share for name in names)
+        / sum(measured[name].weights for name in names)
+        for block, names in blocks.items()
+    }
+    width = max(share.values()) - min(share.values())
+    scaled = {block: (share[block] - min(share.values())) / width if width else 0.0 for block in blocks}
+    mean = sum(scaled[_block_of(name)] * measured[name].weights for name in measured) / total
+    low, high = max(0.0, pattern.sparsity - allocation.spread), min(1.0, pattern.sparsity + allocation.spread)
+    wanted = {
+        name: min(high, max(low, pattern.sparsity - 2 * allocation.spread * (scaled[_block_of(name)] - mean)))
+        for name in measured
+    }
+    return _exact(wanted, measured, pattern, low, high)
+
+
+def _block_of(name: str) -> str:
+    """The path up to and with the first number: `model.layers.3`."""
+    parts = name.split(".")
+    last = next(index for index, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: last + 1])

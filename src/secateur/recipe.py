@@ -1,0 +1,125 @@
+"""From what a user asks for to a plan: presets of effort, and every setting that is given wins over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from secateur.allocation import Allocation
+from secateur.engine import Plan
+from secateur.pattern import Pattern
+from secateur.refit import BlockRefit
+from secateur.solvers import make_solver
+from secateur.solvers.swap import Swaps
+from secateur.target import Target
+
+DEFAULT_EFFORT = "balanced"
+# Chosen by measurement: docs/benchmarks.md.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "mrp"},
+    "balanced": {"method": "admm", "search_iterations": 20, "refit": "block", "refit_passes": 2},
+    "best": {"method": "admm", "refit": "block", "refit_passes": 6, "allocation": "curve"},
+}
+# Setting -> (choice that turns its step on, field of the step's dataclass).
+_STEP_FIELDS: dict[str, dict[str, str]] = {
+    "target": {"target_strength": "strength"},
+    "refine": {"max_swaps": "max_swaps"},
+    "refit": {"refit_passes": "passes", "refit_rate": "rate", "refit_held_out": "held_out"},
+    "allocation": {"allocation_spread": "spread", "allocation_windows": "windows"},
+}
+SETTINGS = {"method", *_STEP_FIELDS, *(name for fields in _STEP_FIELDS.values() for name in fields)}
+
+
+def make_plan(
+    pattern: Pattern,
+    effort: str | None = None,
+    settings: dict[str, Any] | None = None,
+    storage_dtype: dict[str, torch.dtype] | None = None,
+    **others: Any,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        effort: `fast`, `balanced` or `best`: settings that hold where none are given. With None, `balanced`, unless a
+            method is named: that stands alone, as the field knows it.
+        settings: by name, None = not given. Those of SETTINGS, and the method's own options.
+        others: fields of the plan as they are.
+
+    Raises:
+        ValueError: an unknown effort, choice or option, a value out of range, or a setting of a step that is off.
+    """
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    chosen = _preset(effort, given) | given
+    method = chosen.pop("method")
+    steps = {step: chosen.pop(step, None) for step in _STEP_FIELDS}
+    _check(steps["refine"], "refine", ("none", "swap"))
+    _check(steps["refit"], "refit", ("none", "block"))
+    of_step = {step: _take(chosen, step, steps[step]) for step in _STEP_FIELDS}
+    return Plan(
+        pattern,
+        make_solver(method, chosen),
+        method=method,
+        swaps=_swaps(of_step["refine"], chosen) if steps["refine"] == "swap" else None,
+        target=Target(steps["target"] or "pruned", **of_step["target"], **_damping(chosen)),
+        refit=BlockRefit(**of_step["refit"]) if steps["refit"] == "block" else None,
+        allocation=Allocation(steps["allocation"] or "uniform", **of_step["allocation"]),
+        storage_dtype=storage_dtype,
+        **others,
+    )
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for the report: every step that is on, with its settings."""
+    recipe: dict[str, Any] = {"pattern": str(plan.pattern), "method": plan.method, "options": _fields(plan.solver)}
+    recipe |= {name: list(getattr(plan, name)) for name in ("include", "exclude")}
+    recipe |= {"true_sequential": plan.true_sequential, "target": plan.target.kind}
+    if plan.target.kind != "pruned":
+        recipe["target_strength"] = plan.target.strength
+    recipe["refine"] = _fields(plan.swaps) if plan.swaps else "none"
+    recipe["refit"] = _fields(plan.refit) if plan.refit else "none"
+    uniform = plan.allocation.rule == "uniform"
+    recipe["allocation"] = "uniform" if uniform else _fields(plan.allocation)
+    return recipe
+
+
+def _preset(effort: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What the effort says, but for what belongs to choices that are given otherwise."""
+    if effort is not None and effort not in EFFORTS:
+        raise ValueError(f"effort is {effort!r}; it must be one of {', '.join(EFFORTS)}")
+    if effort is None and "method" in given:
+        return {}
+    preset = EFFORTS[effort or DEFAULT_EFFORT]
+    changed = {name for name in ("method", *_STEP_FIELDS) if name in given and given[name] != preset.get(name)}
+    dropped = {field for step in changed & set(_STEP_FIELDS) for field in _STEP_FIELDS[step]}
+    if "method" in changed:
+        dropped |= set(preset) - SETTINGS
+    return {name: value for name, value in preset.items() if name not in dropped}
+
+
+def _check(value: str | None, name: str, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _take(chosen: dict[str, Any], step: str, choice: str | None) -> dict[str, Any]:
+    """The settings of one step, taken out of `chosen`; they need the step to be on."""
+    taken = {field: chosen.pop(name) for name, field in _STEP_FIELDS[step].items() if name in chosen}
+    if taken and choice in (None, "none", "pruned", "uniform"):
+        names = ", ".join(name for name, field in _STEP_FIELDS[step].items() if field in taken)
+        raise ValueError(f"{names} is given, but {step} is {choice or 'off'}: choose a {step} too")
+    return taken
+
+
+def _damping(chosen: dict[str, Any]) -> dict[str, Any]:
+    """The damping of the method holds for the steps around it too."""
+    return {"damping": chosen["damping"]} if "damping" in chosen else {}
+
+
+def _swaps(fields: dict[str, Any], chosen: dict[str, Any]) -> Swaps:
+    return Swaps(**fields, **_damping(chosen))
+
+
+def _fields(step: Any) -> dict[str, Any]:
+    return {field.name: value for field in dataclasses.fields(step) if (value := getattr(step, field.name)) is not None}
