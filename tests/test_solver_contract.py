@@ -195,7 +195,7 @@ def test_rank_deficient_gram_matrix(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "obc"}, "unknown method 'obc': choose one of magnitude, mrp, sparsegpt, wanda"),
+        ({"method": "obc"}, "unknown method 'obc': choose one of admm, magnitude, mrp, sparsegpt, wanda"),
         ({"method": "wanda", "block": 3}, "method wanda has no option 'block': it has no options"),
         ({"method": "mrp", "blocks": 3}, "has no option 'blocks': its options are mask"),
         ({"method": "mrp", "mask": "X"}, "mask is 'X'"),

@@ -1,4 +1,4 @@
-"""One global sparsity -> one pattern a matrix: zeros go where the model's output feels them least.
+"""One global sparsity -> one pattern a matrix, and weights for its rows: zeros go where the output feels them least.
 
 Shape legend: T tokens, R output rows, C input columns, L levels of sparsity.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Allocation:
     Args:
         rule: `uniform`; `owl` = blocks with many outliers lose less (Yin et al., ICML 2024, arXiv 2310.05175);
             `curve` = each matrix's loss is measured at a few sparsities, weighted by what the model's predictions feel
-            of it, and the sum is minimised.
+            of each output row, and the sum is minimised; the rows of a matrix compete for its weights by it too.
         spread: how far a matrix's sparsity may lie from the global one.
         windows: calibration sequences behind the sensitivity that `curve` uses.
     """
@@ -54,6 +54,17 @@ class Allocation:
             raise ValueError(f"allocation windows are {self.windows}; at least 1 is needed")
 
 
+@dataclass(frozen=True, eq=False)
+class Allotment:
+    """The pattern of each matrix by name, and by what its rows are scaled before a solver chooses among them.
+
+    Scaling a row changes nothing in its own least-squares problem, only its share in an unstructured choice.
+    """
+
+    patterns: dict[str, Pattern]
+    row_scales: dict[str, Float[Tensor, " R"]] = field(default_factory=dict)
+
+
 def allocate(
     model: Any,
     blocks: Sequence[Block],
@@ -63,8 +74,8 @@ def allocate(
     allocation: Allocation,
     seed: int,
     progress: Progress,
-) -> dict[str, Pattern]:
-    """The pattern of each matrix, by its name. Nothing is changed, the stream's state included.
+) -> Allotment:
+    """What each matrix gets. Nothing is changed, the stream's state included.
 
     Cost: none for `uniform`; for the others a dense pass of every block with its Gram matrices, and for `curve` a
     forward and a backward pass of the model over `windows` sequences and a refit of 64 rows a level and matrix.
@@ -74,12 +85,12 @@ def allocate(
     """
     matrices = [matrix for block in blocks for matrix in block.matrices]
     if allocation.rule == "uniform":
-        return {matrix.name: pattern for matrix in matrices}
+        return Allotment({matrix.name: pattern for matrix in matrices})
     if allocation.rule == "owl":
         if isinstance(pattern, NM):
             raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
         measured = _over_dense_blocks(blocks, stream, _count_outliers, progress)
-        return _by_outliers(measured, pattern, allocation)
+        return Allotment(_by_outliers(measured, pattern, allocation))
     sensitivity = output_sensitivity(model, blocks, batches, allocation.windows, seed)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
@@ -87,8 +98,15 @@ def allocate(
 
     curves = _over_dense_blocks(blocks, stream, measure, progress)
     if isinstance(pattern, NM):
-        return _exchange_levels(curves, pattern, allocation.spread)
-    return _minimise(curves, pattern, allocation.spread)
+        return Allotment(_exchange_levels(curves, pattern, allocation.spread))
+    scales = {name: _row_scale(squares) for name, squares in sensitivity.items()}
+    return Allotment(_minimise(curves, pattern, allocation.spread), scales)
+
+
+def _row_scale(sensitivity: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Square root of the rows' sensitivity relative to its mean, within a factor of ten."""
+    mean = sensitivity.mean().clamp_min(torch.finfo(sensitivity.dtype).tiny)
+    return (sensitivity / mean).sqrt().clamp(0.1, 10.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +139,7 @@ def loss_curve(W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, "
     Measured on at most 64 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
-    sample = W[rows] * sensitivity[rows].sqrt()[:, None]
+    sample = W[rows] * sensitivity[rows].sqrt()[:, None].to(W.dtype)
     damped = gram.damped(DAMPING)
     score = sample.square() / damped.U.square().sum(0)
     sparsities, losses = [], []

@@ -15,7 +15,7 @@ from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
 from secateur.checkpoint import load, parameters_of, resolve
-from secateur.evaluation import perplexity
+from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.pattern import Pattern, parse_pattern
@@ -23,6 +23,7 @@ from secateur.recipe import describe, make_plan
 from secateur.report import Report
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
+from secateur.tasks import run_tasks
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -138,27 +139,49 @@ def evaluate(
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_limit: int | None = None,
+    against: nn.Module | str | Path | None = None,
     tokenizer: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Perplexity of a model (object or name) on a text; None is the shipped evaluation text.
+    """Perplexity of a model (object or name) on a text, and what else is asked for.
 
-    Windows of `seq_len` tokens (default 1024) are disjoint and give seq_len - 1 targets each; `max_tokens` caps
-    how many tokens are read. See `evaluation.perplexity` for what is returned.
+    Args:
+        text: file or data set name; None is the shipped evaluation text.
+        seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
+        max_tokens: caps how many tokens are read.
+        tasks: lm-evaluation-harness tasks (extra `eval`); `task_dir` holds local YAML ones, `task_limit` takes the
+            first documents of each.
+        against: the dense model; adds KL divergence and top-1 agreement on the same windows.
+
+    Returns:
+        What `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
+        `top1_agreement`) where asked for.
     """
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise ValueError("tokenizer is missing: a model object doesn't carry one")
-        was_training = model.training
-        try:
-            return perplexity(model.eval(), tokenizer, text, seq_len, max_tokens, progress)
-        finally:
-            model.train(was_training)
-    checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
-    return perplexity(checkpoint.model, checkpoint.tokenizer, text, seq_len, max_tokens, progress)
+    module: Any = model
+    if not isinstance(model, nn.Module):
+        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        module, tokenizer = checkpoint.model, checkpoint.tokenizer
+    elif tokenizer is None:
+        raise ValueError("tokenizer is missing: a model object doesn't carry one")
+    dense: Any = against
+    if isinstance(against, str | Path):
+        dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
+    was_training = module.training
+    try:
+        figures = perplexity(module.eval(), tokenizer, text, seq_len, max_tokens, progress)
+        if dense is not None:
+            figures["against"] = divergence(module, dense.eval(), tokenizer, text, seq_len, max_tokens, progress)
+        if tasks:
+            figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
+        return figures
+    finally:
+        module.train(was_training)
 
 
 def inspect(folder: str | Path) -> Inspection:

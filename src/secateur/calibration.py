@@ -23,7 +23,7 @@ from secateur.capture import Batch
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 1024
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template
 

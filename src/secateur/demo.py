@@ -21,7 +21,8 @@ NEW_TOKENS = 40
 def run_demo(
     out: Path,
     pattern: str,
-    method: str,
+    effort: str | None,
+    method: str | None,
     samples: int,
     seq_len: int,
     eval_tokens: int,
@@ -37,6 +38,7 @@ def run_demo(
         MODEL,
         out,
         pattern=pattern,
+        effort=effort,
         method=method,
         samples=samples,
         seq_len=seq_len,

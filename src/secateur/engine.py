@@ -10,22 +10,23 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.allocation import Allocation, allocate
+from secateur.allocation import Allocation, Allotment, allocate
 from secateur.capture import Batch, Progress, Stream, survey
+from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
 from secateur.model import Block, check_finite_weights, check_runnable, find_blocks
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block
 from secateur.report import BlockReport, MatrixReport
-from secateur.solvers import Solver
+from secateur.solvers import Solved, Solver
 from secateur.solvers.swap import Swaps, check_columns
 from secateur.target import DenseWeights, Moments, Target, aim, write_gain
 from secateur.target import observe as observe_both
@@ -91,12 +92,12 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
     with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
         stream = survey(model, blocks, batches, progress)
         _check_widths(stream, plan)
-        patterns = allocate(model, blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress)
+        allotment = allocate(model, blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress)
         if plan.refit is not None or plan.target.kind != "pruned":
             stream.dense = list(stream.hidden)
         for index, block in enumerate(blocks):
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
-            matrices += _prune_block(block, stream, dense_outputs, patterns, plan)
+            matrices += _prune_block(block, stream, dense_outputs, allotment, plan)
             if plan.refit is not None and block.matrices:
                 assert dense_outputs is not None
                 refits.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + index))
@@ -107,7 +108,7 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
 
 
 def _prune_block(
-    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, patterns: dict[str, Pattern], plan: Plan
+    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, allotment: Allotment, plan: Plan
 ) -> list[MatrixReport]:
     groups = stream.groups[block.name]
     one_by_one = plan.true_sequential or plan.target.kind == "residual"
@@ -123,12 +124,19 @@ def _prune_block(
             mine = moments.pop(group.leader.name)
             for matrix, input_dim in group.members:
                 gain = write_gain(block, stream, matrix, input_dim) if plan.target.kind == "residual" else None
-                reports.append(_prune_matrix(matrix, input_dim, mine, gain, patterns[matrix.name], plan))
+                pattern, scale = allotment.patterns[matrix.name], allotment.row_scales.get(matrix.name)
+                reports.append(_prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan))
     return reports
 
 
 def _prune_matrix(
-    matrix: Matrix, input_dim: int, moments: Moments, gain: float | None, pattern: Pattern, plan: Plan
+    matrix: Matrix,
+    input_dim: int,
+    moments: Moments,
+    gain: float | None,
+    pattern: Pattern,
+    row_scale: Tensor | None,
+    plan: Plan,
 ) -> MatrixReport:
     """Solve one matrix, round to the dtype it is saved in, mask once more, write back, and measure."""
     started = time.perf_counter()
@@ -136,9 +144,7 @@ def _prune_matrix(
     W = view.to(torch.float32, copy=True)  # in an fp32 model .float() would alias what is overwritten below
     try:
         aimed = aim(W, moments, plan.target, gain)
-        solved = plan.solver(aimed, gram, pattern)
-        if plan.swaps is not None:
-            solved = plan.swaps(aimed, solved, gram, pattern)
+        solved = _solve(aimed, gram, pattern, row_scale, plan)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
     saved = solved.weight.to(plan.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
@@ -159,6 +165,17 @@ def _prune_matrix(
         tokens=gram.tokens,
         solver=solved.info | ({"write_gain": gain} if gain is not None else {}),
     )
+
+
+def _solve(
+    W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern, row_scale: Float[Tensor, " R"] | None, plan: Plan
+) -> Solved:
+    """The solver's answer, refined where asked for; rows are scaled for the choice among them, and back."""
+    scale = 1.0 if row_scale is None else row_scale[:, None]
+    solved = plan.solver(W * scale, gram, pattern)
+    if plan.swaps is not None:
+        solved = plan.swaps(W * scale, solved, gram, pattern)
+    return replace(solved, weight=solved.weight / scale)
 
 
 def _refit(block: Block, stream: Stream, dense_outputs: list[Tensor], plan: Plan, seed: int) -> BlockReport:

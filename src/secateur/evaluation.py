@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on a text, in disjoint windows.
+"""Perplexity of a causal language model on a text, and its divergence from a dense one, in disjoint windows.
 
 Each window of T tokens gives T - 1 targets; nothing is carried from one window to the next. Losses are fp32, and
 logits are formed in chunks, so that a vocabulary of 262k costs megabytes and not gigabytes.
@@ -41,14 +41,7 @@ def perplexity(
     Raises:
         ValueError: empty text, a text shorter than one window, or a window longer than the model's positions.
     """
-    length = window_length(seq_len, DEFAULT_WINDOW, model.config)
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max-tokens is {max_tokens}; it must be at least 1")
-    name = "the shipped evaluation text" if text is None else str(text)
-    limit = None if max_tokens is None else max(max_tokens, length)
-    windows = cut_windows(encode(read_documents(text, held_out=True), tokenizer, limit), length, tokenizer, name)
-    if max_tokens is not None:
-        windows = windows[: max(1, max_tokens // length)]
+    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
     device = next(model.parameters()).device
     total, targets = 0.0, 0
     for index, window in enumerate(windows):
@@ -63,10 +56,79 @@ def perplexity(
         "perplexity": math.exp(loss),
         "loss": loss,
         "windows": len(windows),
-        "seq_len": length,
+        "seq_len": windows.shape[1],
         "targets": targets,
         "text": name,
     }
+
+
+@torch.no_grad()
+def divergence(
+    model: Any,
+    dense: Any,
+    tokenizer: Any,
+    text: str | Path | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """How far a model's predictions are from the dense model's, over the windows that `perplexity` would take.
+
+    Returns:
+        `kl` (mean `KL(dense || model)` a position, nats) and `top1_agreement` (share of positions where both find the
+        same token most likely). Both are far more sensitive than task accuracy.
+
+    Raises:
+        ValueError: models with different vocabularies, and what `perplexity` raises.
+    """
+    sizes = [each.config.get_text_config().vocab_size for each in (model, dense)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
+        )
+    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
+    total, agreeing, positions = 0.0, 0, 0
+    for index, window in enumerate(windows):
+        ids = window[None].to(next(model.parameters()).device)
+        for chunk, ours, theirs in _both_logits(model, dense, ids):
+            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            if not bool(torch.isfinite(kl).all()):
+                raise ValueError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
+            total += float(kl.double().sum())
+            agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            positions += len(chunk)
+        progress("against", index + 1, len(windows))
+    return {"kl": total / positions, "top1_agreement": agreeing / positions}
+
+
+def evaluation_windows(
+    model: Any, tokenizer: Any, text: str | Path | None, seq_len: int | None, max_tokens: int | None
+) -> tuple[Int[Tensor, "N T"], str]:
+    """Disjoint windows of a text in order, and its name.
+
+    Raises:
+        ValueError: empty text, a text shorter than one window, or a window longer than the model's positions.
+    """
+    length = window_length(seq_len, DEFAULT_WINDOW, model.config)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max-tokens is {max_tokens}; it must be at least 1")
+    name = "the shipped evaluation text" if text is None else str(text)
+    limit = None if max_tokens is None else max(max_tokens, length)
+    windows = cut_windows(encode(read_documents(text, held_out=True), tokenizer, limit), length, tokenizer, name)
+    if max_tokens is not None:
+        windows = windows[: max(1, max_tokens // length)]
+    return windows, name
+
+
+def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunks of positions with the fp32 logits of both models."""
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+    size = max(1, LOGIT_ELEMENTS // (2 * model.config.get_text_config().vocab_size))
+    chunked = len(positions) > size
+    with _body_runs_once(model, ids, chunked) as ours, _body_runs_once(dense, ids, chunked) as theirs:
+        for chunk in positions.split(size):
+            yield chunk, ours(chunk)[0].float(), theirs(chunk)[0].float()
 
 
 def token_losses(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.capture import Stream
 from secateur.model import Block
@@ -33,20 +33,21 @@ class BlockRefit:
 
     Args:
         passes: passes over the calibration batches; 0 leaves the weights as the solver gave them.
-        rate: peak learning rate; it warms up over the first tenth of the steps and falls to zero as a cosine.
+        rate: Adam's step at its peak, relative to the root mean square of a matrix's kept weights; it rises over the
+            first tenth of the steps and falls to zero as a cosine.
         held_out: share of the batches that is never trained on. After each pass they decide which weights are kept,
             the solver's own among them, so a block never ends worse on them than it began.
     """
 
     passes: int = 6
-    rate: float = 5e-4
+    rate: float = 0.015
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         if self.passes < 0:
             raise ValueError(f"refit passes are {self.passes}; 0 or more are needed")
         if not 0 < self.rate < 1:
-            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 5e-4)")
+            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.015)")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.125)")
 
@@ -86,11 +87,12 @@ def refit_block(
     before = best_loss = objective.mean(held_out)
     best, best_pass = weights.snapshot(), 0
     steps = options.passes * len(trained)
-    optimizer = torch.optim.Adam(weights.masters, lr=options.rate, betas=BETAS, fused=True)
+    optimizer = torch.optim.Adam([{"params": [master]} for master in weights.masters], betas=BETAS, fused=True)
     step = 0
     for number in range(1, options.passes + 1):
         for index in torch.randperm(len(trained), generator=generator).tolist():
-            optimizer.param_groups[0]["lr"] = options.rate * _schedule(step, steps)
+            for group, scale in zip(optimizer.param_groups, weights.scales, strict=True):
+                group["lr"] = options.rate * scale * _schedule(step, steps)
             with weights.trainable(), torch.enable_grad():
                 objective(trained[index]).backward()
             weights.collect_gradients()
@@ -137,8 +139,15 @@ class KeptWeights:
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
         if TRAIN_VECTORS:
             self.parameters += [p for p in block.module.parameters() if p.ndim == 1]
-        self.kept = [parameter.data != 0 if parameter.ndim > 1 else torch.ones_like(parameter.data) for parameter in self.parameters]
+        self.kept = [
+            parameter.data != 0 if parameter.ndim > 1 else torch.ones_like(parameter.data)
+            for parameter in self.parameters
+        ]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
+        self.scales = [
+            float((master.square().sum() / kept.sum().clamp_min(1)).sqrt())
+            for master, kept in zip(self.masters, self.kept, strict=True)
+        ]
         self.module = block.module
 
     @contextmanager
@@ -172,5 +181,6 @@ class KeptWeights:
     def restore(self, snapshot: list[Tensor]) -> None:
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.data.copy_(saved)
+
 
 TRAIN_VECTORS = True

@@ -38,7 +38,7 @@ class Target:
     """What a matrix is fitted to.
 
     Args:
-        kind: `pruned` = its dense weights on pruned inputs (SparseGPT's protocol); `dense` = what the dense model gives;
+        kind: `pruned` = its dense weights on pruned inputs (SparseGPT's protocol); `dense` = the dense outputs;
             `residual` = dense, and writes into the residual stream also correct the block's output. A block is then
             observed again after each group of matrices, so that later writes see what earlier ones have mended.
         strength: alpha between 0 (as `pruned`) and 1; less than 1 guards against fitting few tokens too closely.
@@ -53,7 +53,9 @@ class Target:
         if self.kind not in KINDS:
             raise ValueError(f"target is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"target strength is {self.strength:g}; it must lie between 0 (pruned) and 1 (fully dense)")
+            raise ValueError(
+                f"target strength is {self.strength:g}; it must lie between 0 (pruned) and 1 (fully dense)"
+            )
 
 
 @dataclass(eq=False)

@@ -60,7 +60,7 @@ class ADMM:
             raise ValueError(f"search iterations are {self.search_iterations}; at least 1 is needed")
         if not 0 < self.penalty_start <= self.penalty_end < float("inf"):
             raise ValueError(
-                f"the penalty runs from {self.penalty_start:g} to {self.penalty_end:g}; it must be positive and not fall"
+                f"penalties run from {self.penalty_start:g} to {self.penalty_end:g}: they must be positive and not fall"
             )
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-3)")

@@ -163,7 +163,9 @@ class SweptRows:
         t = some_rows.gather(2, pruned[:, None, :].expand(-1, kept.shape[1], -1))
         diagonal = self.M.diagonal(dim1=1, dim2=2)
         A, S = -diagonal.gather(1, kept), diagonal.gather(1, pruned)
-        gain = _gain(t, self.v.gather(1, kept)[:, :, None], A[:, :, None], self.v.gather(1, pruned)[:, None, :], S[:, None, :])
+        gain = _gain(
+            t, self.v.gather(1, kept)[:, :, None], A[:, :, None], self.v.gather(1, pruned)[:, None, :], S[:, None, :]
+        )
         gain.masked_fill_(~(is_kept[:, :, None] & is_pruned[:, None, :]), -torch.inf)
         best, place = gain.flatten(1).max(1)
         i, j = place // pruned.shape[1], place % pruned.shape[1]

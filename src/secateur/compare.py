@@ -1,0 +1,269 @@
+"""Methods x patterns x seeds on one model, in the table that papers print; resumed cell by cell.
+
+A *recipe* is what a cell runs: an effort (`best`), a method (`sparsegpt`), or `llmcompressor-sparsegpt` and
+`llmcompressor-wanda`, with settings behind plus signs: `admm+refit=block+refit_passes=2`. Each cell is a process of its
+own, so that its peak memory is its own and a crash costs one cell. Every cell that ends is written at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint import read_json
+from secateur.pattern import parse_pattern
+
+RESULTS = "compare.json"
+DENSE = "dense"
+PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every cell of a table shares. A file of results holds one such set.
+
+    Args:
+        model: folder, GGUF file, hub name or `smollm2`.
+        calibration: text source, or None for the shipped text.
+        texts: evaluation texts, each a column; empty = the shipped one.
+        tasks: lm-evaluation-harness tasks, each a column.
+        device: as for `prune`.
+    """
+
+    model: str
+    calibration: str | None = None
+    samples: int = 128
+    seq_len: int | None = None
+    texts: tuple[str, ...] = ()
+    eval_seq_len: int | None = None
+    max_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_dir: str | None = None
+    task_limit: int | None = None
+    device: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for cells to stand in one table: file names count, folders and devices don't."""
+        values = asdict(self) | {
+            "calibration": _short(self.calibration),
+            "texts": [_short(text) for text in self.texts],
+        }
+        return {name: values[name] for name in values if name not in ("task_dir", "device", "tasks")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a recipe at a pattern with a seed. The dense model has neither."""
+
+    recipe: str
+    pattern: str | None = None
+    seed: int | None = None
+
+    @property
+    def key(self) -> str:
+        return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
+
+
+@dataclass
+class Comparison:
+    """A table's settings, environment and cells, as `compare.json` holds them."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def compare(
+    settings: Settings,
+    recipes: Sequence[str],
+    patterns: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    peer_python: Path | None = None,
+    tasks_for_seeds: Sequence[int] | None = None,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Run every cell that `out` doesn't hold yet; returns the whole table.
+
+    Args:
+        out: folder of `compare.json`, which is rewritten after each cell.
+        peer_python: the interpreter of an environment with llm-compressor, for its recipes.
+        tasks_for_seeds: seeds whose cells also run the tasks; None = all.
+        say: told of each cell, before and after.
+
+    Raises:
+        ValueError: a recipe, pattern or setting that is wrong, results in `out` made with other settings, or a cell
+            that failed; the cells before it are kept.
+    """
+    for recipe in recipes:
+        check_recipe(recipe, peer_python)
+    names = [str(parse_pattern(pattern)) for pattern in patterns]
+    wanted = [Cell(DENSE)] + [Cell(recipe, pattern, seed) for seed in seeds for pattern in names for recipe in recipes]
+    table = _open(out, settings)
+    for number, cell in enumerate(wanted, 1):
+        with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
+        tasks = settings.tasks if with_tasks else ()
+        done = table.cells.get(cell.key)
+        if done is not None and set(tasks) <= set(done.get("tasks", {})):
+            continue
+        say(f"cell {number} of {len(wanted)}: {cell.key}")
+        table.cells[cell.key] = _in_own_process(settings, cell, tasks, peer_python)
+        table.environment, table.command = _environment(), " ".join(["secateur", *sys.argv[1:]])
+        write_whole(out / RESULTS, json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n")
+        say(f"  {_summary(table.cells[cell.key])}")
+    return table
+
+
+def parse_recipe(recipe: str) -> dict[str, Any]:
+    """`best+refit_passes=4` -> the keyword arguments of `prune`; values that read as JSON are that."""
+    from secateur.recipe import EFFORTS
+
+    head, *parts = recipe.split("+")
+    arguments: dict[str, Any] = {"effort" if head in EFFORTS else "method": head}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"recipe {recipe!r}: {part!r} is no NAME=VALUE")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
+
+
+def check_recipe(recipe: str, peer_python: Path | None) -> None:
+    """Raise ValueError for a recipe that can't be run, before anything is."""
+    from secateur.recipe import make_plan
+
+    if recipe in PEERS:
+        if peer_python is None:
+            raise ValueError(
+                f"{recipe} runs in an environment of its own: python -m venv PEER; PEER/bin/pip install llmcompressor; "
+                f"then pass --peer-python PEER/bin/python"
+            )
+        return
+    arguments = parse_recipe(recipe)
+    make_plan(parse_pattern("2:4"), arguments.pop("effort", None), arguments)
+
+
+def _open(out: Path, settings: Settings) -> Comparison:
+    path = out / RESULTS
+    identity = json.loads(json.dumps(settings.identity()))
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        return Comparison(identity)
+    found = read_json(path, "")
+    if found.get("settings") != identity:
+        differs = sorted(name for name in identity if found.get("settings", {}).get(name) != identity[name])
+        raise ValueError(
+            f"{path} was made with other settings ({', '.join(differs)}): cells of one table must share them. Choose "
+            f"another --out, or the same settings"
+        )
+    return Comparison(**found)
+
+
+def _in_own_process(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None) -> dict[str, Any]:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
+
+
+def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None = None) -> dict[str, Any]:
+    """Prune a fresh copy of the model in memory, and evaluate it.
+
+    Returns:
+        `perplexity` by text, `tasks` by name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
+        pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
+    """
+    import torch
+
+    from secateur.api import default_device, evaluate, prune
+    from secateur.checkpoint import load
+    from secateur.tasks import run_tasks
+
+    device = settings.device or default_device()
+    found: dict[str, Any] = {}
+    if cell.recipe in PEERS:
+        from secateur.peers import prune_by_llmcompressor
+
+        assert peer_python is not None
+        checkpoint, found = prune_by_llmcompressor(settings, cell, peer_python, device)
+    else:
+        checkpoint = load(settings.model, device)
+        if cell.recipe != DENSE:
+            report = prune(
+                checkpoint.model,
+                pattern=str(cell.pattern),
+                calibration=settings.calibration,
+                samples=settings.samples,
+                seq_len=settings.seq_len,
+                seed=cell.seed or 0,
+                tokenizer=checkpoint.tokenizer,
+                **parse_recipe(cell.recipe),
+            )
+            found = {
+                "layer_error": report.mean_relative_error,
+                "sparsity": report.sparsity,
+                "seconds": report.seconds,
+                "peak_memory": _peak_memory(torch, device),
+            }
+    started = time.perf_counter()
+    found["perplexity"] = {
+        _short(text): evaluate(
+            checkpoint.model,
+            text,
+            seq_len=settings.eval_seq_len,
+            max_tokens=settings.max_tokens,
+            tokenizer=checkpoint.tokenizer,
+        )["perplexity"]
+        for text in (settings.texts or (None,))
+    }
+    if tasks:
+        by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
+        found["tasks"] = by_name
+    return found | {"eval_seconds": time.perf_counter() - started}
+
+
+def _peak_memory(torch: Any, device: str) -> int:
+    """Bytes: of the GPU where that is the device, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _summary(cell: dict[str, Any]) -> str:
+    parts = [f"{text} {value:.2f}" for text, value in cell["perplexity"].items()]
+    if "seconds" in cell:
+        parts.append(f"pruned in {cell['seconds']:.0f} s")
+    return ", ".join([*parts, f"evaluated in {cell['eval_seconds']:.0f} s"])
+
+
+def _short(text: str | None) -> str:
+    return "shipped text" if text is None else Path(text).name
+
+
+def _environment() -> dict[str, Any]:
+    from secateur.export import environment
+
+    return environment()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)  # noqa: PTH105 - atomic, also where the target exists

@@ -1,0 +1,68 @@
+"""Zero-shot tasks by lm-evaluation-harness (the extra `eval`), on a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# The figure that papers quote, where a task has several.
+PREFERRED = ("acc_norm,none", "acc,none", "exact_match,none")
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    task_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, dict[str, float]]:
+    """The harness's figures: task -> metric -> value, as `simple_evaluate` gives them, without its error estimates.
+
+    Args:
+        tasks: names that the harness knows, or that YAML files in `task_dir` define.
+        task_dir: a folder of YAML tasks. The harness's own tasks stay known beside them.
+        limit: take the first documents of each task only.
+
+    Raises:
+        ValueError: the extra is missing, or a task is unknown.
+    """
+    try:
+        harness: Any = import_module("lm_eval")
+        models: Any = import_module("lm_eval.models.huggingface")
+        task_index: Any = import_module("lm_eval.tasks")
+    except ImportError as error:
+        raise ValueError("tasks need the `eval` extra: pip install 'secateur[eval]'") from error
+    if limit is not None and limit < 1:
+        raise ValueError(f"task limit is {limit}; it must be at least 1")
+    if task_dir is not None and not Path(task_dir).is_dir():
+        raise ValueError(f"task-dir {task_dir} is no folder: give one that holds the YAML files of your tasks")
+    manager = task_index.TaskManager(include_path=None if task_dir is None else str(task_dir))
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        where = f" and no YAML file in {task_dir} defines it" if task_dir else " (local ones: --task-dir)"
+        raise ValueError(f"task {unknown[0]!r} is not known to lm-evaluation-harness{where}")
+    done = harness.simple_evaluate(
+        model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+        verbosity="ERROR",
+    )
+    return {task: _figures(values) for task, values in done["results"].items()}
+
+
+def headline(figures: dict[str, float]) -> float:
+    """The one figure of a task that tables show: normalised accuracy where there is one, else accuracy."""
+    return next((figures[name] for name in PREFERRED if name in figures), next(iter(figures.values())))
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if "," in name and "_stderr" not in name and isinstance(value, int | float)
+    }
