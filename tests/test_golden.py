@@ -54,3 +54,15 @@ def test_joint_mask_is_at_most_single_for_2_4_over_both_matrices(shared):
         for mask in total:
             total[mask] += error(W, H, "2:4", mask=mask, compensation="M", block=128)
     assert total["M"] <= total["S"]
+
+
+@golden_case
+def test_joint_mask_search_is_at_most_alps(shared, name, pattern):
+    W, H, figures = load(shared, name)
+    assert error(W, H, pattern, method="admm") <= figures[pattern]["alps"]
+
+
+def test_exchanges_end_a_percent_under_alps(shared):
+    """The other three cells take longer and are in benchmarks/golden.py."""
+    W, H, figures = load(shared, "smollm2-l10-v_proj")
+    assert error(W, H, "2:4", method="admm", refine="swap") <= 0.99 * figures["2:4"]["alps"]

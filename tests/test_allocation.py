@@ -1,0 +1,157 @@
+"""Allocation: exact totals, bounds, optimality, and the sensitivity behind it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_model, tokens
+
+import secateur
+from secateur import allocation as al
+from secateur.model import find_blocks
+from secateur.pattern import NM, Unstructured
+from secateur.sensitivity import output_sensitivity
+
+GRID = list(al.LEVELS)
+
+
+def curve(steepness, weights, scale=1.0):
+    return al._Curve(GRID, [scale * level**steepness for level in GRID], weights)
+
+
+def total_zeros(patterns, curves):
+    return sum(pattern.num_pruned(1, curves[name].weights) for name, pattern in patterns.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.5, 8), st.integers(1, 5000), st.floats(1e-6, 1e6)), min_size=1, max_size=8),
+    st.floats(0.0, 1.0),
+    st.floats(0.01, 0.5),
+)
+def test_totals_are_exact_and_bounds_hold(shapes, sparsity, spread):
+    curves = {str(index): curve(*shape) for index, shape in enumerate(shapes)}
+    patterns = al._minimise(curves, Unstructured(sparsity), spread)
+    everything = sum(each.weights for each in curves.values())
+    assert total_zeros(patterns, curves) == round(sparsity * everything)
+    for name, pattern in patterns.items():
+        slack = (len(curves) + 1) / curves[name].weights  # whole weights
+        assert sparsity - spread - slack <= pattern.sparsity <= sparsity + spread + slack
+
+
+def test_minimum_is_that_of_brute_force():
+    curves = {"a": curve(3, 1000), "b": curve(3, 1000, scale=8), "c": curve(6, 2000)}
+    patterns = al._minimise(curves, Unstructured(0.5), 0.45)
+
+    def summed(a, b):
+        c = (0.5 * 4000 - 1000 * (a + b)) / 2000
+        if not 0.05 <= c <= 0.95:
+            return float("inf")
+        shares = {"a": a, "b": b, "c": c}
+        each = (al._interpolated(curves[n], torch.tensor([s], dtype=torch.float64)) for n, s in shares.items())
+        return float(sum(each))
+
+    steps = [0.05 + 0.01 * k for k in range(91)]
+    best = min(summed(a, b) for a in steps for b in steps)
+    assert summed(patterns["a"].sparsity, patterns["b"].sparsity) <= best * 1.01
+    assert patterns["a"].sparsity > patterns["b"].sparsity, "the cheaper matrix loses more"
+
+
+def test_n_m_levels_are_exchanged_between_matrices_of_one_size():
+    def levels(scale, weights=64):
+        return al._Curve([0.25, 0.5, 0.75], [scale * 1.0, scale * 2.0, scale * 8.0], weights)
+
+    curves = {"cheap": levels(0.01), "dear": levels(1.0), "other": levels(5.0, weights=128)}
+    patterns = al._exchange_levels(curves, NM(2, 4), spread=0.25)
+    assert patterns == {"cheap": NM(1, 4), "dear": NM(3, 4), "other": NM(2, 4)}
+    assert set(al._exchange_levels(curves, NM(2, 4), spread=0.2).values()) == {NM(2, 4)}
+
+
+def prune(**options):
+    model = tiny_model("llama")
+    return model, secateur.prune(model, method="mrp", calibration=tokens(), **options)
+
+
+@pytest.mark.parametrize("rule", ["owl", "curve"])
+def test_a_run_has_exactly_the_zeros_of_a_uniform_one(rule):
+    model, report = prune(pattern="60%", allocation=rule)
+    weights = sum(matrix.rows * matrix.columns for matrix in report.matrices)
+    assert sum(matrix.zeros for matrix in report.matrices) == round(0.6 * weights)
+    assert len({matrix.pattern for matrix in report.matrices}) > 1
+    for matrix in report.matrices:
+        assert int((model.get_parameter(matrix.name + ".weight") == 0).sum()) == matrix.zeros
+        assert abs(matrix.sparsity - 0.6) <= 0.15 + 1e-3
+
+
+def test_a_mixed_n_m_run_keeps_the_mean_and_every_pattern():
+    model, report = prune(pattern="2:4", allocation="curve", allocation_spread=0.25)
+    assert report.sparsity == 0.5
+    assert {matrix.pattern for matrix in report.matrices} > {"2:4"}
+    for matrix in report.matrices:
+        zero = model.get_parameter(matrix.name + ".weight").data == 0
+        assert secateur.parse_pattern(matrix.pattern).is_met_by(zero)
+
+
+def test_owl_spares_blocks_with_outliers_and_refuses_n_m():
+    measured = {f"layers.{block}.w": al._Outliers(1000, share) for block, share in enumerate((0.0, 0.01, 0.1))}
+    patterns = al._by_outliers(measured, Unstructured(0.7), al.Allocation("owl", spread=0.1))
+    shares = [pattern.sparsity for pattern in patterns.values()]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) / 3 == pytest.approx(0.7)
+    with pytest.raises(ValueError, match="owl has no form for 2:4"):
+        prune(pattern="2:4", allocation="owl")
+
+
+def test_curve_is_the_loss_of_a_real_refit():
+    """A curve's point equals what a solver with the same mask loses, to the curve's tolerance."""
+    from helpers import problem, refit_oracle
+
+    from secateur.gram import Gram
+
+    W, H = problem(rows=24, columns=48)
+    sensitivity = torch.linspace(0.1, 2.0, 24, dtype=torch.float64)
+    gram = Gram(H, 1)
+    found = al.loss_curve(W, gram, sensitivity, Unstructured(0.5))
+    scaled = W * sensitivity.sqrt()[:, None]
+    score = scaled.square() / gram.damped(0.01).U.square().sum(0)
+    keep = torch.ones_like(score, dtype=torch.bool)
+    keep.view(-1)[score.flatten().argsort()[: round(0.5 * score.numel())]] = False
+    D = refit_oracle(scaled, H, keep) - scaled
+    assert found.losses[GRID.index(0.5)] == pytest.approx(float(((D @ H) * D).sum()), rel=0.05)
+    assert found.losses == sorted(found.losses)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
+    model = tiny_model(family).eval()
+    batches = [{"input_ids": ids} for ids in tokens(4)]
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        found = output_sensitivity(model, blocks, batches, windows=3, seed=7)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    seen: dict[str, list[torch.Tensor]] = {}
+    for block in blocks:
+        for matrix in block.matrices:
+            module = model.get_submodule(matrix.name)
+            module.register_full_backward_hook(
+                lambda _m, _i, out, name=matrix.name: seen.setdefault(name, []).append(out[0].flatten(0, -2))
+            )
+    generator = torch.Generator().manual_seed(7)
+    for ids in torch.cat([batch["input_ids"] for batch in batches])[:3]:
+        logits = model(ids[None], use_cache=False).logits[0]
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for name, squares in found.items():
+        assert torch.allclose(squares, torch.cat(seen[name]).square().mean(0), rtol=1e-3, atol=1e-9), name
+
+
+def test_allocation_changes_nothing_before_pruning():
+    """The same masks follow whether or not the loss curves were measured first."""
+    plain, _ = prune(pattern="50%")
+    before = copy.deepcopy(plain.state_dict())
+    again, _ = prune(pattern="50%", allocation="uniform")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in before.items())

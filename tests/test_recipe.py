@@ -1,0 +1,58 @@
+"""Presets, and what is given over them."""
+
+from __future__ import annotations
+
+import pytest
+
+from secateur.pattern import Unstructured
+from secateur.recipe import EFFORTS, describe, make_plan
+
+HALF = Unstructured(0.5)
+
+
+def described(effort=None, **settings):
+    return describe(make_plan(HALF, effort, settings))
+
+
+def test_balanced_is_the_default_and_each_effort_sets_its_method():
+    assert described() == described("balanced")
+    for effort, preset in EFFORTS.items():
+        assert described(effort)["method"] == preset["method"]
+
+
+def test_a_method_that_is_named_stands_alone():
+    alone = described(method="sparsegpt")
+    assert (alone["refit"], alone["allocation"], alone["target"]) == ("none", "uniform", "pruned")
+
+
+def test_what_is_given_wins_over_the_effort():
+    changed = described("best", method="sparsegpt", refit_passes=3)
+    assert changed["method"] == "sparsegpt"
+    assert changed["refit"]["passes"] == 3
+    assert changed["allocation"] == described("best")["allocation"]
+    assert described("best", refit="none")["refit"] == "none"
+    assert described("best", damping=0.05)["options"]["damping"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("effort", "settings", "message"),
+    [
+        ("great", {}, "effort is 'great'; it must be one of fast, balanced, best"),
+        (None, {"method": "mrp", "refit": "whole"}, "refit is 'whole'; it must be one of none, block"),
+        (None, {"method": "mrp", "refine": "swaps"}, "refine is 'swaps'"),
+        (None, {"method": "mrp", "target": "sparse"}, "target is 'sparse'"),
+        (None, {"method": "mrp", "target": "dense", "target_strength": 2.0}, "target strength is 2"),
+        (None, {"method": "mrp", "allocation": "even"}, "allocation is 'even'"),
+        (None, {"method": "mrp", "refit_passes": 2}, "refit_passes is given, but refit is off"),
+        (None, {"method": "mrp", "max_swaps": 2}, "max_swaps is given, but refine is off"),
+        (None, {"method": "mrp", "refit": "block", "refit_rate": 3.0}, "refit rate is 3"),
+        (None, {"method": "mrp", "refit": "block", "refit_passes": -1}, "refit passes are -1"),
+        (None, {"method": "mrp", "refine": "swap", "max_swaps": 0}, "max swaps are 0"),
+        (None, {"method": "mrp", "search_iterations": 3}, "method mrp has no option 'search_iterations'"),
+        (None, {"method": "admm", "penalty_start": 2.0}, "penalties run from 2 to 0.7"),
+        (None, {"method": "admm", "search_iterations": 0}, "search iterations are 0"),
+    ],
+)
+def test_bad_settings_are_named(effort, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(HALF, effort, settings)

@@ -1,0 +1,104 @@
+"""The block refit: exact masks, never worse on held-out batches, nothing else touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import tiny_model, tokens
+
+import secateur
+from secateur import api
+from secateur.capture import survey
+from secateur.engine import run
+from secateur.model import find_blocks
+from secateur.pattern import parse_pattern
+from secateur.recipe import make_plan
+from secateur.refit import BlockRefit, refit_block
+
+
+def pruned(family="llama", pattern="2:4", dtype=torch.float32, **options):
+    model = tiny_model(family, dtype)
+    settings = {"method": "mrp", "refit": "block", "refit_passes": 4} | options
+    return model, secateur.prune(model, pattern=pattern, calibration=tokens(16), **settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "bloom", "phi3"])
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_masks_stay_exact_and_only_pruned_matrices_move(family, pattern):
+    dense = copy.deepcopy(tiny_model(family).state_dict())
+    plain, _ = pruned(family, pattern, refit="none", refit_passes=None)
+    model, report = pruned(family, pattern)
+    names = {f"{matrix.name}.weight" for matrix in report.matrices}
+    for name, tensor in model.state_dict().items():
+        if name not in names:
+            assert torch.equal(tensor, dense[name]), name
+    first = report.matrices[0]  # later ones see other inputs
+    zeros = [model.get_parameter(first.name + ".weight").data == 0 for model in (model, plain)]
+    assert torch.equal(*zeros)
+    assert any(block.best_pass > 0 for block in report.blocks)
+    assert int(zeros[0].sum()) == first.zeros == parse_pattern(pattern).num_pruned(first.rows, first.columns)
+
+
+def test_no_block_is_worse_on_held_out_batches_and_some_are_better():
+    _, report = pruned()
+    assert len(report.blocks) == 2
+    for block in report.blocks:
+        assert block.held_out_after <= block.held_out_before
+        assert (block.held_out_after < block.held_out_before) == (block.best_pass > 0)
+    assert report.blocks[0].held_out_after < 0.99 * report.blocks[0].held_out_before
+
+
+def test_a_rate_that_ruins_every_pass_leaves_the_weights_as_solved():
+    plain, _ = pruned(refit="none", refit_passes=None)
+    ruined, report = pruned(refit_rate=0.9, refit_passes=2)
+    assert [block.best_pass for block in report.blocks] == [0, 0]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(ruined.state_dict()[name], tensor)
+
+
+def test_same_seed_gives_the_same_bits_and_gradients_are_left_as_found():
+    first, _ = pruned(dtype=torch.bfloat16)
+    second, _ = pruned(dtype=torch.bfloat16)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in first.parameters())
+
+
+def test_excluded_matrices_are_not_refit():
+    dense = copy.deepcopy(tiny_model("llama").state_dict())
+    model, _ = pruned(exclude=["*.v_proj"])
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.self_attn.v_proj.weight"
+        assert torch.equal(model.state_dict()[name], dense[name])
+
+
+def test_objective_is_the_relative_error_of_each_token():
+    """Against a plain loop, with padded positions left out."""
+    model = tiny_model("llama").eval()
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens(4)]
+    batches[0]["attention_mask"][0, 20:] = 0
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        stream = survey(model, blocks, batches, api.no_progress)
+        stream.dense = list(stream.hidden)
+        targets = stream.outputs(blocks[0], of_dense=True)
+        for matrix in blocks[0].matrices:
+            matrix.stored.mul_(0.5)
+        outputs = stream.outputs(blocks[0])
+        figures = refit_block(blocks[0], stream, targets, BlockRefit(passes=0), seed=3)
+    held_out = int(torch.randperm(2, generator=torch.Generator().manual_seed(3))[0])
+    y, target = outputs[held_out], targets[held_out]
+    each = ((y - target) ** 2).sum(-1) / (target**2).sum(-1)
+    expected = each[batches[held_out]["attention_mask"].bool()].mean()
+    assert figures["held_out_before"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_one_batch_is_refused_before_anything_changes():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    plan = make_plan(parse_pattern("50%"), settings={"method": "mrp", "refit": "block"})
+    with pytest.raises(ValueError, match="needs 2 calibration batches or more"):
+        run(model, [{"input_ids": tokens(2)[0]}], plan, api.no_progress)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

@@ -1,0 +1,123 @@
+"""The dense and residual targets against least squares, and the detection of residual writes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import tiny_model, tokens
+
+import secateur
+from secateur import api
+from secateur.capture import survey
+from secateur.gram import Gram
+from secateur.model import find_blocks
+from secateur.target import DenseWeights, Moments, Target, aim, observe, write_gain
+
+
+def test_dense_target_is_the_least_squares_answer_to_drifted_inputs():
+    generator = torch.Generator().manual_seed(0)
+    W, Xd = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 12), (12, 400)))
+    Xp = Xd + 0.3 * torch.randn(12, 400, generator=generator, dtype=torch.float64)
+    gram, drift = Gram(Xp @ Xp.T / 400, 400), (Xd - Xp) @ Xp.T / 400
+    Wt = aim(W, Moments(gram, drift), Target("dense", strength=1.0, damping=1e-9))
+    assert torch.allclose(Wt, torch.linalg.lstsq(Xp.T, (W @ Xd).T).solution.T, rtol=1e-5)
+    half = aim(W, Moments(gram, drift), Target("dense", strength=0.5, damping=1e-9))
+    assert torch.allclose(half, (W + Wt) / 2, rtol=1e-6)
+    assert torch.equal(aim(W, Moments(gram, drift), Target("dense", strength=0.0)), W)
+
+
+def test_residual_target_takes_back_the_error_of_the_output():
+    generator = torch.Generator().manual_seed(0)
+    W, X, E = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 12), (12, 400), (5, 400)))
+    moments = Moments(Gram(X @ X.T / 400, 400), torch.zeros(12, 12, dtype=torch.float64), E @ X.T / 400)
+    Wt = aim(W, moments, Target("residual", strength=1.0, damping=1e-9), write_gain=0.5)
+    assert torch.allclose(Wt, W + torch.linalg.lstsq(X.T, E.T / 0.5).solution.T, rtol=1e-5, atol=1e-8)
+
+
+def prepared(family, **overrides):
+    model = tiny_model(family, **overrides).eval()
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        stream = survey(model, blocks, [{"input_ids": ids} for ids in tokens()], api.no_progress)
+    stream.dense = list(stream.hidden)
+    return blocks, stream
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "writes"),
+    [
+        ("llama", {}, {"down_proj": 1.0, "o_proj": 1.0}),
+        ("gpt2", {}, {"c_proj": 1.0}),
+        ("falcon", {}, {"dense_4h_to_h": 1.0, "dense": 1.0}),
+        ("gemma3", {}, {}),
+    ],
+)
+def test_writes_into_the_residual_stream_are_found(family, overrides, writes):
+    blocks, stream = prepared(family, **overrides)
+    found = {}
+    with torch.no_grad():
+        for group in stream.groups[blocks[0].name]:
+            for matrix, input_dim in group.members:
+                before = matrix.stored.clone()
+                gain = write_gain(blocks[0], stream, matrix, input_dim)
+                assert torch.equal(matrix.stored, before)
+                if gain is not None:
+                    found[matrix.name.rsplit(".", 1)[1]] = gain
+    assert set(found) == set(writes)
+    for name, gain in writes.items():
+        assert found[name] == pytest.approx(gain, abs=0.15)
+
+
+def test_moments_of_both_streams_equal_those_of_plain_hooks():
+    blocks, stream = prepared("llama")
+    block = blocks[0]
+    dense_hidden = [hidden + 0.1 * torch.randn_like(hidden) for hidden in stream.hidden]
+    stream.dense = dense_hidden
+    seen: list[torch.Tensor] = []
+    hook = block.module.self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense_outputs = stream.outputs(block, of_dense=True)
+        Xd, _ = torch.cat(seen), seen.clear()
+        outputs = stream.outputs(block)
+        Xp = torch.cat(seen)
+        hook.remove()
+        group = stream.groups[block.name][0]
+        found = observe(block, stream, [group], dense_outputs, DenseWeights(block), Target("residual"))
+    moments = found[group.leader.name]
+    E = torch.cat([(d - p).flatten(0, 1) for d, p in zip(dense_outputs, outputs, strict=True)])
+    assert torch.allclose(moments.gram.xx, Xp.T @ Xp / len(Xp), atol=1e-5)
+    assert torch.allclose(moments.drift, (Xd - Xp).T @ Xp / len(Xp), atol=1e-5)
+    assert torch.allclose(moments.error, E.T @ Xp / len(Xp), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+def test_full_strength_brings_outputs_nearer_to_the_dense_model(target):
+    """On the calibration tokens themselves, where a target must help if it is right."""
+    dense = tiny_model("llama").eval()
+    errors = {}
+    for name, settings in {"pruned": {}, target: {"target": target, "target_strength": 1.0}}.items():
+        model = copy.deepcopy(dense)
+        batches = tokens(64)
+        secateur.prune(model, pattern="50%", method="sparsegpt", calibration=batches, **settings)
+        with torch.no_grad():
+            pairs = [(model.model(ids)[0], dense.model(ids)[0]) for ids in batches]
+        errors[name] = sum(float((a - b).square().sum()) for a, b in pairs)
+    assert errors[target] < errors["pruned"]
+
+
+def test_strength_zero_is_the_pruned_target():
+    models = []
+    for settings in ({}, {"target": "dense", "target_strength": 0.0}):
+        model = tiny_model("llama")
+        secateur.prune(model, pattern="50%", method="mrp", calibration=tokens(), **settings)
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_routed_experts_have_no_dense_target(monkeypatch):
+    from test_engine import mixtral
+
+    with pytest.raises(ValueError, match="sees other tokens in the pruned model"):
+        secateur.prune(mixtral(), pattern="50%", method="magnitude", target="dense", calibration=tokens(32))
