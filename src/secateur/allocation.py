@@ -6,7 +6,7 @@ Shape legend: T tokens, R output rows, C input columns, L levels of sparsity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ class Allocation:
             `curve` = each matrix's loss is measured at a few sparsities, weighted by what the model's predictions feel
             of each output row, and the sum is minimised; the rows of a matrix compete for its weights by it too.
         spread: how far a matrix's sparsity may lie from the global one.
-        windows: calibration sequences behind the sensitivity that `curve` uses.
+        windows: calibration sequences that it looks at (all of them for the Gram matrices of experts, which see few
+            tokens each).
     """
 
     rule: str = "uniform"
@@ -77,8 +78,8 @@ def allocate(
 ) -> Allotment:
     """What each matrix gets. Nothing is changed, the stream's state included.
 
-    Cost: none for `uniform`; for the others a dense pass of every block with its Gram matrices, and for `curve` a
-    forward and a backward pass of the model over `windows` sequences and a refit of 64 rows a level and matrix.
+    Cost: none for `uniform`; for the others a dense pass of every block over `windows` sequences with its Gram
+    matrices, and for `curve` a backward pass over them too and a refit of 64 rows a level and matrix.
 
     Raises:
         ValueError: a rule that has no form for the pattern.
@@ -86,17 +87,18 @@ def allocate(
     matrices = [matrix for block in blocks for matrix in block.matrices]
     if allocation.rule == "uniform":
         return Allotment({matrix.name: pattern for matrix in matrices})
+    part = _first_sequences(stream, blocks, allocation.windows)
     if allocation.rule == "owl":
         if isinstance(pattern, NM):
             raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
-        measured = _over_dense_blocks(blocks, stream, _count_outliers, progress)
+        measured = _over_dense_blocks(blocks, part, _count_outliers, progress)
         return Allotment(_by_outliers(measured, pattern, allocation))
     sensitivity = output_sensitivity(model, blocks, batches, allocation.windows, seed)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
         return loss_curve(W, gram, sensitivity[name], pattern)
 
-    curves = _over_dense_blocks(blocks, stream, measure, progress)
+    curves = _over_dense_blocks(blocks, part, measure, progress)
     if isinstance(pattern, NM):
         return Allotment(_exchange_levels(curves, pattern, allocation.spread))
     scales = {name: _row_scale(squares) for name, squares in sensitivity.items()}
@@ -118,9 +120,11 @@ class _Curve:
     weights: int
 
 
-def _over_dense_blocks(blocks: Sequence[Block], stream: Stream, measure: Any, progress: Progress) -> dict[str, Any]:
-    """`measure(name, W, gram)` of every matrix in the dense model."""
-    before, measured = list(stream.hidden), {}
+def _over_dense_blocks(
+    blocks: Sequence[Block], stream: Stream, measure: Callable[[str, Tensor, Gram], Any], progress: Progress
+) -> dict[str, Any]:
+    """`measure(name, W, gram)` of every matrix in the dense model. The stream is used up."""
+    measured = {}
     for index, block in enumerate(blocks):
         grams = stream.observe(block, stream.groups[block.name])
         for group in stream.groups[block.name]:
@@ -129,12 +133,21 @@ def _over_dense_blocks(blocks: Sequence[Block], stream: Stream, measure: Any, pr
                 measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
         stream.hidden = stream.outputs(block)
         progress("allocation", index + 1, len(blocks))
-    stream.hidden = before
     return measured
 
 
+def _first_sequences(stream: Stream, blocks: Sequence[Block], windows: int) -> Stream:
+    """The stream's first batches, as many as hold `windows` sequences; all of them where there are experts."""
+    sizes = torch.tensor([len(hidden) for hidden in stream.hidden])
+    enough = int((sizes.cumsum(0) < windows).sum()) + 1
+    experts = any(matrix.index is not None for block in blocks for matrix in block.matrices)
+    count = len(sizes) if experts else min(enough, len(sizes))
+    calls = {name: calls[:count] for name, calls in stream.calls.items()}
+    return Stream(stream.hidden[:count], calls, stream.padding[:count], stream.groups)
+
+
 def loss_curve(W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, " R"], pattern: Pattern) -> _Curve:
-    """Loss `sum_r sensitivity_r (D H D^T)_rr` after a single-removal mask and the full-row refit, at several sparsities.
+    """Loss `sum_r sensitivity_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
 
     Measured on at most 64 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """

@@ -1,0 +1,126 @@
+"""The comparison: cells that resume, one table, and bad requests before any work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+from models import save_checkpoint
+
+from secateur import cli
+from secateur.compare import Comparison, Settings, compare, parse_recipe
+from secateur.table import tables, to_csv, to_html
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+
+
+@pytest.fixture
+def settings(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = str(tmp_path / "text.txt")
+    return Settings(
+        str(tmp_path / "model"), text, samples=8, seq_len=32, texts=(text,), eval_seq_len=32, max_tokens=320
+    )
+
+
+def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
+    said: list[str] = []
+    run = {"out": tmp_path / "out", "say": said.append}
+    first = compare(settings, ["sparsegpt"], ["50%"], [0], **run)
+    assert list(first.cells) == ["dense", "sparsegpt 50% 0"]
+    path = tmp_path / "out" / "compare.json"
+    written = json.loads(path.read_text())
+    assert written == first.to_dict()
+    cell = written["cells"]["sparsegpt 50% 0"]
+    assert cell["perplexity"]["text.txt"] != written["cells"]["dense"]["perplexity"]["text.txt"] > 1
+    assert 0 < cell["layer_error"] < 1
+    assert cell["sparsity"] == 0.5
+    assert cell["seconds"] > 0
+    assert cell["peak_memory"] > 1e7
+    said.clear()
+    second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
+    assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
+    assert second.cells["sparsegpt 50% 0"] == first.cells["sparsegpt 50% 0"], "kept with its measured time"
+    other = Settings(**(settings.__dict__ | {"samples": 4}))
+    with pytest.raises(ValueError, match=r"made with other settings \(samples\)"):
+        compare(other, ["sparsegpt"], ["50%"], [0], **run)
+    assert json.loads(path.read_text())["cells"].keys() == second.cells.keys()
+
+
+def comparison():
+    def cell(value, **more):
+        return {"perplexity": {"a.txt": value}, "eval_seconds": 1.0} | more
+
+    pruned = {"layer_error": 0.01, "sparsity": 0.5, "seconds": 10.0, "peak_memory": 2e9}
+    tasks = {"tasks": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.625}}}
+    return Comparison(
+        {"model": "<m>"},
+        cells={
+            "dense": cell(10.0, **tasks),
+            "sparsegpt 50% 0": cell(20.0, **pruned),
+            "mrp+refit=block 50% 0": cell(12.0, **pruned, **tasks),
+            "mrp+refit=block 50% 1": cell(14.0, **pruned),
+            "sparsegpt 2:4 0": cell(30.0, **pruned),
+        },
+    )
+
+
+def test_a_table_has_dense_first_and_means_with_spread_over_seeds():
+    found = tables(comparison())
+    assert list(found) == ["50%", "2:4"]
+    header, dense, sparsegpt, mrp = found["50%"]
+    assert header == ["method", "seeds", "ppl a.txt", "piqa", "layer error", "seconds", "memory GB"]
+    assert dense[:4] == ["dense", "", "10.00", "0.6250"]
+    assert sparsegpt == ["sparsegpt", "1", "20.00", "", "0.0100", "10", "2.00"]
+    assert mrp[:4] == ["mrp+refit=block", "2", "13.00 ± 1.41", "0.6250"]
+
+
+def test_csv_has_every_cell_and_html_is_escaped():
+    rows = list(csv.DictReader(to_csv(comparison()).splitlines()))
+    assert [(row["method"], row["pattern"], row["seed"]) for row in rows][3] == ("mrp+refit=block", "50%", "1")
+    assert rows[3]["ppl a.txt"] == "14.0"
+    page = to_html(comparison())
+    assert "&lt;m&gt;" in page
+    assert "<m>" not in page
+
+
+def test_recipes():
+    assert parse_recipe("best") == {"effort": "best"}
+    assert parse_recipe("mrp+refit=block+refit_passes=2") == {"method": "mrp", "refit": "block", "refit_passes": 2}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "patterns", "message"),
+    [
+        (["sparsegtp"], ["50%"], "unknown method 'sparsegtp'"),
+        (["mrp+refit"], ["50%"], "'refit' is no NAME=VALUE"),
+        (["mrp+colour=red"], ["50%"], "method mrp has no option 'colour'"),
+        (["mrp"], ["half"], "pattern 'half' is not understood"),
+        (["llmcompressor-wanda"], ["50%"], "runs in an environment of its own"),
+    ],
+)
+def test_bad_requests_are_named_before_any_work(settings, tmp_path, recipes, patterns, message):
+    with pytest.raises(ValueError, match=message):
+        compare(settings, recipes, patterns, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", settings.model, "--methods", "magnitude", "--patterns", "50%", "--seeds", "0,1"]
+    arguments += ["--calibration", settings.calibration, "--text", settings.texts[0], "--samples", "8"]
+    arguments += ["--seq-len", "32", "--eval-seq-len", "32", "--max-tokens", "320", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "magnitude" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"compare.json", "compare.csv", "compare.html"}
+    assert json.loads((out / "compare.json").read_text())["command"].startswith("secateur compare")
+    monkeypatch.setattr(sys, "argv", ["secateur", *arguments[:6], "--seeds", "one"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
