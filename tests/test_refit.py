@@ -21,7 +21,7 @@ from secateur.refit import BlockRefit, refit_block
 def pruned(family="llama", pattern="2:4", dtype=torch.float32, **options):
     model = tiny_model(family, dtype)
     settings = {"method": "mrp", "refit": "block", "refit_passes": 4} | options
-    return model, secateur.prune(model, pattern=pattern, calibration=tokens(16), **settings)
+    return model, secateur.prune(model, pattern=pattern, calibration=tokens(96), **settings)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "bloom", "phi3"])

@@ -40,14 +40,14 @@ class BlockRefit:
     """
 
     passes: int = 6
-    rate: float = 0.015
+    rate: float = 0.025
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         if self.passes < 0:
             raise ValueError(f"refit passes are {self.passes}; 0 or more are needed")
         if not 0 < self.rate < 1:
-            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.015)")
+            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.025)")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.125)")
 
@@ -133,16 +133,14 @@ class _Objective:
 
 
 class KeptWeights:
-    """fp32 masters of what a refit may move: the kept weights of the block's pruned matrices."""
+    """fp32 masters of what a refit may move: the kept weights of the block's pruned matrices.
+
+    Norms and biases stay: moving them too was measured to gain nothing.
+    """
 
     def __init__(self, block: Block) -> None:
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
-        if TRAIN_VECTORS:
-            self.parameters += [p for p in block.module.parameters() if p.ndim == 1]
-        self.kept = [
-            parameter.data != 0 if parameter.ndim > 1 else torch.ones_like(parameter.data)
-            for parameter in self.parameters
-        ]
+        self.kept = [parameter.data != 0 for parameter in self.parameters]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
         self.scales = [
             float((master.square().sum() / kept.sum().clamp_min(1)).sqrt())
@@ -181,6 +179,3 @@ class KeptWeights:
     def restore(self, snapshot: list[Tensor]) -> None:
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.data.copy_(saved)
-
-
-TRAIN_VECTORS = True
