@@ -163,6 +163,8 @@ def test_same_seed_same_bits_other_seed_other_bits(main, model, text, tmp_path):
 def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
     out = tmp_path / "out"
     options = (
+        "--method",
+        "mrp",
         "--block",
         "16",
         "--mask",
@@ -386,8 +388,16 @@ BAD_REQUESTS = {
     ("--method", "obs"): "unknown method 'obs'",
     ("--method", "wanda", "--block", "64"): "method wanda has no option 'block'",
     ("--block", "wide"): "--block is 'wide'",
-    ("--mask", "X"): "mask is 'X'",
-    ("--tolerance", "2"): "tolerance is 2",
+    ("--method", "mrp", "--mask", "X"): "mask is 'X'",
+    ("--mask", "M"): "method admm has no option 'mask'",
+    ("--effort", "huge"): "effort is 'huge'",
+    ("--refit", "half"): "refit is 'half'",
+    ("--target", "half"): "target is 'half'",
+    ("--refine", "half"): "refine is 'half'",
+    ("--allocation", "half"): "allocation is 'half'",
+    ("--allocation", "owl", "--pattern", "2:4"): "owl has no form for 2:4",
+    ("--samples", "1"): "needs 2 calibration batches or more",
+    ("--tolerance", "2"): "tolerance is 2.0",
     ("--option", "novalue"): "write NAME=VALUE",
     ("--option", "samples=4"): "--option can't set samples",
     ("--max-shard-size", "abc"): "max-shard-size is 'abc'",

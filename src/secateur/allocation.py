@@ -43,14 +43,14 @@ class Allocation:
     """
 
     rule: str = "uniform"
-    spread: float = 0.15
+    spread: float = 0.3
     windows: int = 8
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"allocation is {self.rule!r}; it must be one of {', '.join(RULES)}")
         if not 0 < self.spread < 1:
-            raise ValueError(f"allocation spread is {self.spread:g}; it must lie between 0 and 1 (default 0.15)")
+            raise ValueError(f"allocation spread is {self.spread:g}; it must lie between 0 and 1 (default 0.3)")
         if self.windows < 1:
             raise ValueError(f"allocation windows are {self.windows}; at least 1 is needed")
 

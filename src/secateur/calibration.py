@@ -23,7 +23,8 @@ from secateur.capture import Batch
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024  # small, as the block refit takes one step a batch
+MIN_BATCHES = 8  # where there are as many windows
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template
 
@@ -76,7 +77,7 @@ def calibrate(
     notices = []
     if len(drawn) < samples:
         notices.append(f"{_name(source)} holds {len(drawn)} windows of {length} tokens; {samples} were asked for")
-    size = max(1, BATCH_TOKENS // length)
+    size = max(1, min(BATCH_TOKENS // length, len(drawn) // MIN_BATCHES))
     batches: list[Batch] = [{"input_ids": part} for part in drawn.split(size)]
     origin = {"source": _name(source), "samples": len(drawn), "seq_len": length, "seed": seed}
     return Calibration(batches, origin | {"sha256": _digest(batches)}, notices)

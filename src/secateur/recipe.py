@@ -9,18 +9,25 @@ import torch
 
 from secateur.allocation import Allocation
 from secateur.engine import Plan
-from secateur.pattern import Pattern
+from secateur.pattern import NM, Pattern
 from secateur.refit import BlockRefit
 from secateur.solvers import make_solver
 from secateur.solvers.swap import Swaps
 from secateur.target import Target
 
 DEFAULT_EFFORT = "balanced"
-# Chosen by measurement: docs/benchmarks.md.
+# Chosen by measurement: docs/benchmarks.md. An allocation here is for unstructured patterns: to mix n:m patterns, which
+# hardware for one of them can't run, has to be asked for.
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "mrp"},
-    "balanced": {"method": "admm", "search_iterations": 20, "refit": "block", "refit_passes": 2},
-    "best": {"method": "admm", "refit": "block", "refit_passes": 6, "allocation": "curve"},
+    "balanced": {"method": "mrp", "refit": "block", "refit_passes": 2, "allocation": "curve"},
+    "best": {
+        "method": "admm",
+        "search_iterations": 24,
+        "refit": "block",
+        "refit_passes": 4,
+        "allocation": "curve",
+    },
 }
 # Setting -> (choice that turns its step on, field of the step's dataclass).
 _STEP_FIELDS: dict[str, dict[str, str]] = {
@@ -51,7 +58,7 @@ def make_plan(
         ValueError: an unknown effort, choice or option, a value out of range, or a setting of a step that is off.
     """
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    chosen = _preset(effort, given) | given
+    chosen = _preset(effort, given, pattern) | given
     method = chosen.pop("method")
     steps = {step: chosen.pop(step, None) for step in _STEP_FIELDS}
     _check(steps["refine"], "refine", ("none", "swap"))
@@ -84,7 +91,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     return recipe
 
 
-def _preset(effort: str | None, given: dict[str, Any]) -> dict[str, Any]:
+def _preset(effort: str | None, given: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
     """What the effort says, but for what belongs to choices that are given otherwise."""
     if effort is not None and effort not in EFFORTS:
         raise ValueError(f"effort is {effort!r}; it must be one of {', '.join(EFFORTS)}")
@@ -92,10 +99,12 @@ def _preset(effort: str | None, given: dict[str, Any]) -> dict[str, Any]:
         return {}
     preset = EFFORTS[effort or DEFAULT_EFFORT]
     changed = {name for name in ("method", *_STEP_FIELDS) if name in given and given[name] != preset.get(name)}
+    if isinstance(pattern, NM):
+        changed.add("allocation")
     dropped = {field for step in changed & set(_STEP_FIELDS) for field in _STEP_FIELDS[step]}
     if "method" in changed:
         dropped |= set(preset) - SETTINGS
-    return {name: value for name, value in preset.items() if name not in dropped}
+    return {name: value for name, value in preset.items() if name not in dropped | changed}
 
 
 def _check(value: str | None, name: str, choices: tuple[str, ...]) -> None:

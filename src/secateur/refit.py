@@ -39,7 +39,7 @@ class BlockRefit:
             the solver's own among them, so a block never ends worse on them than it began.
     """
 
-    passes: int = 6
+    passes: int = 4
     rate: float = 0.025
     held_out: float = 0.125
 

@@ -37,5 +37,7 @@ def make_solver(method: str, options: dict[str, Any] | None = None) -> Solver:
     known = [field.name for field in dataclasses.fields(table[method])]
     if unknown := sorted(set(options) - set(known)):
         has = f"its options are {', '.join(known)}" if known else "it has no options"
-        raise ValueError(f"method {method} has no option {', '.join(map(repr, unknown))}: {has}")
+        others = [name for name in table if unknown[0] in {field.name for field in dataclasses.fields(table[name])}]
+        hint = f" ({unknown[0]} belongs to {', '.join(others)}: name the method)" if others else ""
+        raise ValueError(f"method {method} has no option {', '.join(map(repr, unknown))}: {has}{hint}")
     return table[method](**options)

@@ -1,0 +1,211 @@
+"""Write docs/benchmarks.md, its picture and the README's table from what `secateur compare` wrote; or `--check` them.
+
+    python docs/make_benchmarks.py
+
+Each folder of benchmarks/results/compare/ holds one comparison. No number is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from secateur.compare import Comparison
+from secateur.table import tables
+from secateur.tasks import headline
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compare"
+PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perplexity.svg", ROOT / "README.md"
+NOTES = ROOT / "docs" / "benchmarks-notes.md"
+BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
+MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
+ROWS = {"sparsegpt": "sparsegpt", "fast": "--effort fast", "balanced": "--effort balanced (default)", "best": "--effort best"}
+
+
+def read(name: str) -> Comparison:
+    return Comparison(**json.loads((RESULTS / name / "compare.json").read_text(encoding="utf-8")))
+
+
+def names() -> list[str]:
+    return sorted((path.parent.name for path in RESULTS.glob("*/compare.json")), key=lambda name: (name != MAIN, name))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *rest = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def cells(comparison: Comparison, recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
+    """Seed -> cell."""
+    return {
+        key.rsplit(" ", 2)[2]: cell
+        for key, cell in comparison.cells.items()
+        if key != "dense" and key.rsplit(" ", 2)[:2] == [recipe, pattern]
+    }
+
+
+def patterns_of(comparison: Comparison) -> list[str]:
+    return list(tables(comparison))
+
+
+def recipes_of(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(key.rsplit(" ", 2)[0] for key in comparison.cells if key != "dense"))
+
+
+def gap_closed(comparison: Comparison, recipe: str, pattern: str, text: str) -> list[float]:
+    """(ppl_sparsegpt - ppl_ours) / (ppl_sparsegpt - ppl_dense) for each seed that both were run with."""
+    dense = comparison.cells["dense"]["perplexity"][text]
+    base, ours = cells(comparison, "sparsegpt", pattern), cells(comparison, recipe, pattern)
+    return [
+        (base[seed]["perplexity"][text] - ours[seed]["perplexity"][text]) / (base[seed]["perplexity"][text] - dense)
+        for seed in ours
+        if seed in base
+    ]
+
+
+def gap_table(comparison: Comparison) -> str:
+    texts = list(comparison.cells["dense"]["perplexity"])
+    patterns = patterns_of(comparison)
+    rows = [["gap closed", *(f"{pattern}, {text}" for pattern in patterns for text in texts)]]
+    for recipe in recipes_of(comparison):
+        if recipe != "sparsegpt":
+            shares = (gap_closed(comparison, recipe, pattern, text) for pattern in patterns for text in texts)
+            rows.append([recipe, *(spread(values) for values in shares)])
+    return markdown(rows)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def task_table(comparison: Comparison) -> str:
+    """Tasks minus sparsegpt's, with the sum of all."""
+    rows: list[list[str]] = []
+    for pattern in patterns_of(comparison):
+        base = next((cell for cell in cells(comparison, "sparsegpt", pattern).values() if "tasks" in cell), None)
+        for recipe in recipes_of(comparison):
+            mine = next((cell for cell in cells(comparison, recipe, pattern).values() if "tasks" in cell), None)
+            if mine is not None and base is not None and recipe != "sparsegpt":
+                tasks = {name: headline(values) - headline(base["tasks"][name]) for name, values in mine["tasks"].items()}
+                rows.append([f"{recipe}, {pattern}", *(f"{value:+.4f}" for value in tasks.values())])
+                head = ["accuracy minus sparsegpt's", *tasks]
+    return markdown([head, *rows]) if rows else ""
+
+
+def settings_line(comparison: Comparison) -> str:
+    s, where = comparison.settings, comparison.environment
+    return (
+        f"SmolLM2-135M-Instruct, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
+        f"{s['max_tokens']} tokens of each text in windows of {s['eval_seq_len'] or 1024}; torch {where['torch']}, transformers "
+        f"{where['transformers']}, {where['threads']} threads."
+    )
+
+
+def section(name: str) -> str:
+    comparison = read(name)
+    parts = [f"## {name}", settings_line(comparison)]
+    parts += [f"### {pattern}\n\n{markdown(rows)}" for pattern, rows in tables(comparison).items()]
+    if "sparsegpt" in recipes_of(comparison) and len(recipes_of(comparison)) > 1:
+        parts.append(gap_table(comparison))
+    if task_text := task_table(comparison):
+        parts.append(task_text)
+    parts.append(f"    {command(comparison)}")
+    return "\n\n".join(parts)
+
+
+def command(comparison: Comparison) -> str:
+    """The command without the paths of the machine it ran on."""
+    return re.sub(r"\S*/shared/data/", "TEXTS/", comparison.command).replace(str(ROOT) + "/", "")
+
+
+def page() -> str:
+    """docs/benchmarks.md."""
+    return (
+        f"""# Benchmarks
+
+Written by `python docs/make_benchmarks.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
+`TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; the tasks come from
+`python benchmarks/make_tasks.py`. Means over seeds, with the sample standard deviation where there are several.
+*Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
+Seconds are those of pruning alone, on a machine that at times did other work; the folder `timing` was measured on a quiet one.
+
+![perplexity](perplexity.svg)
+
+"""
+        + "\n\n".join(section(name) for name in names())
+        + "\n\n"
+        + NOTES.read_text(encoding="utf-8")
+    )
+
+
+def readme_table() -> str:
+    comparison = read(MAIN)
+    patterns = patterns_of(comparison)
+    dense = comparison.cells["dense"]["perplexity"][TEXT]
+    timing = read("timing") if (RESULTS / "timing" / "compare.json").is_file() else comparison
+    rows = [["perplexity", *patterns, "seconds"], ["dense", *[f"{dense:.2f}"] * len(patterns), ""]]
+    for recipe, label in ROWS.items():
+        values = [[c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values()] for pattern in patterns]
+        seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
+        rows.append([label, *(spread(each) for each in values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
+    return markdown(rows)
+
+
+def readme() -> str:
+    """The README with its table renewed."""
+    block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
+        " {}", f" Here: {TEXT}; seconds at 50%."
+    )
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def draw() -> None:
+    """The picture: perplexity by method, one group of bars a pattern."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "secateur"
+    import matplotlib.pyplot as plt
+
+    comparison = read(MAIN)
+    patterns = patterns_of(comparison)
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    colours = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
+    for offset, (recipe, colour) in enumerate(colours.items()):
+        means = [
+            statistics.mean(c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values())
+            if cells(comparison, recipe, pattern)
+            else 0.0
+            for pattern in patterns
+        ]
+        places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
+        axes.bar(places, means, 0.19, color=colour, label=recipe)
+        for place, height in zip(places, means, strict=True):
+            axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
+    axes.axhline(comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
+    axes.set_xticklabels(patterns)
+    axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    wanted = {PAGE: page(), README: readme()}
+    if "--check" in sys.argv:
+        stale = [
+            str(path) for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+        ]
+        sys.exit(f"out of date: {', '.join(stale)}" if stale else 0)
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+    draw()
