@@ -250,12 +250,13 @@ def test_a_matrix_without_tokens_is_an_error_that_names_it():
 
 def test_weight_at_x_is_seen_and_other_uses_are_explained():
     model = Skipping()
-    reports, dense = engine.run(
+    outcome = engine.run(
         model, [{"input_ids": tokens()[0]}], Plan(NM(2, 4), make_solver("wanda"), exclude=["*.unused"]), api.no_progress
     )
+    reports = outcome.matrices
     assert {report.name for report in reports} == {f"layers.{i}.{name}" for i in (0, 1) for name in ("used", "twisted")}
     assert all(report.tokens == 48 for report in reports)
-    assert "enters no matrix product" in dense["layers.0.decay"]
+    assert "enters no matrix product" in outcome.dense["layers.0.decay"]
 
 
 class Chain(Skipping):
@@ -290,7 +291,7 @@ def test_blocks_that_change_their_input_are_replayed_right():
     for in_place in (True, False):
         torch.manual_seed(0)
         model = Chain(lambda in_place=in_place: InPlace(in_place))
-        reports.append(engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4), "wanda"), api.no_progress)[0])
+        reports.append(engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4), "wanda"), api.no_progress).matrices)
     assert [report.relative_error for report in reports[0]] == [report.relative_error for report in reports[1]]
 
 
@@ -312,7 +313,7 @@ class SharedInput(nn.Module):
 
 def test_a_matrix_with_a_second_input_shares_no_gram_matrix():
     model = Chain(SharedInput)
-    reports, _ = engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+    reports = engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress).matrices
     assert [report.tokens for report in reports] == [96, 48, 96, 48]
 
 
@@ -346,7 +347,9 @@ def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():
 def test_an_expert_without_tokens_is_an_error_that_names_it():
     few = [torch.tensor([[5, 6]])]
     with pytest.raises(ValueError, match=r"experts.gate_up_proj\[\d\] saw no calibration token"):
-        secateur.prune(mixtral(num_local_experts=8, num_experts_per_tok=1), pattern="2:4", calibration=few)
+        secateur.prune(
+            mixtral(num_local_experts=8, num_experts_per_tok=1), pattern="2:4", method="mrp", calibration=few
+        )
     model = mixtral(num_local_experts=8, num_experts_per_tok=1)
     name = "model.layers.0.mlp.experts.gate_up_proj[0]"
     assert name in find_blocks(model, exclude=[name])[0].dense

@@ -17,7 +17,7 @@ def run_tasks(
     tasks: Sequence[str],
     task_dir: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 64,
 ) -> dict[str, dict[str, float]]:
     """The harness's figures: task -> metric -> value, as `simple_evaluate` gives them, without its error estimates.
 
