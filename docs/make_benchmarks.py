@@ -24,7 +24,12 @@ PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perple
 NOTES = ROOT / "docs" / "benchmarks-notes.md"
 BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
-ROWS = {"sparsegpt": "sparsegpt", "fast": "--effort fast", "balanced": "--effort balanced (default)", "best": "--effort best"}
+ROWS = {
+    "sparsegpt": "sparsegpt",
+    "fast": "--effort fast",
+    "balanced": "--effort balanced (default)",
+    "best": "--effort best",
+}
 
 
 def read(name: str) -> Comparison:
@@ -94,7 +99,9 @@ def task_table(comparison: Comparison) -> str:
         for recipe in recipes_of(comparison):
             mine = next((cell for cell in cells(comparison, recipe, pattern).values() if "tasks" in cell), None)
             if mine is not None and base is not None and recipe != "sparsegpt":
-                tasks = {name: headline(values) - headline(base["tasks"][name]) for name, values in mine["tasks"].items()}
+                tasks = {
+                    name: headline(values) - headline(base["tasks"][name]) for name, values in mine["tasks"].items()
+                }
                 rows.append([f"{recipe}, {pattern}", *(f"{value:+.4f}" for value in tasks.values())])
                 head = ["accuracy minus sparsegpt's", *tasks]
     return markdown([head, *rows]) if rows else ""
@@ -129,7 +136,7 @@ def command(comparison: Comparison) -> str:
 def page() -> str:
     """docs/benchmarks.md."""
     return (
-        f"""# Benchmarks
+        """# Benchmarks
 
 Written by `python docs/make_benchmarks.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
 `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; the tasks come from
@@ -190,7 +197,9 @@ def draw() -> None:
         axes.bar(places, means, 0.19, color=colour, label=recipe)
         for place, height in zip(places, means, strict=True):
             axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
-    axes.axhline(comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.axhline(
+        comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense"
+    )
     axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
     axes.set_xticklabels(patterns)
     axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)

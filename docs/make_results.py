@@ -1,4 +1,4 @@
-"""Write docs/results.md, its picture and the README's table from benchmarks/results; or `--check` that they are current.
+"""Write docs/results.md from benchmarks/results; or `--check` that it is current.
 
     python docs/make_results.py
 
@@ -8,17 +8,14 @@ No number is typed by hand: each comes from a JSON that a script in benchmarks/ 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, PICTURE, README = ROOT / "docs" / "results.md", ROOT / "docs" / "perplexity.svg", ROOT / "README.md"
-CUT = 400  # where the picture ends a bar
+PAGE = ROOT / "docs" / "results.md"
 METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
-BEGIN, END = "<!-- results: written by docs/make_results.py -->", "<!-- end of results -->"
 
 
 def read(name: str) -> Any:
@@ -35,9 +32,9 @@ def perplexity_table() -> str:
     cells = results["cells"]
     patterns = sorted({name.split()[1] for name in cells if " " in name}, key=lambda text: (":" in text, text))
     rows = [["dense", *[f"{cells['dense']['perplexity']:.2f}"] * len(patterns)]]
-    for method in METHODS:
-        label = f"**{method}** (default)" if method == "mrp" else method
-        rows.append([label, *(f"{cells[f'{method} {pattern}']['perplexity']:.2f}" for pattern in patterns)])
+    rows += [
+        [method, *(f"{cells[f'{method} {pattern}']['perplexity']:.2f}" for pattern in patterns)] for method in METHODS
+    ]
     return table(["perplexity", *patterns], rows)
 
 
@@ -121,13 +118,13 @@ def page() -> str:
 Written by `python docs/make_results.py` from `benchmarks/results/*.json`; do not edit. `TEXTS` below is a folder with
 `wikitext2-valid.txt` and `wikitext2-test.txt` (WikiText-2, detokenised), `GOLDEN` one with the golden matrices.
 
-## Perplexity after pruning
+## Perplexity of single methods
+
+No refit of blocks, no allocation; [benchmarks.md](benchmarks.md) has the presets.
 
 {perplexity_settings()}
 
 {perplexity_table()}
-
-![perplexity](perplexity.svg)
 
 {time_table()}
 
@@ -148,7 +145,7 @@ On a GPU: not measured (`--device cuda` runs it there).
 ## Layer error on real matrices
 
 Relative layer error over that of the SparseGPT authors' code. `reference sparsegpt_mask_refit` is that mask with all kept
-weights refit by direct solves; `reference alps` the ALPS authors' code (a joint mask search, which secateur has not yet).
+weights refit by direct solves; `reference alps` the ALPS authors' code.
 
 {golden_table()}
 
@@ -170,50 +167,9 @@ First iteration within each gap of the optimal loss (float64, against direct sol
 """
 
 
-def readme() -> str:
-    """The README with its table renewed."""
-    block = f"{BEGIN}\n{perplexity_table()}\n\n{perplexity_settings()}\n{END}"
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def draw() -> None:
-    """The picture: perplexity by method, one group of bars a pattern."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "secateur"
-    import matplotlib.pyplot as plt
-
-    cells = read("perplexity-smollm2")["cells"]
-    patterns = sorted({name.split()[1] for name in cells if " " in name}, key=lambda text: (":" in text, text))
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    colours = {"magnitude": "#b8b8b8", "wanda": "#8fb3d9", "sparsegpt": "#4f81bd", "mrp": "#2e7d32"}
-    for offset, method in enumerate(METHODS):
-        heights = [cells[f"{method} {pattern}"]["perplexity"] for pattern in patterns]
-        places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
-        axes.bar(places, [min(height, CUT) for height in heights], 0.19, color=colours[method], label=method)
-        for place, height in zip(places, heights, strict=True):
-            text = f"{height:.0f}" if height < 1000 else f"{height:,.0f}"
-            axes.text(place, min(height, CUT) * 1.04, text, ha="center", va="bottom", fontsize=6.5)
-    axes.axhline(cells["dense"]["perplexity"], color="black", linewidth=0.8, linestyle="--", label="dense")
-    ticks = (20, 50, 100, 200, 400)
-    axes.set(yscale="log", ylabel="perplexity", ylim=(15, CUT * 1.25), xticks=range(len(patterns)))
-    axes.set_yticks(ticks, labels=map(str, ticks))
-    axes.set_yticks([], minor=True)
-    axes.set_xticklabels(patterns)
-    axes.set_title(f"SmolLM2-135M after pruning: lower is better (log scale, bars end at {CUT})", fontsize=9)
-    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, metadata={"Date": None})
-
-
 if __name__ == "__main__":
-    wanted = {PAGE: page(), README: readme()}
+    text = page()
     if "--check" in sys.argv:
-        stale = [
-            str(path) for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
-        ]
-        sys.exit(f"out of date: {', '.join(stale)}" if stale else 0)
-    for path, text in wanted.items():
-        path.write_text(text, encoding="utf-8")
-    draw()
+        stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text
+        sys.exit(f"out of date: {PAGE}" if stale else 0)
+    PAGE.write_text(text, encoding="utf-8")

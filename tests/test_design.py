@@ -22,9 +22,9 @@ LONG_FUNCTIONS = {
 LAYERS = (
     ("pattern", "linalg", "gram", "solvers"),
     ("observe", "model", "capture", "report"),
-    ("sensitivity", "allocation", "target", "refit", "engine", "recipe", "calibration", "evaluation"),
+    ("sensitivity", "allocation", "target", "refit", "engine", "recipe", "calibration", "evaluation", "tasks"),
     ("assets", "checkpoint", "export", "inspection"),
-    ("api", "demo", "cli", "__main__"),
+    ("api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 
 
@@ -113,7 +113,7 @@ def test_readme_has_the_two_commands_on_one_line_each():
 
 
 def test_generated_pages_are_up_to_date():
-    for script in ("docs/make_cli.py", "docs/make_results.py"):
+    for script in ("docs/make_cli.py", "docs/make_results.py", "docs/make_benchmarks.py"):
         done = subprocess.run(
             [sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True, check=False
         )

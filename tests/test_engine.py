@@ -291,7 +291,9 @@ def test_blocks_that_change_their_input_are_replayed_right():
     for in_place in (True, False):
         torch.manual_seed(0)
         model = Chain(lambda in_place=in_place: InPlace(in_place))
-        reports.append(engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4), "wanda"), api.no_progress).matrices)
+        reports.append(
+            engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4), "wanda"), api.no_progress).matrices
+        )
     assert [report.relative_error for report in reports[0]] == [report.relative_error for report in reports[1]]
 
 
