@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mrp MM, block 128": {"method": "mrp", "mask": "M", "block": 128},
     "mrp SM, full row": {"method": "mrp", "mask": "S"},
     "mrp (default)": {"method": "mrp"},
+    "admm": {"method": "admm"},
+    "admm, swaps": {"method": "admm", "refine": "swap"},
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compare import Comparison
-from secateur.table import tables
+from secateur.table import tables, without_members
 from secateur.tasks import headline
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def task_table(comparison: Comparison) -> str:
-    """Tasks minus sparsegpt's, with the sum of all."""
+    """Accuracy on each task minus sparsegpt's."""
     rows: list[list[str]] = []
     for pattern in patterns_of(comparison):
         base = next((cell for cell in cells(comparison, "sparsegpt", pattern).values() if "tasks" in cell), None)
@@ -100,7 +100,8 @@ def task_table(comparison: Comparison) -> str:
             mine = next((cell for cell in cells(comparison, recipe, pattern).values() if "tasks" in cell), None)
             if mine is not None and base is not None and recipe != "sparsegpt":
                 tasks = {
-                    name: headline(values) - headline(base["tasks"][name]) for name, values in mine["tasks"].items()
+                    name: headline(mine["tasks"][name]) - headline(base["tasks"][name])
+                    for name in without_members(list(mine["tasks"]))
                 }
                 rows.append([f"{recipe}, {pattern}", *(f"{value:+.4f}" for value in tasks.values())])
                 head = ["accuracy minus sparsegpt's", *tasks]
@@ -124,13 +125,29 @@ def section(name: str) -> str:
         parts.append(gap_table(comparison))
     if task_text := task_table(comparison):
         parts.append(task_text)
-    parts.append(f"    {command(comparison)}")
+    parts.append(f"    {command(name, comparison)}")
     return "\n\n".join(parts)
 
 
-def command(comparison: Comparison) -> str:
-    """The command without the paths of the machine it ran on."""
-    return re.sub(r"\S*/shared/data/", "TEXTS/", comparison.command).replace(str(ROOT) + "/", "")
+def command(name: str, comparison: Comparison) -> str:
+    """One command that makes every cell of a comparison."""
+    s = comparison.settings
+    seeds = list(dict.fromkeys(key.rsplit(" ", 2)[2] for key in comparison.cells if key != "dense"))
+    tasks = list(dict.fromkeys(task for cell in comparison.cells.values() for task in cell.get("tasks", {})))
+    tasks = without_members(tasks)
+    with_tasks = [key.rsplit(" ", 2)[2] for key, cell in comparison.cells.items() if key != "dense" and "tasks" in cell]
+    parts = [
+        f"secateur compare {s['model']} --methods {','.join(recipes_of(comparison))}",
+        f"--patterns {','.join(patterns_of(comparison))} --seeds {','.join(seeds)} --calibration TEXTS/{s['calibration']}",
+        f"--samples {s['samples']} --seq-len {s['seq_len']} {' '.join(f'--text TEXTS/{text}' for text in s['texts'])}",
+        f"--max-tokens {s['max_tokens']}",
+    ]
+    if tasks:
+        limit = f" --task-limit {s['task_limit']}" if s["task_limit"] else ""
+        parts.append(
+            f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(dict.fromkeys(with_tasks))}"
+        )
+    return " ".join([*parts, f"--out benchmarks/results/compare/{name}"])
 
 
 def page() -> str:
@@ -139,8 +156,8 @@ def page() -> str:
         """# Benchmarks
 
 Written by `python docs/make_benchmarks.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
-`TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; the tasks come from
-`python benchmarks/make_tasks.py`. Means over seeds, with the sample standard deviation where there are several.
+`TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
+`python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). Means over seeds, with the sample standard deviation where there are several.
 *Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
 Seconds are those of pruning alone, on a machine that at times did other work; the folder `timing` was measured on a quiet one.
 

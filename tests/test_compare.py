@@ -55,7 +55,7 @@ def comparison():
         return {"perplexity": {"a.txt": value}, "eval_seconds": 1.0} | more
 
     pruned = {"layer_error": 0.01, "sparsity": 0.5, "seconds": 10.0, "peak_memory": 2e9}
-    tasks = {"tasks": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.625}}}
+    tasks = {"tasks": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.625}, "piqa_hard": {"acc,none": 0.1}}}
     return Comparison(
         {"model": "<m>"},
         cells={

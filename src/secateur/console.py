@@ -74,6 +74,8 @@ def _flat(pairs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def print_report(report: Report) -> None:
     """A run's table: one row for each kind of matrix, averaged over the blocks."""
+    from secateur.recipe import in_words
+
     kinds: dict[str, list[Any]] = {}
     for matrix in report.matrices:
         kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(
@@ -87,7 +89,7 @@ def print_report(report: Report) -> None:
         shape = f"{matrices[0].rows} x {matrices[0].columns}"
         seconds = sum(matrix.seconds for matrix in matrices)
         table.add_row(kind, str(len(matrices)), shape, f"{zeros:.2%}", f"{error:.5f}", f"{seconds:.1f}")
-    table.title = f"{report.recipe['method']} to {report.recipe['pattern']}"
+    table.title = f"{report.recipe['pattern']} by {in_words(report.recipe)}"
     stdout.print(table)
     share = report.pruned_parameters / max(1, report.model_parameters)
     stdout.print(

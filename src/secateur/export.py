@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.checkpoint import Checkpoint
+from secateur.recipe import in_words
 from secateur.report import Report
 
 METADATA = "secateur.json"
@@ -145,7 +146,8 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| zeros in the pruned matrices | {report.sparsity:.2%} of {report.pruned_parameters:,} weights |",
         f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
         f"| mean relative layer error | {report.mean_relative_error:.4f} |",
-        f"| method and options | {recipe['method']}; {options} |",
+        f"| recipe | {in_words(recipe)} |",
+        f"| options of the method | {options} |",
         f"| calibration | {calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']} |",
         "",
         "The zeros are stored like other weights: the files are as large as before, and dense runtimes are not faster.",

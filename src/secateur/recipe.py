@@ -91,6 +91,20 @@ def describe(plan: Plan) -> dict[str, Any]:
     return recipe
 
 
+def in_words(recipe: dict[str, Any]) -> str:
+    """A recipe's method and steps in a line: `admm, allocation curve, block refit of 4 passes`."""
+    parts = [recipe["method"]]
+    if recipe["target"] != "pruned":
+        parts.append(f"{recipe['target']} target of strength {recipe['target_strength']:g}")
+    if recipe["allocation"] != "uniform":
+        parts.append(f"allocation {recipe['allocation']['rule']}")
+    if recipe["refine"] != "none":
+        parts.append("refined by swaps")
+    if recipe["refit"] != "none":
+        parts.append(f"block refit of {recipe['refit']['passes']} passes")
+    return ", ".join(parts)
+
+
 def _preset(effort: str | None, given: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
     """What the effort says, but for what belongs to choices that are given otherwise."""
     if effort is not None and effort not in EFFORTS:

@@ -61,7 +61,7 @@ def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
 def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[list[str]]:
     recipes = list(dict.fromkeys(recipe for recipe, _, _ in keys))
     every = [DENSE, *(" ".join(key) for key in keys)]
-    columns = list(dict.fromkeys(name for key in every for name in figures.get(key, {})))
+    columns = without_members(list(dict.fromkeys(name for key in every for name in figures.get(key, {}))))
     columns.sort(key=lambda name: name in ("layer error", "seconds", "memory GB"))  # stable: these go last
     rows = [["method", "seeds", *columns]]
     if DENSE in figures:
@@ -74,6 +74,11 @@ def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[
             [recipe, str(len(mine)), *(_cell(name, [cell[name] for cell in mine if name in cell]) for name in columns)]
         )
     return rows
+
+
+def without_members(names: list[str]) -> list[str]:
+    """Names without the members of a group that is there too: the harness calls those `group_member`."""
+    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
 
 
 def _cell(name: str, values: list[float]) -> str:
