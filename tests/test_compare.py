@@ -40,6 +40,7 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
     assert cell["sparsity"] == 0.5
     assert cell["seconds"] > 0
     assert cell["peak_memory"] > 1e7
+    assert cell["environment"]["torch"]
     said.clear()
     second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
     assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
@@ -55,7 +56,13 @@ def comparison():
         return {"perplexity": {"a.txt": value}, "eval_seconds": 1.0} | more
 
     pruned = {"layer_error": 0.01, "sparsity": 0.5, "seconds": 10.0, "peak_memory": 2e9}
-    tasks = {"tasks": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.625}, "piqa_hard": {"acc,none": 0.1}}}
+    tasks = {
+        "tasks": {
+            "piqa": {"acc,none": 0.5, "acc_norm,none": 0.625},
+            "piqa_a": {"acc,none": 0.1},
+            "piqa_b": {"acc,none": 0.2},
+        }
+    }
     return Comparison(
         {"model": "<m>"},
         cells={
@@ -97,7 +104,9 @@ def test_recipes():
     [
         (["sparsegtp"], ["50%"], "unknown method 'sparsegtp'"),
         (["mrp+refit"], ["50%"], "'refit' is no NAME=VALUE"),
-        (["mrp+colour=red"], ["50%"], "method mrp has no option 'colour'"),
+        (["mrp+colour=red"], ["50%"], "mrp\\+colour=red at 50%: method mrp has no option 'colour'"),
+        (["mrp", "mrp+allocation=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
+        (["mrp+mask=M"], ["2:4", "50%"], "mask M enumerates"),
         (["mrp"], ["half"], "pattern 'half' is not understood"),
         (["llmcompressor-wanda"], ["50%"], "runs in an environment of its own"),
     ],
@@ -106,6 +115,17 @@ def test_bad_requests_are_named_before_any_work(settings, tmp_path, recipes, pat
     with pytest.raises(ValueError, match=message):
         compare(settings, recipes, patterns, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_cell_is_named_and_two_texts_of_one_name_are_refused(settings, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    broken = Settings(**(settings.__dict__ | {"calibration": str(tmp_path / "short.txt")}))
+    with pytest.raises(ValueError, match=r"cell magnitude 50% 0: .*short.txt has 9 tokens"):
+        compare(broken, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
+    assert list(json.loads((tmp_path / "out" / "compare.json").read_text())["cells"]) == ["dense"]
+    twins = Settings(**(settings.__dict__ | {"texts": ("a/t.txt", "b/t.txt")}))
+    with pytest.raises(ValueError, match=r"two texts are called t.txt"):
+        compare(twins, ["magnitude"], ["50%"], [0], tmp_path / "out")
 
 
 def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, monkeypatch, capsys):

@@ -50,6 +50,55 @@ def test_no_block_is_worse_on_held_out_batches_and_some_are_better():
     assert report.blocks[0].held_out_after < 0.99 * report.blocks[0].held_out_before
 
 
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_the_reported_error_is_that_of_the_weights_as_saved(storage):
+    """Recomputed from the final weights; with weights saved narrower than the forward pass computes, too."""
+    model = tiny_model("llama").eval()
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        stream = survey(model, blocks, [{"input_ids": ids} for ids in tokens(96)], api.no_progress)
+        stream.dense = list(stream.hidden)
+        targets = stream.outputs(blocks[0], of_dense=True)
+        for matrix in blocks[0].matrices:
+            matrix.stored.mul_(torch.rand(matrix.stored.shape) > 0.3).copy_(matrix.stored.to(storage))
+        options = BlockRefit(passes=2, rate=0.002)
+        figures = refit_block(blocks[0], stream, targets, options, seed=5, storage_of=lambda _name, _own: storage)
+        outputs = stream.outputs(blocks[0])
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(5)).tolist()
+    each = [float((((outputs[i] - targets[i]) ** 2).sum(-1) / (targets[i] ** 2).sum(-1)).mean()) for i in order[:6]]
+    assert figures["held_out_after"] == pytest.approx(sum(each) / 6, rel=1e-5)
+    assert figures["held_out_after"] < figures["held_out_before"]
+    for matrix in blocks[0].matrices:
+        assert torch.equal(matrix.stored, matrix.stored.to(storage).float())
+
+
+def test_gradients_of_the_caller_are_given_back():
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    plain, _ = pruned()
+    secateur.prune(model, pattern="2:4", calibration=tokens(96), method="mrp", refit="block", refit_passes=4)
+    assert all(bool((parameter.grad == 1e3).all()) for parameter in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_the_scale_of_hidden_states_does_not_matter():
+    """The objective is relative, and so are the steps."""
+    gains = []
+    for scale in (1.0, 1e4):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(scale)
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.mul_(scale)
+                layer.mlp.down_proj.weight.mul_(scale)
+        report = secateur.prune(
+            model, pattern="2:4", calibration=tokens(96), method="mrp", refit="block", refit_passes=4
+        )
+        gains.append(report.blocks[0].held_out_after / report.blocks[0].held_out_before)
+    assert gains[1] == pytest.approx(gains[0], rel=0.05)
+
+
 def test_a_rate_that_ruins_every_pass_leaves_the_weights_as_solved():
     plain, _ = pruned(refit="none", refit_passes=None)
     ruined, report = pruned(refit_rate=0.9, refit_passes=2)
@@ -72,6 +121,23 @@ def test_excluded_matrices_are_not_refit():
     for layer in (0, 1):
         name = f"model.layers.{layer}.self_attn.v_proj.weight"
         assert torch.equal(model.state_dict()[name], dense[name])
+
+
+def test_experts_are_refit_but_for_excluded_ones():
+    from test_engine import mixtral
+
+    model = mixtral()
+    name = "model.layers.0.mlp.experts.down_proj"
+    before = model.get_parameter(name).data.clone()
+    report = secateur.prune(
+        model, pattern="50%", method="mrp", refit="block", exclude=[f"{name}[1]"], calibration=tokens(64)
+    )
+    after = model.get_parameter(name).data
+    assert torch.equal(after[1], before[1])
+    pruned = {matrix.name: matrix.zeros for matrix in report.matrices}
+    for index in (0, 2, 3):
+        assert int((after[index] == 0).sum()) == pruned[f"{name}[{index}]"]
+    assert report.blocks[0].best_pass > 0
 
 
 def test_objective_is_the_relative_error_of_each_token():

@@ -103,9 +103,13 @@ def test_piqa_and_blimp_equal_the_harness(shared, tmp_path):
     assert found["blimp_local"]["acc,none"] == pytest.approx(sum(sets) / 6)
 
 
-def test_divergence_from_itself_is_nothing(text):
+def test_divergence_from_an_equal_model_is_nothing(text):
     model, tokenizer = small_model()
-    figures = secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=model)
+    with pytest.raises(ValueError, match="can't be held against itself"):
+        secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=model)
+    dense = tiny_model("llama", max_position_embeddings=256)
+    figures = secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=dense)
+    assert dense.training, "its mode is given back"
     assert figures["against"]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert figures["against"]["top1_agreement"] == 1.0
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.capture import Batch, Progress, Stream
 from secateur.gram import Gram
-from secateur.linalg import refit_rows
+from secateur.linalg import NotPositiveDefiniteError, refit_rows
 from secateur.model import Block
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.sensitivity import output_sensitivity
@@ -25,26 +25,27 @@ RULES = ("uniform", "owl", "curve")
 OUTLIER = 5.0  # OWL's M: an outlier is a score above so many times its matrix's mean
 SAMPLED_ROWS = 64
 LEVELS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-DAMPING = 0.01
+HIGHEST = 0.98  # no matrix loses everything for the sake of the others
 FINE_STEPS = 400
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """How zeros are spread over the matrices; their total is exactly that of a uniform run.
+    """How zeros are spread over the matrices; their total is exactly the requested share of all weights together.
 
     Args:
         rule: `uniform`; `owl` = blocks with many outliers lose less (Yin et al., ICML 2024, arXiv 2310.05175);
             `curve` = each matrix's loss is measured at a few sparsities, weighted by what the model's predictions feel
             of each output row, and the sum is minimised; the rows of a matrix compete for its weights by it too.
         spread: how far a matrix's sparsity may lie from the global one.
-        windows: calibration sequences that it looks at (all of them for the Gram matrices of experts, which see few
-            tokens each).
+        windows: calibration sequences that it looks at (all of them where a router shows matrices only some tokens).
+        damping: of the Gram matrices behind `curve`, relative to their mean diagonal.
     """
 
     rule: str = "uniform"
     spread: float = 0.3
     windows: int = 8
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -82,21 +83,22 @@ def allocate(
     matrices, and for `curve` a backward pass over them too and a refit of 64 rows a level and matrix.
 
     Raises:
-        ValueError: a rule that has no form for the pattern.
+        ValueError: a matrix that saw none of the sequences, or a Gram matrix that can't be factored.
     """
     matrices = [matrix for block in blocks for matrix in block.matrices]
     if allocation.rule == "uniform":
         return Allotment({matrix.name: pattern for matrix in matrices})
-    part = _first_sequences(stream, blocks, allocation.windows)
+    sequences = sum(len(hidden) for hidden in stream.hidden) if stream.routed else allocation.windows
+    part = _first_sequences(stream, sequences)
     if allocation.rule == "owl":
-        if isinstance(pattern, NM):
-            raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
+        assert isinstance(pattern, Unstructured), "checked by the recipe"
         measured = _over_dense_blocks(blocks, part, _count_outliers, progress)
-        return Allotment(_by_outliers(measured, pattern, allocation))
-    sensitivity = output_sensitivity(model, blocks, batches, allocation.windows, seed)
+        block_of = {matrix.name: block.name for block in blocks for matrix in block.matrices}
+        return Allotment(_by_outliers(measured, block_of, pattern, allocation))
+    sensitivity = output_sensitivity(model, blocks, batches, sequences, seed)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
-        return loss_curve(W, gram, sensitivity[name], pattern)
+        return loss_curve(W, gram, sensitivity[name], pattern, allocation.damping)
 
     curves = _over_dense_blocks(blocks, part, measure, progress)
     if isinstance(pattern, NM):
@@ -106,9 +108,12 @@ def allocate(
 
 
 def _row_scale(sensitivity: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """Square root of the rows' sensitivity relative to its mean, within a factor of ten."""
+    """Square root of the rows' sensitivity relative to its mean, as a power of two from 1/8 to 8.
+
+    Powers of two scale a row and back without a rounding.
+    """
     mean = sensitivity.mean().clamp_min(torch.finfo(sensitivity.dtype).tiny)
-    return (sensitivity / mean).sqrt().clamp(0.1, 10.0)
+    return (sensitivity / mean).sqrt().clamp(1 / 8, 8.0).log2().round().exp2()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,30 +135,34 @@ def _over_dense_blocks(
         for group in stream.groups[block.name]:
             gram = grams.pop(group.leader.name)
             for matrix, input_dim in group.members:
-                measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
+                try:
+                    measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
+                except NotPositiveDefiniteError as error:
+                    raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
         stream.hidden = stream.outputs(block)
         progress("allocation", index + 1, len(blocks))
     return measured
 
 
-def _first_sequences(stream: Stream, blocks: Sequence[Block], windows: int) -> Stream:
-    """The stream's first batches, as many as hold `windows` sequences; all of them where there are experts."""
+def _first_sequences(stream: Stream, windows: int) -> Stream:
+    """The stream's first batches, as many as hold `windows` sequences."""
     sizes = torch.tensor([len(hidden) for hidden in stream.hidden])
     enough = int((sizes.cumsum(0) < windows).sum()) + 1
-    experts = any(matrix.index is not None for block in blocks for matrix in block.matrices)
-    count = len(sizes) if experts else min(enough, len(sizes))
+    count = min(enough, len(sizes))
     calls = {name: calls[:count] for name, calls in stream.calls.items()}
     return Stream(stream.hidden[:count], calls, stream.padding[:count], stream.groups)
 
 
-def loss_curve(W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, " R"], pattern: Pattern) -> _Curve:
+def loss_curve(
+    W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, " R"], pattern: Pattern, damping: float = 0.01
+) -> _Curve:
     """Loss `sum_r sensitivity_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
 
     Measured on at most 64 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
     sample = W[rows] * sensitivity[rows].sqrt()[:, None].to(W.dtype)
-    damped = gram.damped(DAMPING)
+    damped = gram.damped(damping)
     score = sample.square() / damped.U.square().sum(0)
     sparsities, losses = [], []
     for level in _levels(pattern):
@@ -182,7 +191,7 @@ def _minimise(curves: dict[str, _Curve], pattern: Pattern, spread: float) -> dic
     """
     names = list(curves)
     weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
-    low, high = max(0.0, pattern.sparsity - spread), min(1.0, pattern.sparsity + spread)
+    low, high = _bounds(pattern, spread)
     levels = torch.linspace(low, high, FINE_STEPS, dtype=torch.float64)
     losses = torch.stack([_interpolated(curves[name], levels) for name in names])
 
@@ -195,6 +204,11 @@ def _minimise(curves: dict[str, _Curve], pattern: Pattern, spread: float) -> dic
         too_few = float((at(price) * weights).sum() / weights.sum()) < pattern.sparsity
         cheap, dear = (price, dear) if too_few else (cheap, price)
     return _exact(dict(zip(names, at(dear).tolist(), strict=True)), curves, pattern, low, high)
+
+
+def _bounds(pattern: Pattern, spread: float) -> tuple[float, float]:
+    """The least and the highest sparsity that a matrix may get."""
+    return max(0.0, pattern.sparsity - spread), max(pattern.sparsity, min(HIGHEST, pattern.sparsity + spread))
 
 
 def _interpolated(curve: _Curve, levels: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
@@ -258,11 +272,13 @@ def _count_outliers(_name: str, W: Float[Tensor, "R C"], gram: Gram) -> _Outlier
     return _Outliers(W.numel(), float((score > OUTLIER * score.mean()).float().mean()))
 
 
-def _by_outliers(measured: dict[str, _Outliers], pattern: Pattern, allocation: Allocation) -> dict[str, Pattern]:
+def _by_outliers(
+    measured: dict[str, _Outliers], block_of: dict[str, str], pattern: Pattern, allocation: Allocation
+) -> dict[str, Pattern]:
     """OWL: a block's sparsity falls linearly with its share of outliers, over a range of twice the spread."""
     blocks: dict[str, list[str]] = {}
     for name in measured:
-        blocks.setdefault(_block_of(name), []).append(name)
+        blocks.setdefault(block_of[name], []).append(name)
     total = sum(outliers.weights for outliers in measured.values())
     share = {
         block: sum(measured[name].weights * measured[name].share for name in names)
@@ -271,17 +287,10 @@ def _by_outliers(measured: dict[str, _Outliers], pattern: Pattern, allocation: A
     }
     width = max(share.values()) - min(share.values())
     scaled = {block: (share[block] - min(share.values())) / width if width else 0.0 for block in blocks}
-    mean = sum(scaled[_block_of(name)] * measured[name].weights for name in measured) / total
-    low, high = max(0.0, pattern.sparsity - allocation.spread), min(1.0, pattern.sparsity + allocation.spread)
+    mean = sum(scaled[block_of[name]] * measured[name].weights for name in measured) / total
+    low, high = _bounds(pattern, allocation.spread)
     wanted = {
-        name: min(high, max(low, pattern.sparsity - 2 * allocation.spread * (scaled[_block_of(name)] - mean)))
+        name: min(high, max(low, pattern.sparsity - 2 * allocation.spread * (scaled[block_of[name]] - mean)))
         for name in measured
     }
     return _exact(wanted, measured, pattern, low, high)
-
-
-def _block_of(name: str) -> str:
-    """The path up to and with the first number: `model.layers.3`."""
-    parts = name.split(".")
-    last = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: last + 1])

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
-from secateur.checkpoint import load, parameters_of, resolve
+from secateur.checkpoint import Checkpoint, load, parameters_of, resolve
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.pattern import Pattern, parse_pattern
-from secateur.recipe import describe, make_plan
+from secateur.recipe import SETTINGS, describe, make_plan
 from secateur.report import Report
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
-from secateur.tasks import run_tasks
+from secateur.tasks import check_tasks, run_tasks
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -31,7 +31,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 def prune(
-    model: nn.Module | str | Path,
+    model: nn.Module | Checkpoint | str | Path,
     out: str | Path | None = None,
     *,
     pattern: str | float | Pattern = "50%",
@@ -62,7 +62,8 @@ def prune(
     A model object is pruned in place; a folder, GGUF file or hub name is loaded, pruned and saved to `out`.
 
     Args:
-        model: a transformers model, or what names one (see `secateur prune --help`).
+        model: a transformers model, or what names one (see `secateur prune --help`). A loaded `Checkpoint` is pruned in
+            place as a model is, its weights rounded to the dtypes of its files.
         out: folder to save to (for a name).
         pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension), or a Pattern.
         effort: `fast`, `balanced` (the default) or `best`: a preset of the settings below; what is given wins over it.
@@ -97,12 +98,15 @@ def prune(
         true_sequential=true_sequential,
         seed=seed,
     )
-    checkpoint = None
-    if isinstance(model, nn.Module):
+    saved = False
+    if isinstance(model, nn.Module | Checkpoint):
         if out is not None:
             raise ValueError("out is for models given by name; a model object is pruned in place: save it yourself")
-        target_model, tokens, config = model, tokenizer, model.config
+        checkpoint = model if isinstance(model, Checkpoint) else None
+        target_model: Any = checkpoint.model if checkpoint else model
+        tokens, config = tokenizer or (checkpoint.tokenizer if checkpoint else None), target_model.config
     else:
+        saved = True
         if out is None:
             raise ValueError("out is missing: name the folder to save the pruned model to")
         export.check_shard_size(max_shard_size)
@@ -115,7 +119,7 @@ def prune(
         plan = replace(plan, storage_dtype=checkpoint.matrix_storage)
     outcome = engine.run(target_model, data.batches, plan, progress)
     report = Report(
-        recipe=describe(plan) | {"effort": effort},
+        recipe=describe(plan),
         environment=export.environment() | {"device": str(next(target_model.parameters()).device)},
         calibration=data.origin,
         matrices=outcome.matrices,
@@ -124,10 +128,10 @@ def prune(
         model_parameters=parameters_of(target_model),
         notices=data.notices,
     )
-    report.recipe["model"] = str(model) if checkpoint else type(model).__name__
+    report.recipe["model"] = checkpoint.name if checkpoint else type(model).__name__
     report.environment["forward_dtype"] = str(next(target_model.parameters()).dtype).removeprefix("torch.")
     report.seconds = time.perf_counter() - started
-    if checkpoint:
+    if checkpoint and saved:
         report.out = str(out)
         export.save(checkpoint, report, Path(str(out)), max_shard_size)
     return report
@@ -172,7 +176,8 @@ def evaluate(
     dense: Any = against
     if isinstance(against, str | Path):
         dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
-    was_training = module.training
+    check_tasks(tasks, task_dir, task_limit)
+    training = [each for each in (module, dense) if each is not None and each.training]
     try:
         figures = perplexity(module.eval(), tokenizer, text, seq_len, max_tokens, progress)
         if dense is not None:
@@ -181,7 +186,8 @@ def evaluate(
             figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
         return figures
     finally:
-        module.train(was_training)
+        for each in training:
+            each.train()
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -210,6 +216,8 @@ def solve(
     Raises:
         ValueError: shapes that don't fit, NaN or infinity, a pattern that doesn't divide C, an unknown option.
     """
+    if alien := sorted(set(options) & (SETTINGS - {"max_swaps"})):
+        raise ValueError(f"{', '.join(alien)} can't be used on one matrix alone: it belongs to a run over a model")
     plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
     if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")

@@ -41,13 +41,15 @@ class InputGroup:
 class Stream:
     """Hidden states of every batch in front of one block, and how to run each block on them.
 
-    `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it.
+    `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it. `routed`
+    names the matrices that don't see every token (experts).
     """
 
     hidden: list[Tensor]
     calls: dict[str, list[Call]]
     padding: list[Tensor | None]  # True = a real token, None = all are
     groups: dict[str, list[InputGroup]]
+    routed: frozenset[str] = frozenset()
     dense: list[Tensor] | None = None
 
     def outputs(self, block: Block, of_dense: bool = False) -> list[Tensor]:
@@ -108,8 +110,8 @@ def finished_grams(groups: Sequence[InputGroup], sums: dict[str, GramAccumulator
     names = [group.leader.name for group in groups]
     if silent := [name for name in names if name not in sums or sums[name].tokens == 0]:
         raise ValueError(
-            f"{silent[0]} saw tokens in the dense model, but none once the blocks before it were pruned: use more "
-            f"calibration text, or leave it dense with --exclude '{silent[0]}'"
+            f"{silent[0]} saw tokens in the whole dense pass, but none here (a router sends pruned hidden states "
+            f"elsewhere): use more calibration text, or leave it dense with --exclude '{silent[0]}'"
         )
     grams = {name: sums[name].finish() for name in names}
     for name, gram in grams.items():
@@ -155,7 +157,7 @@ def survey(model: nn.Module, blocks: list[Block], batches: Sequence[Batch], prog
         with recorder.watch(padding[-1]):
             body(**on_device, **extra)
         progress("dense pass", index + 1, len(batches))
-    return Stream(recorder.hidden, recorder.calls, padding, recorder.finish())
+    return Stream(recorder.hidden, recorder.calls, padding, recorder.finish(), recorder.routed(padding))
 
 
 class _Recorder:
@@ -260,6 +262,14 @@ class _Recorder:
                     group.members.append((by_name[name], self.input_dim[name]))
             groups[block.name] = list(found.values())
         return groups
+
+    def routed(self, padding: Sequence[Tensor | None]) -> frozenset[str]:
+        """Matrices that saw fewer tokens than there are."""
+        everything = sum(
+            hidden.shape[:-1].numel() if real is None else int(real.sum())
+            for hidden, real in zip(self.hidden, padding, strict=True)
+        )
+        return frozenset(name for name, seen in self.tokens.items() if seen < everything)
 
     def _explain_unused(self, block: Block, matrix: Matrix) -> None:
         """A bare parameter in no product is no matrix of the model (Mamba's A_log); a module's weight must be one."""

@@ -300,7 +300,7 @@ def main() -> None:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("stopped; nothing was saved")
+        stderr.print("stopped; what was not finished is not saved")
         sys.exit(130)
 
 

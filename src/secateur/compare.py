@@ -2,18 +2,19 @@
 
 A *recipe* is what a cell runs: an effort (`best`), a method (`sparsegpt`), or `llmcompressor-sparsegpt` and
 `llmcompressor-wanda`, with settings behind plus signs: `admm+refit=block+refit_passes=2`. Each cell is a process of its
-own, so that its peak memory is its own and a crash costs one cell. Every cell that ends is written at once.
+own, so that its peak memory is its own and a crash costs one cell. Every cell that ends is written at once, with the
+environment it ran in.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 from secateur.checkpoint import read_json
 from secateur.pattern import parse_pattern
+from secateur.peer_llmcompressor import peak_of_process
+from secateur.tasks import check_tasks
 
 RESULTS = "compare.json"
 DENSE = "dense"
@@ -52,7 +55,10 @@ class Settings:
     device: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for cells to stand in one table: file names count, folders and devices don't."""
+        """What must agree for cells to stand in one table.
+
+        Texts count by their file names; tasks, whose figures are kept by name, and the device don't count.
+        """
         values = asdict(self) | {
             "calibration": _short(self.calibration),
             "texts": [_short(text) for text in self.texts],
@@ -109,16 +115,22 @@ def compare(
         ValueError: a recipe, pattern or setting that is wrong, results in `out` made with other settings, or a cell
             that failed; the cells before it are kept.
     """
-    for recipe in recipes:
-        check_recipe(recipe, peer_python)
     names = [str(parse_pattern(pattern)) for pattern in patterns]
+    for recipe in recipes:
+        for name in names:
+            check_recipe(recipe, name, peer_python)
+    check_tasks(settings.tasks, settings.task_dir, settings.task_limit)
+    shorts = [_short(text) for text in settings.texts]
+    if twice := [short for short in shorts if shorts.count(short) > 1]:
+        raise ValueError(f"two texts are called {twice[0]}: columns go by the file's name, so rename one")
     wanted = [Cell(DENSE)] + [Cell(recipe, pattern, seed) for seed in seeds for pattern in names for recipe in recipes]
     table = _open(out, settings)
     for number, cell in enumerate(wanted, 1):
         with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
-        tasks = settings.tasks if with_tasks else ()
-        done = table.cells.get(cell.key)
-        if done is not None and set(tasks) <= set(done.get("tasks", {})):
+        done = table.cells.get(cell.key, {})
+        had = done.get("tasks_asked", sorted(done.get("tasks", {})))
+        tasks = sorted({*had, *(settings.tasks if with_tasks else ())})
+        if done and tasks == sorted(had):
             continue
         say(f"cell {number} of {len(wanted)}: {cell.key}")
         table.cells[cell.key] = _in_own_process(settings, cell, tasks, peer_python)
@@ -145,8 +157,8 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
     return arguments
 
 
-def check_recipe(recipe: str, peer_python: Path | None) -> None:
-    """Raise ValueError for a recipe that can't be run, before anything is."""
+def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
+    """Raise ValueError for a recipe that can't be run at a pattern, before anything is."""
     from secateur.recipe import make_plan
 
     if recipe in PEERS:
@@ -157,7 +169,10 @@ def check_recipe(recipe: str, peer_python: Path | None) -> None:
             )
         return
     arguments = parse_recipe(recipe)
-    make_plan(parse_pattern("2:4"), arguments.pop("effort", None), arguments)
+    try:
+        make_plan(parse_pattern(pattern), arguments.pop("effort", None), arguments)
+    except ValueError as error:
+        raise ValueError(f"{recipe} at {pattern}: {error}") from error
 
 
 def _open(out: Path, settings: Settings) -> Comparison:
@@ -178,7 +193,12 @@ def _open(out: Path, settings: Settings) -> Comparison:
 
 def _in_own_process(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None) -> dict[str, Any]:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
+        try:
+            return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
+        except ValueError as error:
+            raise ValueError(f"cell {cell.key}: {error}") from error
+        except BrokenProcessPool as error:
+            raise ValueError(f"cell {cell.key}: its process died; it may have run out of memory") from error
 
 
 def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None = None) -> dict[str, Any]:
@@ -188,8 +208,6 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         `perplexity` by text, `tasks` by name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
         pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
-    import torch
-
     from secateur.api import default_device, evaluate, prune
     from secateur.checkpoint import load
     from secateur.tasks import run_tasks
@@ -205,20 +223,19 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         checkpoint = load(settings.model, device)
         if cell.recipe != DENSE:
             report = prune(
-                checkpoint.model,
+                checkpoint,
                 pattern=str(cell.pattern),
                 calibration=settings.calibration,
                 samples=settings.samples,
                 seq_len=settings.seq_len,
                 seed=cell.seed or 0,
-                tokenizer=checkpoint.tokenizer,
                 **parse_recipe(cell.recipe),
             )
             found = {
                 "layer_error": report.mean_relative_error,
                 "sparsity": report.sparsity,
                 "seconds": report.seconds,
-                "peak_memory": _peak_memory(torch, device),
+                "peak_memory": _peak_memory(device),
             }
     started = time.perf_counter()
     found["perplexity"] = {
@@ -233,16 +250,17 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
     }
     if tasks:
         by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
-        found["tasks"] = by_name
-    return found | {"eval_seconds": time.perf_counter() - started}
+        found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
+    return found | {"eval_seconds": time.perf_counter() - started, "environment": _environment()}
 
 
-def _peak_memory(torch: Any, device: str) -> int:
-    """Bytes: of the GPU where that is the device, else of the process."""
+def _peak_memory(device: str) -> int:
+    """Bytes: of the GPU where that is the device, else of this process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return peak_of_process()
 
 
 def _summary(cell: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from secateur.refit import BlockRefit, refit_block
 from secateur.report import BlockReport, MatrixReport
 from secateur.solvers import Solved, Solver
 from secateur.solvers.swap import Swaps, check_columns
-from secateur.target import DenseWeights, Moments, Target, aim, write_gain
+from secateur.target import DenseWeights, Moments, Target, aim, check_all_tokens, write_gain
 from secateur.target import observe as observe_both
 
 
@@ -37,7 +37,7 @@ class Plan:
     """What to prune and how.
 
     Args:
-        method: the solver's name, for the report.
+        method, effort: the solver's name and the preset it came from, for the report.
         swaps: exchanges after the solver, or None.
         target: what each matrix is fitted to.
         refit: the block refit, or None.
@@ -48,6 +48,7 @@ class Plan:
     pattern: Pattern
     solver: Solver
     method: str = ""
+    effort: str | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     true_sequential: bool = False
@@ -92,6 +93,8 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
     with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
         stream = survey(model, blocks, batches, progress)
         _check_widths(stream, plan)
+        if plan.target.kind != "pruned":
+            check_all_tokens(stream)
         allotment = allocate(model, blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress)
         if plan.refit is not None or plan.target.kind != "pruned":
             stream.dense = list(stream.hidden)
@@ -179,12 +182,10 @@ def _solve(
 
 
 def _refit(block: Block, stream: Stream, dense_outputs: list[Tensor], plan: Plan, seed: int) -> BlockReport:
-    """Refit a block, and round what it moved to the dtype it is saved in."""
+    """Refit a block and time it."""
     assert plan.refit is not None
     started = time.perf_counter()
-    figures = refit_block(block, stream, dense_outputs, plan.refit, seed)
-    for matrix in block.matrices:
-        matrix.stored.copy_(matrix.stored.to(plan.storage_of(matrix.name, matrix.stored.dtype)))
+    figures = refit_block(block, stream, dense_outputs, plan.refit, seed, plan.storage_of)
     return BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)
 
 

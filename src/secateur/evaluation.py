@@ -48,7 +48,7 @@ def perplexity(
         losses = token_losses(model, window[None].to(device))
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(f"the loss of window {index} of {name} is not finite: the model is damaged")
-        total += float(losses.double().sum())
+        total += float(losses.cpu().double().sum())
         targets += losses.numel()
         progress("evaluate", index + 1, len(windows))
     loss = total / targets
@@ -95,7 +95,7 @@ def divergence(
             kl = (log_p.exp() * (log_p - log_q)).sum(-1)
             if not bool(torch.isfinite(kl).all()):
                 raise ValueError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
-            total += float(kl.double().sum())
+            total += float(kl.cpu().double().sum())
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             positions += len(chunk)
         progress("against", index + 1, len(windows))
@@ -126,6 +126,8 @@ def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tu
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     size = max(1, LOGIT_ELEMENTS // (2 * model.config.get_text_config().vocab_size))
     chunked = len(positions) > size
+    if model is dense:
+        raise ValueError("a model can't be held against itself: give the dense model it was pruned from")
     with _body_runs_once(model, ids, chunked) as ours, _body_runs_once(dense, ids, chunked) as theirs:
         for chunk in positions.split(size):
             yield chunk, ours(chunk)[0].float(), theirs(chunk)[0].float()

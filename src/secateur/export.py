@@ -145,7 +145,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         "|---|---|",
         f"| zeros in the pruned matrices | {report.sparsity:.2%} of {report.pruned_parameters:,} weights |",
         f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
-        f"| mean relative layer error | {report.mean_relative_error:.4f} |",
+        f"| mean relative layer error, before any block refit | {report.mean_relative_error:.4f} |",
         f"| recipe | {in_words(recipe)} |",
         f"| options of the method | {options} |",
         f"| calibration | {calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']} |",

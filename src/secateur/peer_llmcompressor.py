@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
@@ -48,13 +49,22 @@ def main() -> None:
     seconds = time.perf_counter() - started
     tensors = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     save_file({name: value for name, value in tensors.items() if not name.endswith("lm_head.weight")}, out)
-    unit = 1 if sys.platform == "darwin" else 1024
     figures = {
         "seconds": seconds,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory": peak_of_process(),
         "versions": {name: version(name) for name in ("llmcompressor", "torch", "transformers")},
     }
     print(json.dumps(figures))
+
+
+def peak_of_process() -> int:
+    """Bytes that this process held at most. Linux's `ru_maxrss` would be its parent's, where that held more."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -43,10 +44,10 @@ def prune_by_llmcompressor(
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "pruned.safetensors"
         save_file({"input_ids": torch.cat([batch["input_ids"] for batch in data.batches])}, tokens)
-        script = peer_llmcompressor.__file__
-        arguments = [str(checkpoint.folder), str(tokens), str(out), method, str(cell.pattern)]
+        script = shutil.copy(peer_llmcompressor.__file__, Path(scratch) / "peer.py")  # away from our modules' names
+        arguments = [str(checkpoint.folder.absolute()), str(tokens), str(out), method, str(cell.pattern)]
         done = subprocess.run(
-            [str(python), script, *arguments], capture_output=True, text=True, cwd=scratch, check=False
+            [str(python.absolute()), script, *arguments], capture_output=True, text=True, cwd=scratch, check=False
         )
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])

@@ -60,6 +60,7 @@ def make_plan(
     given = {name: value for name, value in (settings or {}).items() if value is not None}
     chosen = _preset(effort, given, pattern) | given
     method = chosen.pop("method")
+    _check_pattern(pattern, chosen)
     steps = {step: chosen.pop(step, None) for step in _STEP_FIELDS}
     _check(steps["refine"], "refine", ("none", "swap"))
     _check(steps["refit"], "refit", ("none", "block"))
@@ -71,7 +72,8 @@ def make_plan(
         swaps=_swaps(of_step["refine"], chosen) if steps["refine"] == "swap" else None,
         target=Target(steps["target"] or "pruned", **of_step["target"], **_damping(chosen)),
         refit=BlockRefit(**of_step["refit"]) if steps["refit"] == "block" else None,
-        allocation=Allocation(steps["allocation"] or "uniform", **of_step["allocation"]),
+        allocation=Allocation(steps["allocation"] or "uniform", **of_step["allocation"], **_damping(chosen)),
+        effort=effort or (None if "method" in given else DEFAULT_EFFORT),
         storage_dtype=storage_dtype,
         **others,
     )
@@ -81,6 +83,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, for the report: every step that is on, with its settings."""
     recipe: dict[str, Any] = {"pattern": str(plan.pattern), "method": plan.method, "options": _fields(plan.solver)}
     recipe |= {name: list(getattr(plan, name)) for name in ("include", "exclude")}
+    recipe["effort"] = plan.effort
     recipe |= {"true_sequential": plan.true_sequential, "target": plan.target.kind}
     if plan.target.kind != "pruned":
         recipe["target_strength"] = plan.target.strength
@@ -119,6 +122,17 @@ def _preset(effort: str | None, given: dict[str, Any], pattern: Pattern) -> dict
     if "method" in changed:
         dropped |= set(preset) - SETTINGS
     return {name: value for name, value in preset.items() if name not in dropped | changed}
+
+
+def _check_pattern(pattern: Pattern, chosen: dict[str, Any]) -> None:
+    """Raise ValueError for choices that have no form for the pattern."""
+    if isinstance(pattern, NM) and chosen.get("allocation") == "owl":
+        raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
+    if not isinstance(pattern, NM) and chosen.get("mask") == "M":
+        raise ValueError(
+            f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: use mask S, "
+            f"or a pattern such as 2:4"
+        )
 
 
 def _check(value: str | None, name: str, choices: tuple[str, ...]) -> None:

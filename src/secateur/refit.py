@@ -12,19 +12,20 @@ Shape legend: B sequences, T positions, C channels, R x C a matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from secateur.capture import Stream
 from secateur.model import Block
 
 BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,17 @@ class BlockRefit:
         if batches < 2:
             raise ValueError(
                 f"the block refit needs 2 calibration batches or more, one of them held out, but there is {batches}: "
-                f"use more --samples, or --refit none"
+                f"use more --samples (split token tensors into several), or --refit none"
             )
 
 
 def refit_block(
-    block: Block, stream: Stream, dense_outputs: Sequence[Tensor], options: BlockRefit, seed: int = 0
+    block: Block,
+    stream: Stream,
+    dense_outputs: Sequence[Tensor],
+    options: BlockRefit,
+    seed: int = 0,
+    storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own,
 ) -> dict[str, Any]:
     """Refine a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
 
@@ -72,30 +78,34 @@ def refit_block(
     Args:
         dense_outputs: y_d of every batch.
         seed: fixes which batches are held out and the order of the others.
+        storage_of: from a matrix's name and its own dtype to the one it is saved in; every weight that is tried is
+            rounded to it, so that what the held-out batches choose is what is saved.
 
     Returns:
         `held_out_before`, `held_out_after` (the objective on held-out batches) and `best_pass` (0 = as solved).
 
-    Cost: 3 forward passes of the block a pass over the batches; 16 bytes a weight of the block.
+    Cost: 3 forward passes of the block a pass over the batches; about 30 bytes a weight of the block (fp32 master,
+    gradients, Adam's moments, the best weights so far), and the activations of one batch.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(stream.hidden), generator=generator).tolist()
     num_held_out = min(max(1, round(options.held_out * len(order))), len(order) - 1)
     held_out, trained = order[:num_held_out], order[num_held_out:]
-    weights = KeptWeights(block)
+    weights = KeptWeights(block, storage_of)
     objective = _Objective(block, stream, dense_outputs)
     before = best_loss = objective.mean(held_out)
     best, best_pass = weights.snapshot(), 0
     steps = options.passes * len(trained)
-    optimizer = torch.optim.Adam([{"params": [master]} for master in weights.masters], betas=BETAS, fused=True)
+    groups = [{"params": [master]} for master in weights.masters]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=ADAM_EPS, fused=True)
     step = 0
     for number in range(1, options.passes + 1):
         for index in torch.randperm(len(trained), generator=generator).tolist():
             for group, scale in zip(optimizer.param_groups, weights.scales, strict=True):
                 group["lr"] = options.rate * scale * _schedule(step, steps)
             with weights.trainable(), torch.enable_grad():
-                objective(trained[index]).backward()
-            weights.collect_gradients()
+                (objective.gradient_scale * objective(trained[index])).backward()
+                weights.collect_gradients()
             optimizer.step()
             weights.write_back()
             step += 1
@@ -115,10 +125,16 @@ def _schedule(step: int, steps: int) -> float:
 
 
 class _Objective:
-    """The objective on one batch of the stream."""
+    """The objective on one batch of the stream.
+
+    `gradient_scale` (tokens x norm of a target) brings the gradient of the output near 1, since the plain one, of the
+    size `error / (|y|^2 T)`, underflows in fp16. Adam's steps don't depend on it.
+    """
 
     def __init__(self, block: Block, stream: Stream, dense_outputs: Sequence[Tensor]) -> None:
         self.block, self.stream, self.targets = block, stream, dense_outputs
+        norms = dense_outputs[0].float().norm(dim=-1)
+        self.gradient_scale = float(norms.mean()) * norms.numel()
 
     def __call__(self, index: int) -> Float[Tensor, ""]:
         call = self.stream.calls[self.block.name][index]
@@ -138,40 +154,44 @@ class KeptWeights:
     Norms and biases stay: moving them too was measured to gain nothing.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, storage_of: Callable[[str, torch.dtype], torch.dtype]) -> None:
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
-        self.kept = [parameter.data != 0 for parameter in self.parameters]
+        self.kept = [_kept(block, parameter) for parameter in self.parameters]
+        names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
+        self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
         self.scales = [
-            float((master.square().sum() / kept.sum().clamp_min(1)).sqrt())
+            float(((master * kept).square().sum() / kept.sum().clamp_min(1)).sqrt())
             for master, kept in zip(self.masters, self.kept, strict=True)
         ]
         self.module = block.module
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
-        """Gradients for these weights alone, whatever the model's owner had asked for."""
-        before = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        for parameter, _ in before:
+        """Gradients for these weights alone; what the owner had asked for, and has accumulated, is given back."""
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.module.parameters()]
+        for parameter, _, _ in before:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         try:
             yield
         finally:
-            for parameter, required in before:
+            for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
+                parameter.grad = gradient
 
     def collect_gradients(self) -> None:
         """Move each parameter's gradient to its master, without what belongs to pruned weights."""
         for parameter, master, kept in zip(self.parameters, self.masters, self.kept, strict=True):
-            assert parameter.grad is not None
-            master.grad = parameter.grad.float() * kept
-            parameter.grad = None
+            # An expert that no token of the batch reached has no gradient.
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float() * kept
 
     def write_back(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.data.copy_(master)
+        """Show the masters to the model as they would be saved."""
+        for parameter, master, storage in zip(self.parameters, self.masters, self.storage, strict=True):
+            parameter.data.copy_(master.to(storage))
 
     def snapshot(self) -> list[Tensor]:
         return [parameter.data.clone() for parameter in self.parameters]
@@ -179,3 +199,13 @@ class KeptWeights:
     def restore(self, snapshot: list[Tensor]) -> None:
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.data.copy_(saved)
+
+
+def _kept(block: Block, parameter: nn.Parameter) -> Bool[Tensor, ...]:
+    """Where a parameter may move: the non-zero weights of its matrices that are pruned; other experts stay."""
+    kept = torch.zeros_like(parameter, dtype=torch.bool)
+    for matrix in block.matrices:
+        if matrix.parameter is parameter:
+            place = kept if matrix.index is None else kept[matrix.index]
+            place.copy_(matrix.stored != 0)
+    return kept

@@ -22,19 +22,23 @@ from secateur.observe import Use, WeightWatcher
 def output_sensitivity(
     model: Any, blocks: Sequence[Block], batches: Sequence[Batch], windows: int, seed: int
 ) -> dict[str, Float[Tensor, " R"]]:
-    """The mean over tokens of `(dL/dy_r)^2` for each output row r of each matrix, by its name.
+    """The mean over all tokens of `(dL/dy_r)^2` for each output row r of each matrix, by its name.
 
     L is the log-likelihood of labels drawn from the model's own predictions, so that a small change dy of an output
-    moves the predictions by a Kullback-Leibler divergence of `E[(g . dy)^2] / 2`, g = dL/dy.
+    moves the predictions by a Kullback-Leibler divergence of `E[(g . dy)^2] / 2`, g = dL/dy. A token that an expert
+    doesn't see counts as zero, so that rarely used experts weigh little.
 
     Args:
         batches: model inputs, padding allowed; sequences are taken one at a time.
         windows: how many sequences.
         seed: of the labels.
 
+    Raises:
+        ValueError: a matrix that saw none of the sequences.
+
     Cost: a forward and a backward pass of the whole model (no weight gradients) for each sequence.
     """
-    sums = _GradientSquares()
+    sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator().manual_seed(seed)
     matrices = [matrix for block in blocks for matrix in block.matrices]
     extra = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
@@ -45,10 +49,16 @@ def output_sensitivity(
                 logits = model(**inputs, **extra).logits[0].float()
             real = inputs.get("attention_mask")
             logits = logits if real is None else logits[real[0].bool()]
+            tokens, done = tokens + len(logits), done + 1
             odds = logits.detach().softmax(-1).cpu()
             labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    return {name: total / sums.tokens[name] for name, total in sums.totals.items()}
+    if unseen := [matrix.name for matrix in matrices if matrix.name not in sums.totals]:
+        raise ValueError(
+            f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
+            f"--allocation-windows, or use --allocation uniform"
+        )
+    return {name: total / tokens for name, total in sums.totals.items()}
 
 
 def _sequences(batches: Sequence[Batch], windows: int) -> Iterator[Batch]:
@@ -66,17 +76,18 @@ class _GradientSquares:
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
 
     def watch(self, use: Use, output: Tensor) -> None:
         """Note a product's output; its gradient is added when it is known."""
         name = use.matrix.name
+        rows = output.shape[-2 if use.output_is_transposed else -1]
+        self.totals.setdefault(name, torch.zeros(rows, device=output.device))
+        if not output.requires_grad:  # nothing of the hidden states is in it, and the allocation is about their blocks
+            return
 
         def add(gradient: Tensor) -> None:
             by_row = (gradient.mT if use.output_is_transposed else gradient).float().flatten(0, -2)
-            squares = by_row.square().sum(0)
-            self.totals[name] = self.totals[name] + squares if name in self.totals else squares
-            self.tokens[name] = self.tokens.get(name, 0) + len(by_row)
+            self.totals[name] += by_row.square().sum(0)
 
         output.register_hook(add)
 

@@ -77,8 +77,9 @@ def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[
 
 
 def without_members(names: list[str]) -> list[str]:
-    """Names without the members of a group that is there too: the harness calls those `group_member`."""
-    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+    """Names without the members of a group that is there too: two or more that the harness calls `group_member`."""
+    groups = [name for name in names if sum(other.startswith(f"{name}_") for other in names) > 1]
+    return [name for name in names if not any(name.startswith(f"{group}_") for group in groups)]
 
 
 def _cell(name: str, values: list[float]) -> str:

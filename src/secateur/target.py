@@ -72,6 +72,16 @@ class Moments:
     error: Float[Tensor, "hidden C"] | None = None
 
 
+def check_all_tokens(stream: Stream) -> None:
+    """Raise ValueError for a matrix that a router shows only some tokens: in the pruned model they may be others."""
+    if stream.routed:
+        name = min(stream.routed)
+        raise ValueError(
+            f"{name} sees only the tokens that a router sends it, and pruning may send others, so it has no dense "
+            f"target ({len(stream.routed)} such matrices): use --target pruned, or leave them out with --exclude"
+        )
+
+
 def aim(
     W: Float[Tensor, "R C"], moments: Moments, target: Target, write_gain: float | None = None
 ) -> Float[Tensor, "R C"]:
@@ -119,13 +129,7 @@ def observe(
                 drifts[name] = torch.zeros_like(sums[name].sum)
                 errors[name] = X.new_zeros(error.shape[1], X.shape[1])
             sums[name].add(X)
-            Xd = dense_inputs.get(name)
-            if Xd is None or Xd.shape != X.shape:
-                raise ValueError(
-                    f"{name} sees other tokens in the pruned model than in the dense one (a router sends them "
-                    f"elsewhere), so it has no dense target: use --target pruned, or leave it out with --exclude"
-                )
-            drifts[name].addmm_((Xd - X).T, X)
+            drifts[name].addmm_((dense_inputs[name] - X).T, X)
             if target.kind == "residual" and len(X) == len(error):
                 errors[name].addmm_(error.T, X)
     grams = finished_grams(groups, sums)

@@ -29,20 +29,9 @@ def run_tasks(
     Raises:
         ValueError: the extra is missing, or a task is unknown.
     """
-    try:
-        harness: Any = import_module("lm_eval")
-        models: Any = import_module("lm_eval.models.huggingface")
-        task_index: Any = import_module("lm_eval.tasks")
-    except ImportError as error:
-        raise ValueError("tasks need the `eval` extra: pip install 'secateur[eval]'") from error
-    if limit is not None and limit < 1:
-        raise ValueError(f"task limit is {limit}; it must be at least 1")
-    if task_dir is not None and not Path(task_dir).is_dir():
-        raise ValueError(f"task-dir {task_dir} is no folder: give one that holds the YAML files of your tasks")
-    manager = task_index.TaskManager(include_path=None if task_dir is None else str(task_dir))
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        where = f" and no YAML file in {task_dir} defines it" if task_dir else " (local ones: --task-dir)"
-        raise ValueError(f"task {unknown[0]!r} is not known to lm-evaluation-harness{where}")
+    check_tasks(tasks, task_dir, limit)
+    harness, models, index = (_harness(name) for name in ("", ".models.huggingface", ".tasks"))
+    manager = index.TaskManager(include_path=None if task_dir is None else str(task_dir))
     done = harness.simple_evaluate(
         model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
@@ -52,12 +41,35 @@ def run_tasks(
         log_samples=False,
         verbosity="ERROR",
     )
-    return {task: _figures(values) for task, values in done["results"].items()}
+    named = {task: _figures(values) for task, values in done["results"].items()}
+    return {task: figures for task, figures in named.items() if figures}
+
+
+def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | None) -> None:
+    """Raise ValueError for what `run_tasks` can't run, before any work."""
+    if not tasks:
+        return
+    if limit is not None and limit < 1:
+        raise ValueError(f"task limit is {limit}; it must be at least 1")
+    if task_dir is not None and not Path(task_dir).is_dir():
+        raise ValueError(f"task-dir {task_dir} is no folder: give one that holds the YAML files of your tasks")
+    manager = _harness(".tasks").TaskManager(include_path=None if task_dir is None else str(task_dir))
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        where = f" and no YAML file in {task_dir} defines it" if task_dir else " (local ones: --task-dir)"
+        raise ValueError(f"task {unknown[0]!r} is not known to lm-evaluation-harness{where}")
+
+
+def _harness(part: str) -> Any:
+    try:
+        return import_module(f"lm_eval{part}")
+    except ImportError as error:
+        raise ValueError(f"tasks need the `eval` extra: pip install 'secateur[eval]' ({error})") from error
 
 
 def headline(figures: dict[str, float]) -> float:
     """The one figure of a task that tables show: normalised accuracy where there is one, else accuracy."""
-    return next((figures[name] for name in PREFERRED if name in figures), next(iter(figures.values())))
+    preferred = (name for name in PREFERRED if name in figures)
+    return figures[next(preferred, next(iter(figures)))]
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:

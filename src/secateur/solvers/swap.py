@@ -28,8 +28,9 @@ from secateur.solvers.contract import Solved, check_damping
 
 MAX_COLUMNS = {"cpu": 2048}  # above, a matrix takes hours
 MAX_COLUMNS_ON_DEVICE = 8192
-CHUNK_BYTES = {"cpu": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 30}  # all arrays of a chunk of rows together
 CHUNK_BYTES_ON_DEVICE = 1 << 33
+ARRAYS_A_ROW = 9  # C x C numbers that live at once while a chunk is set up
 MIN_GAIN = 1e-9  # of the row's loss: below it an exchange is rounding
 
 
@@ -69,7 +70,7 @@ class Swaps:
         damped = gram.damped(self.damping)
         dtype = torch.float32 if W.device.type == "mps" else torch.float64
         H, precise = damped.matrix.to(dtype), W.to(dtype)
-        size = max(1, CHUNK_BYTES.get(W.device.type, CHUNK_BYTES_ON_DEVICE) // (8 * W.shape[1] ** 2))
+        size = max(1, CHUNK_BYTES.get(W.device.type, CHUNK_BYTES_ON_DEVICE) // (ARRAYS_A_ROW * 8 * W.shape[1] ** 2))
         keep = solved.keep.clone()
         swaps = at_optimum = 0
         for rows in torch.arange(len(W), device=W.device).split(size):
@@ -88,7 +89,7 @@ def check_columns(columns: int, device: torch.device) -> None:
     limit = MAX_COLUMNS.get(device.type, MAX_COLUMNS_ON_DEVICE)
     if columns > limit:
         raise ValueError(
-            f"swap refinement of {columns} input columns takes {columns**2 * 8 / 1e6:.0f} MB and "
+            f"swap refinement of {columns} input columns takes {ARRAYS_A_ROW * columns**2 * 8 / 1e6:.0f} MB and "
             f"{5 * columns**3 / 1e12:.1f} Tflop a row, and is limited to {limit} columns on {device.type}: run without "
             f"--refine, leave the matrix dense with --exclude, or use a GPU"
         )
