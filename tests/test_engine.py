@@ -39,8 +39,10 @@ def test_every_matrix_of_every_family_is_pruned_exactly(family, pattern):
     assert len(report.matrices) == FAMILIES[family][2] * model.config.num_hidden_layers
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removesuffix(".weight") for name in changed} == {matrix.name for matrix in report.matrices}
-    wanted = secateur.parse_pattern(pattern)
+    weights = sum(matrix.rows * matrix.columns for matrix in report.matrices)
+    assert sum(matrix.zeros for matrix in report.matrices) == weights // 2
     for matrix in report.matrices:
+        wanted = secateur.parse_pattern(matrix.pattern)
         stored = model.get_parameter(matrix.name + ".weight").data
         weight = stored if matrix.input_dim == 1 else stored.T
         assert weight.shape == (matrix.rows, matrix.columns)
@@ -367,7 +369,7 @@ def test_damping_retries_are_in_the_report(monkeypatch):
         return None if len(calls) == 1 else real(H)
 
     monkeypatch.setattr(linalg, "inverse_factor", fail_once)
-    report = secateur.prune(tiny_model("llama"), pattern="50%", calibration=tokens())
+    report = secateur.prune(tiny_model("llama"), pattern="50%", method="mrp", calibration=tokens())
     assert report.matrices[0].solver["damping"] == [0.01, 0.1]
     assert report.matrices[-1].solver["damping"] == [0.01]
 
