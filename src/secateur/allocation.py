@@ -24,7 +24,7 @@ from secateur.sensitivity import output_sensitivity
 RULES = ("uniform", "owl", "curve")
 OUTLIER = 5.0  # OWL's M: an outlier is a score above so many times its matrix's mean
 SAMPLED_ROWS = 64
-LEVELS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+NUM_LEVELS = 5
 HIGHEST = 0.98  # no matrix loses everything for the sake of the others
 FINE_STEPS = 400
 
@@ -80,7 +80,7 @@ def allocate(
     """What each matrix gets. Nothing is changed, the stream's state included.
 
     Cost: none for `uniform`; for the others a dense pass of every block over `windows` sequences with its Gram
-    matrices, and for `curve` a backward pass over them too and a refit of 64 rows a level and matrix.
+    matrices, and for `curve` a backward pass over them too and a refit of 64 rows for each of 5 levels and matrix.
 
     Raises:
         ValueError: a matrix that saw none of the sequences, or a Gram matrix that can't be factored.
@@ -95,10 +95,11 @@ def allocate(
         measured = _over_dense_blocks(blocks, part, _count_outliers, progress)
         block_of = {matrix.name: block.name for block in blocks for matrix in block.matrices}
         return Allotment(_by_outliers(measured, block_of, pattern, allocation))
+    levels = _levels(pattern, allocation.spread)
     sensitivity = output_sensitivity(model, blocks, batches, sequences, seed)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
-        return loss_curve(W, gram, sensitivity[name], pattern, allocation.damping)
+        return loss_curve(W, gram, sensitivity[name], levels, allocation.damping)
 
     curves = _over_dense_blocks(blocks, part, measure, progress)
     if isinstance(pattern, NM):
@@ -154,7 +155,11 @@ def _first_sequences(stream: Stream, windows: int) -> Stream:
 
 
 def loss_curve(
-    W: Float[Tensor, "R C"], gram: Gram, sensitivity: Float[Tensor, " R"], pattern: Pattern, damping: float = 0.01
+    W: Float[Tensor, "R C"],
+    gram: Gram,
+    sensitivity: Float[Tensor, " R"],
+    levels: Sequence[Pattern],
+    damping: float = 0.01,
 ) -> _Curve:
     """Loss `sum_r sensitivity_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
 
@@ -165,7 +170,7 @@ def loss_curve(
     damped = gram.damped(damping)
     score = sample.square() / damped.U.square().sum(0)
     sparsities, losses = [], []
-    for level in _levels(pattern):
+    for level in levels:
         if isinstance(level, NM):
             keep = keep_highest_of_groups(score, level)
         else:
@@ -176,18 +181,20 @@ def loss_curve(
     return _Curve(sparsities, losses, W.numel())
 
 
-def _levels(pattern: Pattern) -> list[Pattern]:
-    """Where a curve is measured, in order of sparsity."""
+def _levels(pattern: Pattern, spread: float) -> list[Pattern]:
+    """Where a curve is measured, in order of sparsity: over the range that a matrix may get."""
     if isinstance(pattern, NM):
         return [NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)]
-    return [Unstructured(sparsity) for sparsity in LEVELS]
+    low, high = _bounds(pattern, spread)
+    low = max(low, 0.05)  # the loss at 0 is 0, and has no logarithm
+    return [Unstructured(float(s)) for s in torch.linspace(low, max(high, low + 0.01), NUM_LEVELS, dtype=torch.float64)]
 
 
 def _minimise(curves: dict[str, _Curve], pattern: Pattern, spread: float) -> dict[str, Pattern]:
     """Sparsities that minimise the summed loss at the global one, by bisection of the price of a zero.
 
-    Losses are interpolated with their logarithms linear in sparsity. At a price, each matrix takes the sparsity where
-    loss minus price x zeros is least.
+    Losses are interpolated with their logarithms linear in sparsity (constant beyond the levels). At a price, each matrix
+    takes the sparsity where loss minus price x zeros is least.
     """
     names = list(curves)
     weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
@@ -216,7 +223,7 @@ def _interpolated(curve: _Curve, levels: Float[Tensor, " L"]) -> Float[Tensor, "
     logs = torch.tensor(curve.losses, dtype=torch.float64).clamp_min(1e-30).log()
     right = torch.searchsorted(known, levels).clamp(1, len(known) - 1)
     left = right - 1
-    share = (levels - known[left]) / (known[right] - known[left])
+    share = ((levels - known[left]) / (known[right] - known[left])).clamp(0.0, 1.0)
     return (logs[left] + share * (logs[right] - logs[left])).exp()
 
 
