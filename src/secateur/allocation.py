@@ -193,8 +193,8 @@ def _levels(pattern: Pattern, spread: float) -> list[Pattern]:
 def _minimise(curves: dict[str, _Curve], pattern: Pattern, spread: float) -> dict[str, Pattern]:
     """Sparsities that minimise the summed loss at the global one, by bisection of the price of a zero.
 
-    Losses are interpolated with their logarithms linear in sparsity (constant beyond the levels). At a price, each matrix
-    takes the sparsity where loss minus price x zeros is least.
+    Losses are interpolated with their logarithms linear in sparsity (constant beyond the levels). At a price, each
+    matrix takes the sparsity where loss minus price x zeros is least.
     """
     names = list(curves)
     weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
