@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from models import save_checkpoint
@@ -115,6 +116,12 @@ def test_bad_requests_are_named_before_any_work(settings, tmp_path, recipes, pat
     with pytest.raises(ValueError, match=message):
         compare(settings, recipes, patterns, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
+    """This environment has no llm-compressor; the peer's own last words are in the message."""
+    with pytest.raises(ValueError, match=r"(?s)llm-compressor failed \(exit code 1\):.*No module named"):
+        compare(settings, ["llmcompressor-wanda"], ["50%"], [0], tmp_path, Path(sys.executable), say=lambda _line: None)
 
 
 def test_a_failing_cell_is_named_and_two_texts_of_one_name_are_refused(settings, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,6 @@ def prune(
         ValueError: anything wrong with the request, the model or the texts. A model object is unchanged where the
             fault was there before the first weight moved; `out` is written only at the end.
     """
-    started = time.perf_counter()
     settings = {"method": method, "target": target, "refine": refine, "refit": refit, "allocation": allocation}
     plan = make_plan(
         parse_pattern(pattern),
@@ -98,43 +97,58 @@ def prune(
         true_sequential=true_sequential,
         seed=seed,
     )
-    saved = False
+    texts = _Texts(calibration, samples, seq_len, seed)
     if isinstance(model, nn.Module | Checkpoint):
         if out is not None:
             raise ValueError("out is for models given by name; a model object is pruned in place: save it yourself")
-        checkpoint = model if isinstance(model, Checkpoint) else None
-        target_model: Any = checkpoint.model if checkpoint else model
-        tokens, config = tokenizer or (checkpoint.tokenizer if checkpoint else None), target_model.config
+        return _prune_in_place(model, tokenizer, plan, texts, progress)
+    if out is None:
+        raise ValueError("out is missing: name the folder to save the pruned model to")
+    export.check_shard_size(max_shard_size)
+    folder = resolve(str(model), trust_remote_code, allow_pickle)
+    out = _writable(out, str(model), calibration, folder, overwrite)
+    checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
+    report = _prune_in_place(checkpoint, None, plan, texts, progress)
+    report.out = str(out)
+    export.save(checkpoint, report, out, max_shard_size)
+    return report
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What to calibrate on, as `calibrate` takes it."""
+
+    source: str | Path | Sequence[Tensor] | Sequence[Batch] | None
+    samples: int
+    seq_len: int | None
+    seed: int
+
+
+def _prune_in_place(
+    model: nn.Module | Checkpoint, tokenizer: Any, plan: engine.Plan, texts: _Texts, progress: Progress
+) -> Report:
+    started = time.perf_counter()
+    if isinstance(model, Checkpoint):
+        module, name, tokenizer = model.model, model.name, tokenizer or model.tokenizer
+        plan = replace(plan, storage_dtype=model.matrix_storage)
     else:
-        saved = True
-        if out is None:
-            raise ValueError("out is missing: name the folder to save the pruned model to")
-        export.check_shard_size(max_shard_size)
-        folder = resolve(str(model), trust_remote_code, allow_pickle)
-        out = _writable(out, str(model), calibration, folder, overwrite)
-        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
-        target_model, tokens, config = checkpoint.model, checkpoint.tokenizer, checkpoint.model.config
-    data = calibrate(calibration, tokens, config, samples, seq_len, seed)
-    if checkpoint:
-        plan = replace(plan, storage_dtype=checkpoint.matrix_storage)
-    outcome = engine.run(target_model, data.batches, plan, progress)
-    report = Report(
-        recipe=describe(plan),
-        environment=export.environment() | {"device": str(next(target_model.parameters()).device)},
+        module, name = model, type(model).__name__
+    config: Any = module.config
+    data = calibrate(texts.source, tokenizer, config, texts.samples, texts.seq_len, texts.seed)
+    outcome = engine.run(module, data.batches, plan, progress)
+    parameter = next(module.parameters())
+    where = {"device": str(parameter.device), "forward_dtype": str(parameter.dtype).removeprefix("torch.")}
+    return Report(
+        recipe=describe(plan) | {"model": name},
+        environment=export.environment() | where,
         calibration=data.origin,
         matrices=outcome.matrices,
         blocks=outcome.blocks,
         dense=outcome.dense,
-        model_parameters=parameters_of(target_model),
+        model_parameters=parameters_of(module),
+        seconds=time.perf_counter() - started,
         notices=data.notices,
     )
-    report.recipe["model"] = checkpoint.name if checkpoint else type(model).__name__
-    report.environment["forward_dtype"] = str(next(target_model.parameters()).dtype).removeprefix("torch.")
-    report.seconds = time.perf_counter() - started
-    if checkpoint and saved:
-        report.out = str(out)
-        export.save(checkpoint, report, Path(str(out)), max_shard_size)
-    return report
 
 
 def evaluate(
