@@ -23,7 +23,7 @@ from secateur.sensitivity import output_sensitivity
 
 RULES = ("uniform", "owl", "curve")
 OUTLIER = 5.0  # OWL's M: an outlier is a score above so many times its matrix's mean
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 32
 NUM_LEVELS = 5
 HIGHEST = 0.98  # no matrix loses everything for the sake of the others
 FINE_STEPS = 400
@@ -80,7 +80,7 @@ def allocate(
     """What each matrix gets. Nothing is changed, the stream's state included.
 
     Cost: none for `uniform`; for the others a dense pass of every block over `windows` sequences with its Gram
-    matrices, and for `curve` a backward pass over them too and a refit of 64 rows for each of 5 levels and matrix.
+    matrices, and for `curve` a backward pass over them too and a refit of 32 rows for each of 5 levels and matrix.
 
     Raises:
         ValueError: a matrix that saw none of the sequences, or a Gram matrix that can't be factored.
@@ -163,7 +163,7 @@ def loss_curve(
 ) -> _Curve:
     """Loss `sum_r sensitivity_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
 
-    Measured on at most 64 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
+    Measured on at most 32 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
     sample = W[rows] * sensitivity[rows].sqrt()[:, None].to(W.dtype)

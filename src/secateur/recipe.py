@@ -20,7 +20,13 @@ DEFAULT_EFFORT = "balanced"
 # hardware for one of them can't run, has to be asked for.
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "mrp"},
-    "balanced": {"method": "mrp", "refit": "block", "refit_passes": 2, "allocation": "curve"},
+    "balanced": {
+        "method": "mrp",
+        "refit": "block",
+        "refit_passes": 2,
+        "allocation": "curve",
+        "allocation_windows": 4,
+    },
     "best": {
         "method": "admm",
         "search_iterations": 24,
