@@ -163,7 +163,7 @@ First iteration within each gap of the optimal loss (float64, against direct sol
 
 {demo_lines()}
 
-    secateur demo --json > benchmarks/results/demo.json
+    secateur demo --effort best --json > benchmarks/results/demo.json
 """
 
 
