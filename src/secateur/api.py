@@ -181,6 +181,7 @@ def evaluate(
         What `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
         `top1_agreement`) where asked for.
     """
+    check_tasks(tasks, task_dir, task_limit)
     module: Any = model
     if not isinstance(model, nn.Module):
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
@@ -190,7 +191,6 @@ def evaluate(
     dense: Any = against
     if isinstance(against, str | Path):
         dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
-    check_tasks(tasks, task_dir, task_limit)
     training = [each for each in (module, dense) if each is not None and each.training]
     try:
         figures = perplexity(module.eval(), tokenizer, text, seq_len, max_tokens, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -325,7 +324,11 @@ def _numbers(text: str, name: str) -> list[int]:
 
 
 def _plugin_options(pairs: list[str], reserved: set[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; values that read as JSON numbers or booleans are that, others are text."""
+    """NAME=VALUE pairs."""
+    if not pairs:
+        return {}
+    from secateur.recipe import read_value
+
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -333,8 +336,5 @@ def _plugin_options(pairs: list[str], reserved: set[str]) -> dict[str, Any]:
             raise ValueError(f"--option is {pair!r}; write NAME=VALUE")
         if name in reserved or name in ("tokenizer", "progress"):
             raise ValueError(f"--option can't set {name}: the command has an option of its own for it")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
+        options[name] = read_value(value)
     return options

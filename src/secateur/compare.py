@@ -9,7 +9,6 @@ environment it ran in.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +19,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import read_json
+import torch
+
+from secateur.api import default_device, evaluate, prune
+from secateur.checkpoint import load, read_json
+from secateur.export import environment
 from secateur.pattern import parse_pattern
 from secateur.peer_llmcompressor import peak_of_process
-from secateur.tasks import check_tasks
+from secateur.peers import prune_by_llmcompressor
+from secateur.recipe import EFFORTS, make_plan, read_value
+from secateur.tasks import check_tasks, run_tasks
 
 RESULTS = "compare.json"
 DENSE = "dense"
@@ -134,7 +139,7 @@ def compare(
             continue
         say(f"cell {number} of {len(wanted)}: {cell.key}")
         table.cells[cell.key] = _in_own_process(settings, cell, tasks, peer_python)
-        table.environment, table.command = _environment(), " ".join(["secateur", *sys.argv[1:]])
+        table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])
         write_whole(out / RESULTS, json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n")
         say(f"  {_summary(table.cells[cell.key])}")
     return table
@@ -142,25 +147,18 @@ def compare(
 
 def parse_recipe(recipe: str) -> dict[str, Any]:
     """`best+refit_passes=4` -> the keyword arguments of `prune`; values that read as JSON are that."""
-    from secateur.recipe import EFFORTS
-
     head, *parts = recipe.split("+")
     arguments: dict[str, Any] = {"effort" if head in EFFORTS else "method": head}
     for part in parts:
         name, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"recipe {recipe!r}: {part!r} is no NAME=VALUE")
-        try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[name] = value
+        arguments[name] = read_value(value)
     return arguments
 
 
 def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
     """Raise ValueError for a recipe that can't be run at a pattern, before anything is."""
-    from secateur.recipe import make_plan
-
     if recipe in PEERS:
         if peer_python is None:
             raise ValueError(
@@ -208,15 +206,9 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         `perplexity` by text, `tasks` by name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
         pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
-    from secateur.api import default_device, evaluate, prune
-    from secateur.checkpoint import load
-    from secateur.tasks import run_tasks
-
     device = settings.device or default_device()
     found: dict[str, Any] = {}
     if cell.recipe in PEERS:
-        from secateur.peers import prune_by_llmcompressor
-
         assert peer_python is not None
         checkpoint, found = prune_by_llmcompressor(settings, cell, peer_python, device)
     else:
@@ -251,14 +243,12 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
     if tasks:
         by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
         found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
-    return found | {"eval_seconds": time.perf_counter() - started, "environment": _environment()}
+    return found | {"eval_seconds": time.perf_counter() - started, "environment": environment()}
 
 
 def _peak_memory(device: str) -> int:
     """Bytes: of the GPU where that is the device, else of this process."""
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
     return peak_of_process()
 
@@ -274,14 +264,8 @@ def _short(text: str | None) -> str:
     return "shipped text" if text is None else Path(text).name
 
 
-def _environment() -> dict[str, Any]:
-    from secateur.export import environment
-
-    return environment()
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)  # noqa: PTH105 - atomic, also where the target exists
+    partial.replace(path)

@@ -79,8 +79,10 @@ def divergence(
         same token most likely). Both are far more sensitive than task accuracy.
 
     Raises:
-        ValueError: models with different vocabularies, and what `perplexity` raises.
+        ValueError: one model twice, models with different vocabularies, and what `perplexity` raises.
     """
+    if model is dense:
+        raise ValueError("a model can't be held against itself: give the dense model it was pruned from")
     sizes = [each.config.get_text_config().vocab_size for each in (model, dense)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -126,8 +128,6 @@ def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tu
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     size = max(1, LOGIT_ELEMENTS // (2 * model.config.get_text_config().vocab_size))
     chunked = len(positions) > size
-    if model is dense:
-        raise ValueError("a model can't be held against itself: give the dense model it was pruned from")
     with _body_runs_once(model, ids, chunked) as ours, _body_runs_once(dense, ids, chunked) as theirs:
         for chunk in positions.split(size):
             yield chunk, ours(chunk)[0].float(), theirs(chunk)[0].float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from secateur.engine import Plan
 from secateur.pattern import NM, Pattern
 from secateur.refit import BlockRefit
 from secateur.solvers import make_solver
+from secateur.solvers.mrp import check_mask
 from secateur.solvers.swap import Swaps
 from secateur.target import Target
 
@@ -85,6 +87,14 @@ def make_plan(
     )
 
 
+def read_value(text: str) -> Any:
+    """A setting as it is written in a command: what reads as JSON (numbers, booleans) is that, the rest is text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, for the report: every step that is on, with its settings."""
     recipe: dict[str, Any] = {"pattern": str(plan.pattern), "method": plan.method, "options": _fields(plan.solver)}
@@ -134,11 +144,7 @@ def _check_pattern(pattern: Pattern, chosen: dict[str, Any]) -> None:
     """Raise ValueError for choices that have no form for the pattern."""
     if isinstance(pattern, NM) and chosen.get("allocation") == "owl":
         raise ValueError(f"allocation owl has no form for {pattern}: use curve, which mixes patterns of one m")
-    if not isinstance(pattern, NM) and chosen.get("mask") == "M":
-        raise ValueError(
-            f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: use mask S, "
-            f"or a pattern such as 2:4"
-        )
+    check_mask(chosen.get("mask"), pattern)
 
 
 def _check(value: str | None, name: str, choices: tuple[str, ...]) -> None:

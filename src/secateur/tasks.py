@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,11 @@ def run_tasks(
         ValueError: the extra is missing, or a task is unknown.
     """
     check_tasks(tasks, task_dir, limit)
-    harness, models, index = (_harness(name) for name in ("", ".models.huggingface", ".tasks"))
-    manager = index.TaskManager(include_path=None if task_dir is None else str(task_dir))
+    harness, models = _harness(""), _harness(".models.huggingface")
     done = harness.simple_evaluate(
         model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
-        task_manager=manager,
+        task_manager=_manager(task_dir),
         limit=limit,
         bootstrap_iters=0,
         log_samples=False,
@@ -53,10 +53,15 @@ def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | 
         raise ValueError(f"task limit is {limit}; it must be at least 1")
     if task_dir is not None and not Path(task_dir).is_dir():
         raise ValueError(f"task-dir {task_dir} is no folder: give one that holds the YAML files of your tasks")
-    manager = _harness(".tasks").TaskManager(include_path=None if task_dir is None else str(task_dir))
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+    if unknown := [name for name in tasks if name not in _manager(task_dir).all_tasks]:
         where = f" and no YAML file in {task_dir} defines it" if task_dir else " (local ones: --task-dir)"
         raise ValueError(f"task {unknown[0]!r} is not known to lm-evaluation-harness{where}")
+
+
+@lru_cache(maxsize=1)
+def _manager(task_dir: str | Path | None) -> Any:
+    """The harness's index of tasks; it takes seconds to read, so it is kept from the check to the run."""
+    return _harness(".tasks").TaskManager(include_path=None if task_dir is None else str(task_dir))
 
 
 def _harness(part: str) -> Any:

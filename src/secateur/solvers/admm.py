@@ -28,7 +28,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern, keep_all_but_lowest, keep_highest_of_groups
-from secateur.solvers.contract import Solved, check_damping
+from secateur.solvers.contract import Solved, check_refit
 
 STEPS_A_PENALTY = 4
 
@@ -55,17 +55,13 @@ class ADMM:
     iterations: int = 200
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        check_refit(self.damping, self.tolerance, self.iterations)
         if self.search_iterations < 1:
             raise ValueError(f"search iterations are {self.search_iterations}; at least 1 is needed")
         if not 0 < self.penalty_start <= self.penalty_end < float("inf"):
             raise ValueError(
                 f"penalties run from {self.penalty_start:g} to {self.penalty_end:g}: they must be positive and not fall"
             )
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-3)")
-        if self.iterations < 1:
-            raise ValueError(f"iterations is {self.iterations}; it must be at least 1")
 
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
         damped = gram.damped(self.damping)

@@ -35,6 +35,15 @@ class Solver(Protocol):
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved: ...
 
 
+def check_refit(damping: float, tolerance: float, iterations: int) -> None:
+    """Raise ValueError unless these can steer the full-row refit."""
+    check_damping(damping)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; it must lie between 0 and 1 (default 1e-3)")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1")
+
+
 def check_damping(damping: float) -> None:
     """Raise ValueError unless damping is a positive finite number."""
     if not 0 < damping < float("inf"):

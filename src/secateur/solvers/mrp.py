@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import refit_rows
 from secateur.pattern import NM, Pattern
-from secateur.solvers.contract import Solved, check_damping
+from secateur.solvers.contract import Solved, check_refit
 from secateur.solvers.group_search import MAX_ENUMERATED
 from secateur.solvers.sweep import sweep
 
@@ -52,19 +52,11 @@ class MRP:
                 raise ValueError(f"{name} is {rule!r}; it must be S (single removal) or M (multiple removal)")
         if self.block != "all":
             check_block(self.block)
-        check_damping(self.damping)
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1 (default 1e-3)")
-        if self.iterations < 1:
-            raise ValueError(f"iterations is {self.iterations}; it must be at least 1")
+        check_refit(self.damping, self.tolerance, self.iterations)
 
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
+        check_mask(self.mask, pattern)
         mask = self.mask or ("M" if isinstance(pattern, NM) else "S")
-        if mask == "M" and not isinstance(pattern, NM):
-            raise ValueError(
-                f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: "
-                f"use mask S, or a pattern such as 2:4"
-            )
         damped = gram.damped(self.damping)
         full_row = self.compensation == "M" and self.block == "all"
         tile = self.block if isinstance(self.block, int) else SWEEP_TILE
@@ -76,6 +68,15 @@ class MRP:
             weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
             info |= figures
         return Solved(weight, keep, info)
+
+
+def check_mask(mask: str | None, pattern: Pattern) -> None:
+    """Raise ValueError where a mask rule has no form for the pattern."""
+    if mask == "M" and not isinstance(pattern, NM):
+        raise ValueError(
+            f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: use mask S, "
+            f"or a pattern such as 2:4"
+        )
 
 
 def check_block(block: int | str) -> None:

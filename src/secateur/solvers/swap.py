@@ -24,7 +24,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern
-from secateur.solvers.contract import Solved, check_damping
+from secateur.solvers.contract import Solved, check_refit
 
 MAX_COLUMNS = {"cpu": 2048}  # above, a matrix takes hours
 MAX_COLUMNS_ON_DEVICE = 8192
@@ -54,7 +54,7 @@ class Swaps:
     iterations: int = 200
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        check_refit(self.damping, self.tolerance, self.iterations)
         if self.max_swaps < 1:
             raise ValueError(f"max swaps are {self.max_swaps}; at least 1 is needed")
 
