@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from models import save_checkpoint
 
 from secateur import cli
@@ -50,6 +51,20 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"made with other settings \(samples\)"):
         compare(other, ["sparsegpt"], ["50%"], [0], **run)
     assert json.loads(path.read_text())["cells"].keys() == second.cells.keys()
+
+
+def test_processes_share_the_cells_of_a_table(settings, tmp_path):
+    said: list[str] = []
+    run = {"out": tmp_path / "out", "say": said.append}
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".magnitude 50% 0.lock"):
+        mine = compare(settings, ["magnitude", "wanda"], ["50%"], [0], **run)
+    assert list(mine.cells) == ["dense", "wanda 50% 0"]
+    assert "cell 2 of 3: magnitude 50% 0 is run by another process" in said
+    said.clear()
+    whole = compare(settings, ["magnitude", "wanda"], ["50%"], [0], **run)
+    assert [line for line in said if line.startswith("cell")] == ["cell 2 of 3: magnitude 50% 0"]
+    assert whole.cells["wanda 50% 0"] == mine.cells["wanda 50% 0"]
 
 
 def comparison():

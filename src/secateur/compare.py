@@ -3,7 +3,8 @@
 A *recipe* is what a cell runs: an effort (`best`), a method (`sparsegpt`), or `llmcompressor-sparsegpt` and
 `llmcompressor-wanda`, with settings behind plus signs: `admm+refit=block+refit_passes=2`. Each cell is a process of its
 own, so that its peak memory is its own and a crash costs one cell. Every cell that ends is written at once, with the
-environment it ran in.
+environment it ran in. The same command run twice shares the cells, on two GPUs or two halves of a machine: a lock on
+each cell says who runs it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from secateur.api import default_device, evaluate, prune
 from secateur.checkpoint import load, read_json
@@ -129,20 +132,49 @@ def compare(
     if twice := [short for short in shorts if shorts.count(short) > 1]:
         raise ValueError(f"two texts are called {twice[0]}: columns go by the file's name, so rename one")
     wanted = [Cell(DENSE)] + [Cell(recipe, pattern, seed) for seed in seeds for pattern in names for recipe in recipes]
-    table = _open(out, settings)
+    _open(out, settings)
     for number, cell in enumerate(wanted, 1):
         with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
-        done = table.cells.get(cell.key, {})
-        had = done.get("tasks_asked", sorted(done.get("tasks", {})))
-        tasks = sorted({*had, *(settings.tasks if with_tasks else ())})
-        if done and tasks == sorted(had):
-            continue
-        say(f"cell {number} of {len(wanted)}: {cell.key}")
-        table.cells[cell.key] = _in_own_process(settings, cell, tasks, peer_python)
+        asked = settings.tasks if with_tasks else ()
+        with _claimed(out, cell) as claimed:
+            tasks = _missing(_open(out, settings), cell, asked)
+            if tasks is None:
+                continue
+            if not claimed:
+                say(f"cell {number} of {len(wanted)}: {cell.key} is run by another process")
+                continue
+            say(f"cell {number} of {len(wanted)}: {cell.key}")
+            result = _in_own_process(settings, cell, tasks, peer_python)
+            _add(out, settings, cell, result)
+            say(f"  {_summary(result)}")
+    return _open(out, settings)
+
+
+def _missing(table: Comparison, cell: Cell, asked: Sequence[str]) -> list[str] | None:
+    """The tasks to run the cell with: those asked for and those it had; None where nothing is missing."""
+    done = table.cells.get(cell.key)
+    had = [] if done is None else done.get("tasks_asked", sorted(done.get("tasks", {})))
+    tasks = sorted({*had, *asked})
+    return None if done is not None and tasks == sorted(had) else tasks
+
+
+@contextmanager
+def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
+    """Whether the cell is ours to run, until this ends. A process that dies gives its claim back."""
+    try:
+        with FileLock(out / f".{cell.key.replace('/', '_')}.lock", blocking=False):
+            yield True
+    except Timeout:
+        yield False
+
+
+def _add(out: Path, settings: Settings, cell: Cell, result: dict[str, Any]) -> None:
+    """Add a cell to the file, with what other processes have written since."""
+    with FileLock(out / ".lock"):
+        table = _open(out, settings)
+        table.cells[cell.key] = result
         table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])
         write_whole(out / RESULTS, json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n")
-        say(f"  {_summary(table.cells[cell.key])}")
-    return table
 
 
 def parse_recipe(recipe: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "method": "admm",
-        "search_iterations": 24,
+        "search_iterations": 12,
         "refit": "block",
         "refit_passes": 4,
         "allocation": "curve",
