@@ -24,6 +24,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "mrp"},
     "balanced": {
         "method": "mrp",
+        "tolerance": 0.02,
         "refit": "block",
         "refit_passes": 2,
         "allocation": "curve",
