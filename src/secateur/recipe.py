@@ -19,7 +19,8 @@ from secateur.target import Target
 
 DEFAULT_EFFORT = "balanced"
 # Chosen by measurement: docs/benchmarks.md. An allocation here is for unstructured patterns: to mix n:m patterns, which
-# hardware for one of them can't run, has to be asked for.
+# hardware for one of them can't run, has to be asked for. The time goes to the whole mask search there, which n:m
+# patterns need more than unstructured ones.
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "mrp"},
     "balanced": {
@@ -134,7 +135,7 @@ def _preset(effort: str | None, given: dict[str, Any], pattern: Pattern) -> dict
     preset = EFFORTS[effort or DEFAULT_EFFORT]
     changed = {name for name in ("method", *_STEP_FIELDS) if name in given and given[name] != preset.get(name)}
     if isinstance(pattern, NM):
-        changed.add("allocation")
+        changed |= {"allocation", "search_iterations"}
     dropped = {field for step in changed & set(_STEP_FIELDS) for field in _STEP_FIELDS[step]}
     if "method" in changed:
         dropped |= set(preset) - SETTINGS
