@@ -24,6 +24,7 @@ PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perple
 NOTES = ROOT / "docs" / "benchmarks-notes.md"
 BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
+TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
     "sparsegpt": "sparsegpt",
     "fast": "--effort fast",
@@ -113,7 +114,7 @@ def settings_line(comparison: Comparison) -> str:
     return (
         f"SmolLM2-135M-Instruct, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
         f"{s['max_tokens']} tokens of each text in windows of {s['eval_seq_len'] or 1024}; torch {where['torch']}, transformers "
-        f"{where['transformers']}, {where['threads']} threads."
+        f"{where['transformers']}, {where['threads']} thread{'s' * (where['threads'] > 1)}."
     )
 
 
@@ -159,8 +160,9 @@ Written by `python docs/make_benchmarks.py` from the `compare.json` files in `be
 `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
 `python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). Means over seeds, with the sample standard deviation where there are several.
 *Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
-Seconds are those of pruning alone, on a machine that at times did other work (the run of `best` at 70% was even stopped for
-minutes): compare only those of 50% and 2:4, and those roughly.
+Seconds are those of pruning alone. The large comparisons ran as two processes of one thread each that shared their cells,
+beside other work at times: their seconds say little. Those under [timing](#timing) come from one run at a time, on two threads
+of a quiet machine.
 
 ![perplexity](perplexity.svg)
 
@@ -175,12 +177,13 @@ def readme_table() -> str:
     comparison = read(MAIN)
     patterns = patterns_of(comparison)
     dense = comparison.cells["dense"]["perplexity"][TEXT]
+    timing = read(TIMING) if TIMING in names() else comparison
     rows = [["perplexity", *patterns, "seconds"], ["dense", *[f"{dense:.2f}"] * len(patterns), ""]]
     for recipe, label in ROWS.items():
         values = [[c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values()] for pattern in patterns]
         if not any(values):
             continue
-        seconds = [cell["seconds"] for cell in cells(comparison, recipe, "50%").values()]
+        seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
         rows.append([label, *(spread(each) for each in values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
     return markdown(rows)
 
@@ -189,7 +192,7 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50%; empty cells were not run yet, and each has one seed unless a spread is shown.",
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and each has one seed unless a spread is shown.",
     )
     return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.model import Block
 from secateur.pattern import NM, Pattern, Unstructured
+from secateur.stacks import find_stacks
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -71,3 +73,8 @@ def loss(new: Tensor, W: Tensor, H: Tensor, damping: float = 0.0) -> float:
     D = new.double() - W.double()
     Hd = damp(H.double(), damping) if damping else H.double()
     return float(((D @ Hd) * D).sum())
+
+
+def find_blocks(model: Any, **globs: Any) -> list[Block]:
+    """The blocks that run on a few tokens."""
+    return find_stacks(model, {"input_ids": torch.arange(3, 11)[None]}, **globs).blocks

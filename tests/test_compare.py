@@ -56,8 +56,8 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
 def test_processes_share_the_cells_of_a_table(settings, tmp_path):
     said: list[str] = []
     run = {"out": tmp_path / "out", "say": said.append}
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".magnitude 50% 0.lock"):
+    (tmp_path / "out" / ".locks").mkdir(parents=True)
+    with FileLock(tmp_path / "out" / ".locks" / "magnitude 50% 0.lock"):
         mine = compare(settings, ["magnitude", "wanda"], ["50%"], [0], **run)
     assert list(mine.cells) == ["dense", "wanda 50% 0"]
     assert "cell 2 of 3: magnitude 50% 0 is run by another process" in said
@@ -160,7 +160,7 @@ def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, mo
         cli.main()
     assert not ended.value.code
     assert "magnitude" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"compare.json", "compare.csv", "compare.html"}
+    assert {path.name for path in out.iterdir()} == {"compare.json", "compare.csv", "compare.html", ".locks"}
     assert json.loads((out / "compare.json").read_text())["command"].startswith("secateur compare")
     monkeypatch.setattr(sys, "argv", ["secateur", *arguments[:6], "--seeds", "one"])
     with pytest.raises(SystemExit) as ended:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers import find_blocks
 from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import nn
 
 import secateur
 from secateur import api, engine
-from secateur.capture import survey
 from secateur.engine import Plan, relative_error
-from secateur.model import UnsupportedModelError, find_blocks
+from secateur.model import UnsupportedModelError
 from secateur.pattern import NM, Unstructured
+from secateur.refit import BlockRefit
 from secateur.solvers import make_solver
+from secateur.survey import survey
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -243,11 +246,27 @@ class Half(nn.Module):
         return self.used(hidden) + mixed @ torch.exp(self.decay.T)
 
 
-def test_a_matrix_without_tokens_is_an_error_that_names_it():
+def test_a_module_that_is_never_called_stays_dense_and_is_listed():
+    outcome = engine.run(Skipping(), [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+    assert outcome.dense["layers.1.unused"] == "its module is never called on the calibration inputs"
+
+
+class Choosing(nn.Module):
+    """A list of experts of which the first alone is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden):
+        return hidden + self.experts[0](hidden)
+
+
+def test_an_expert_in_a_list_that_is_never_called_is_an_error_that_names_it():
     with pytest.raises(
-        ValueError, match=r"layers.0.unused saw no calibration token: it entered no matrix product.*--exclude"
+        ValueError, match=r"layers.0.experts.1 saw no calibration token: it entered no matrix product.*--exclude"
     ):
-        engine.run(Skipping(), [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+        engine.run(Chain(Choosing), [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
 
 
 def test_weight_at_x_is_seen_and_other_uses_are_explained():
@@ -299,11 +318,50 @@ def test_blocks_that_change_their_input_are_replayed_right():
     assert [report.relative_error for report in reports[0]] == [report.relative_error for report in reports[1]]
 
 
-def test_changes_between_blocks_are_refused():
-    model = Chain(InPlace)
-    model.between = True
-    with pytest.raises(UnsupportedModelError, match="changes hidden states between its blocks"):
-        engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress)
+def observed_inputs(model, batch):
+    """The Gram matrix of what enters each Linear in a forward pass of the model, by hooks."""
+    grams = {}
+
+    def keep(name):
+        def hook(_module, args):
+            X = args[0].reshape(-1, args[0].shape[-1]).double()
+            grams[name] = grams.get(name, 0) + X.T @ X
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return grams
+
+
+@pytest.mark.parametrize("oddity", ["changes between blocks", "a loop", "a shared weight"])
+def test_a_model_that_can_not_be_replayed_by_blocks_is_pruned_as_a_whole(oddity):
+    torch.manual_seed(0)
+    model, batch = Chain(InPlace), {"input_ids": tokens()[0]}
+    if oddity == "changes between blocks":
+        model.between = True
+    elif oddity == "a loop":
+        model.layers.append(model.layers[0])
+    else:
+        model.layers[1].up.weight = model.layers[0].up.weight
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    grams = observed_inputs(model, batch)
+    outcome = engine.run(model, [batch], plan(NM(2, 4), "mrp"), api.no_progress)
+    assert "can't be replayed block by block" in outcome.notices[0]
+    shared = oddity == "a shared weight"
+    assert [each.name for each in outcome.matrices] == (["layers.0.up"] if shared else ["layers.0.up", "layers.1.up"])
+    for report in outcome.matrices:
+        H = sum(grams.values()) if shared else grams[report.name]
+        D = (model.get_submodule(report.name).weight - dense[f"{report.name}.weight"]).detach().double()
+        W = dense[f"{report.name}.weight"].double()
+        expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
+        assert report.relative_error == pytest.approx(expected, rel=1e-4), "the dense model's inputs, of all uses"
+        assert report.zeros == 32
+    with pytest.raises(UnsupportedModelError, match=r"replayed block by block.*refit block.*--effort fast"):
+        engine.run(model, [batch] * 2, replace(plan(NM(2, 4)), refit=BlockRefit()), api.no_progress)
 
 
 class SharedInput(nn.Module):
@@ -319,13 +377,6 @@ def test_a_matrix_with_a_second_input_shares_no_gram_matrix():
     model = Chain(SharedInput)
     reports = engine.run(model, [{"input_ids": tokens()[0]}], plan(NM(2, 4)), api.no_progress).matrices
     assert [report.tokens for report in reports] == [96, 48, 96, 48]
-
-
-def test_one_tensor_in_two_places_is_refused():
-    model = Chain(InPlace)
-    model.layers[1].up.weight = model.layers[0].up.weight
-    with pytest.raises(UnsupportedModelError, match=r"layers.1.up and layers.0.up are one tensor"):
-        find_blocks(model)
 
 
 def mixtral(**options):
@@ -348,15 +399,45 @@ def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():
     assert all(report.dense[f"model.layers.{index}.mlp.gate"] == "router" for index in (0, 1))
 
 
-def test_an_expert_without_tokens_is_an_error_that_names_it():
-    few = [torch.tensor([[5, 6]])]
-    with pytest.raises(ValueError, match=r"experts.gate_up_proj\[\d\] saw no calibration token"):
-        secateur.prune(
-            mixtral(num_local_experts=8, num_experts_per_tok=1), pattern="2:4", method="mrp", calibration=few
-        )
-    model = mixtral(num_local_experts=8, num_experts_per_tok=1)
-    name = "model.layers.0.mlp.experts.gate_up_proj[0]"
-    assert name in find_blocks(model, exclude=[name])[0].dense
+def test_experts_with_few_tokens_borrow_those_of_all():
+    model, calibration = mixtral(num_local_experts=8, num_experts_per_tok=2), [tokens()[0][:1, :12]]
+    layer = model.model.layers[0].mlp
+    seen = {}
+    hook = layer.experts.register_forward_pre_hook(lambda _module, args: seen.update(args=args))
+    with torch.no_grad():
+        model(calibration[0])
+    hook.remove()
+    hidden, index, _ = seen["args"]
+    dense = {name: layer.experts.get_parameter(name).detach().double() for name in ("gate_up_proj", "down_proj")}
+    report = secateur.prune(model, pattern="2:4", method="mrp", calibration=calibration)
+    assert "experts saw fewer calibration tokens than they have inputs" in report.notices[0]
+    matrices = {matrix.name: matrix for matrix in report.matrices}
+    for expert in range(8):
+        own = (index == expert).any(-1)
+        X, gate_up = hidden.double(), dense["gate_up_proj"][expert]
+        gate, up = (X @ gate_up.T).chunk(2, dim=-1)
+        inputs = {"gate_up_proj": X, "down_proj": torch.nn.functional.silu(gate) * up}
+        for name, A in inputs.items():
+            matrix = matrices[f"model.layers.0.mlp.experts.{name}[{expert}]"]
+            assert matrix.tokens == int(own.sum())
+            share = max(0.0, 1 - int(own.sum()) / A.shape[1])
+            assert matrix.borrowed == pytest.approx(share)
+            routed = A[own].T @ A[own] / own.sum() if own.any() else 0.0
+            H = share * (A.T @ A) / len(A) + (1 - share) * routed
+            W = dense[name][expert]
+            D = layer.experts.get_parameter(name)[expert].detach().double() - W
+            expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
+            assert matrix.relative_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_gram_matrices_that_do_not_fit_are_observed_in_passes(monkeypatch):
+    whole = secateur.prune(mixtral(), pattern="2:4", method="mrp", calibration=tokens(32))
+    monkeypatch.setattr(engine, "GRAM_BYTES", 4 * 5 * 64**2)
+    model = mixtral()
+    parts = secateur.prune(model, pattern="2:4", method="mrp", calibration=tokens(32))
+    assert {matrix.name for matrix in parts.matrices} == {matrix.name for matrix in whole.matrices}
+    assert all(matrix.sparsity == 0.5 for matrix in parts.matrices)
+    assert parts.mean_relative_error == pytest.approx(whole.mean_relative_error, rel=0.1)
 
 
 def test_damping_retries_are_in_the_report(monkeypatch):

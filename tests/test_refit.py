@@ -6,16 +6,16 @@ import copy
 
 import pytest
 import torch
+from helpers import find_blocks
 from models import tiny_model, tokens
 
 import secateur
 from secateur import api
-from secateur.capture import survey
 from secateur.engine import run
-from secateur.model import find_blocks
 from secateur.pattern import parse_pattern
 from secateur.recipe import make_plan
 from secateur.refit import BlockRefit, refit_block
+from secateur.survey import survey
 
 
 def pruned(family="llama", pattern="2:4", dtype=torch.float32, **options):

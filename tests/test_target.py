@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from helpers import find_blocks
 from models import tiny_model, tokens
 
 import secateur
 from secateur import api
-from secateur.capture import survey
 from secateur.gram import Gram
-from secateur.model import find_blocks
+from secateur.survey import survey
 from secateur.target import DenseWeights, Moments, Target, aim, observe, write_gain
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, inspect, prune, solve
+    from secateur.api import coverage_of, evaluate, inspect, prune, solve
     from secateur.pattern import NM, Pattern, Unstructured, parse_pattern
     from secateur.report import Report
     from secateur.solvers import Solved
@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "Solved",
     "Unstructured",
+    "coverage_of",
     "evaluate",
     "inspect",
     "parse_pattern",
@@ -34,6 +35,7 @@ _HOME = {
     "Report": "secateur.report",
     "Solved": "secateur.solvers",
     "Unstructured": "secateur.pattern",
+    "coverage_of": "secateur.api",
     "evaluate": "secateur.api",
     "inspect": "secateur.api",
     "parse_pattern": "secateur.pattern",

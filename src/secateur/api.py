@@ -15,6 +15,7 @@ from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
 from secateur.checkpoint import Checkpoint, load, parameters_of, resolve
+from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
@@ -146,8 +147,9 @@ def _prune_in_place(
         blocks=outcome.blocks,
         dense=outcome.dense,
         model_parameters=parameters_of(module),
+        layer_parameters=outcome.layer_weights,
         seconds=time.perf_counter() - started,
-        notices=data.notices,
+        notices=data.notices + outcome.notices,
     )
 
 
@@ -207,6 +209,32 @@ def evaluate(
 def inspect(folder: str | Path) -> Inspection:
     """Count the zeros in a checkpoint and hold them against what its `secateur.json` records."""
     return inspect_folder(Path(folder))
+
+
+def coverage_of(
+    model: nn.Module | str | Path,
+    *,
+    calibration: str | Path | Sequence[Tensor] | Sequence[Batch] | None = None,
+    tokenizer: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Coverage:
+    """Every matrix of the model's layers: whether a run would prune it, leave it dense by a rule, or miss it.
+
+    Args:
+        model: a transformers model, or what names one.
+        calibration: as for `prune`; a few windows of a text are enough, and all that are taken.
+        include, exclude: globs on matrix paths, as for `prune`.
+    """
+    module: Any = model
+    if not isinstance(model, nn.Module):
+        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        module, tokenizer = checkpoint.model, checkpoint.tokenizer
+    batches = calibrate(calibration, tokenizer, module.config, samples=4, seq_len=64).batches
+    return measure_coverage(module, batches, include, exclude)
 
 
 def solve(

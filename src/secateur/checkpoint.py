@@ -92,11 +92,22 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        some = ", ".join(missing[:3])
-        raise ValueError(f"{folder} lacks {len(missing)} tensors ({some} ...): the download is incomplete")
+        raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+
+
+def _why_missing(folder: Path, config: Any, loaded_as: str, missing: list[str]) -> str:
+    """What to say of tensors that a causal language model needs and a checkpoint lacks."""
+    some = ", ".join(missing[:3])
+    made_as = ", ".join(getattr(config, "architectures", None) or ())
+    if made_as and loaded_as not in made_as:
+        return (
+            f"{folder} holds a {made_as}, which is no causal language model ({loaded_as} would need {some}): load it "
+            f"with its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
+        )
+    return f"{folder} lacks {len(missing)} tensors ({some} ...): the download is incomplete"
 
 
 def check_device(device: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from secateur.console import (
+    print_coverage,
     print_inspection,
     print_json,
     print_notices,
@@ -62,6 +63,8 @@ Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions.")]
 EvalSeqLen = Annotated[int | None, typer.Option(help="Tokens a window; default 1024, or the model's positions.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Evaluate at most so many tokens, in whole windows, at least one.")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Prune only these matrices.")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these matrices dense.")]
 TaskDir = Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")]
 TaskLimit = Annotated[int | None, typer.Option(help="Only the first documents of each task.")]
 
@@ -104,8 +107,8 @@ def prune(
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="mrp, admm: most iterations of the full-row refit.")] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A plug-in method's option.")] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Prune only these matrices.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these matrices dense.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     true_sequential: Annotated[
         bool, typer.Option("--true-sequential", help="Observe again after each group of matrices.")
     ] = False,
@@ -241,20 +244,39 @@ def compare(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")], as_json: Json = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder; with --coverage any model.")],
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="Run the model on a few tokens and list what would be pruned.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
+    as_json: Json = False,
 ) -> None:
-    """Zeros of every matrix in DIR; exit code 1 if the checkpoint breaks its recorded pattern."""
+    """Zeros of every matrix in MODEL; exit code 1 if the checkpoint breaks its recorded pattern.
+
+    With --coverage: every matrix of the layers, pruned, dense by a rule, or missed; exit code 1 if any is missed.
+    """
     from secateur import api
 
-    inspection = api.inspect(folder)
-    if as_json:
-        print_json(inspection.to_dict())
-    else:
-        print_inspection(inspection)
-    if inspection.problems:
+    if not coverage:
+        inspection = api.inspect(model)
+        print_json(inspection.to_dict()) if as_json else print_inspection(inspection)
         for problem in inspection.problems:
             stderr.print(f"broken: {problem}", markup=False)
-        raise typer.Exit(1)
+        raise typer.Exit(1 if inspection.problems else 0)
+    found = api.coverage_of(
+        model,
+        include=include or (),
+        exclude=exclude or (),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    print_json(found.to_dict()) if as_json else print_coverage(found)
+    raise typer.Exit(1 if found.share("missed") else 0)
 
 
 @app.command()

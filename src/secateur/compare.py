@@ -162,15 +162,22 @@ def _missing(table: Comparison, cell: Cell, asked: Sequence[str]) -> list[str] |
 def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
     """Whether the cell is ours to run, until this ends. A process that dies gives its claim back."""
     try:
-        with FileLock(out / f".{cell.key.replace('/', '_')}.lock", blocking=False):
+        with FileLock(_locks(out) / f"{cell.key.replace('/', '_')}.lock", blocking=False):
             yield True
     except Timeout:
         yield False
 
 
+def _locks(out: Path) -> Path:
+    """The folder of the lock files, which stay: one that is removed while it is waited for locks nothing."""
+    folder = out / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _add(out: Path, settings: Settings, cell: Cell, result: dict[str, Any]) -> None:
     """Add a cell to the file, with what other processes have written since."""
-    with FileLock(out / ".lock"):
+    with FileLock(_locks(out) / "table.lock"):
         table = _open(out, settings)
         table.cells[cell.key] = result
         table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])

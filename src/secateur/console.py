@@ -18,9 +18,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from secateur.coverage import Coverage
     from secateur.inspection import Inspection
     from secateur.report import Report
 
@@ -92,8 +93,10 @@ def print_report(report: Report) -> None:
     table.title = f"{report.recipe['pattern']} by {in_words(report.recipe)}"
     stdout.print(table)
     share = report.pruned_parameters / max(1, report.model_parameters)
+    of_layers = report.pruned_parameters / max(1, report.layer_parameters)
     stdout.print(
-        f"{len(report.matrices)} matrices, {share:.1%} of the model's weights; mean layer error "
+        f"{len(report.matrices)} matrices, {of_layers:.1%} of the weights in the layers' matrices and {share:.1%} of "
+        f"the model's; mean layer error "
         f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
         f"{report.seconds:.0f} s; saved to {report.out}",
         markup=False,
@@ -120,3 +123,20 @@ def print_inspection(inspection: Inspection) -> None:
         shape = " x ".join(map(str, matrix.shape))
         table.add_row(matrix.name, shape, f"{matrix.sparsity:.2%}", matrix.pattern or "dense", verdict)
     stdout.print(table)
+
+
+def print_coverage(coverage: Coverage) -> None:
+    """Every kind of matrix of a model's layers, and what a run would do with it."""
+    table = Table(Column("matrix", overflow="fold"), "number", "share of layers", "", Column("why", overflow="fold"))
+    total = sum(matrix.weights for matrix in coverage.matrices)
+    for (name, state, reason), matrices in coverage.by_kind().items():
+        share = sum(matrix.weights for matrix in matrices) / max(1, total)
+        table.add_row(name, str(len(matrices)), f"{share:.2%}", state, reason or "")
+    stdout.print(table)
+    shares = ", ".join(f"{coverage.share(state):.2%} {state}" for state in ("pruned", "dense", "missed"))
+    stdout.print(
+        f"of {total:,} weights in the matrices of the layers: {shares}; the model has {coverage.model_parameters:,}",
+        highlight=False,
+    )
+    if coverage.whole:
+        stderr.print(f"note: the model is pruned as one block: {coverage.whole}", markup=False)

@@ -1,14 +1,15 @@
 """The loop: for each block observe its inputs, solve every matrix, write back, replay the block on pruned weights.
 
 Inputs inside a block are those of the block before its own pruning (SparseGPT's protocol); with `true_sequential`
-the block is observed again after each group of matrices that share an input.
+the block is observed again after each group of matrices that share an input, and where the Gram matrices of all its
+matrices would take more than 4 GiB (many experts), after as many as fit.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,18 +19,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.allocation import Allocation, Allotment, allocate
-from secateur.capture import Batch, Progress, Stream, survey
+from secateur.capture import Batch, InputGroup, Progress, Stream
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
-from secateur.model import Block, check_finite_weights, check_runnable, find_blocks
+from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block
 from secateur.report import BlockReport, MatrixReport
 from secateur.solvers import Solved, Solver
 from secateur.solvers.swap import Swaps, check_columns
+from secateur.stacks import Stack, Structure, find_stacks
+from secateur.survey import survey
 from secateur.target import DenseWeights, Moments, Target, aim, check_all_tokens, write_gain
 from secateur.target import observe as observe_both
+
+GRAM_BYTES = 4 << 30  # Gram matrices of a block held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +69,17 @@ class Plan:
         return (self.storage_dtype or {}).get(name.partition("[")[0], own)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Outcome:
-    """What a run gives: figures of each matrix and each refit block, and what stayed dense with the reason."""
+    """What a run gives: figures of each matrix and each refit block, what stayed dense with the reason, how many
+    weights the layers have in all, and what the user should know."""
 
     matrices: list[MatrixReport]
     blocks: list[BlockReport]
     dense: dict[str, str]
+    layer_weights: int
+    notices: list[str] = field(default_factory=list)
+    blocks_done: int = 0
 
 
 @torch.no_grad()
@@ -85,39 +94,62 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
     """
     check_runnable(model)
     check_finite_weights(model)
-    blocks = find_blocks(model, plan.include, plan.exclude)
     if plan.refit is not None:
         plan.refit.check_batches(len(batches))
-    matrices: list[MatrixReport] = []
-    refits: list[BlockReport] = []
-    with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
-        stream = survey(model, blocks, batches, progress)
-        _check_widths(stream, plan)
-        if plan.target.kind != "pruned":
-            check_all_tokens(stream)
-        allotment = allocate(model, blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress)
-        if plan.refit is not None or plan.target.kind != "pruned":
-            stream.dense = list(stream.hidden)
-        for index, block in enumerate(blocks):
-            dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
-            matrices += _prune_block(block, stream, dense_outputs, allotment, plan)
-            if plan.refit is not None and block.matrices:
-                assert dense_outputs is not None
-                refits.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + index))
+    with observable(model):
+        structure = find_stacks(model, batches[0], plan.include, plan.exclude)
+        _check_steps(structure, plan)
+        outcome = Outcome([], [], dict(structure.idle), sum(structure.weights.values()), _notices(structure))
+        # Later stacks are surveyed here only to find what is wrong: what they are called with follows from the stacks
+        # before them, and is taken again when those are pruned.
+        streams = [_survey(model, stack, batches, plan, progress) for stack in structure.stacks][:1]
+        total = len(structure.blocks)
+        for stack in structure.stacks:
+            stream = streams.pop() if streams else _survey(model, stack, batches, plan, progress)
+            allotment = allocate(
+                model, stack.blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress
+            )
+            _prune_stack(stack, stream, allotment, plan, outcome, lambda done: progress("prune", done, total))
+    outcome.dense |= {name: reason for block in structure.blocks for name, reason in block.dense.items()}
+    outcome.notices += _few_tokens(outcome.matrices)
+    return outcome
+
+
+def _survey(model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress) -> Stream:
+    """The stream in front of a stack, checked against the plan."""
+    stream = survey(model, stack.blocks, batches, progress)
+    _check_widths(stream, plan)
+    if plan.target.kind != "pruned":
+        check_all_tokens(stream)
+    return stream
+
+
+def _prune_stack(
+    stack: Stack, stream: Stream, allotment: Allotment, plan: Plan, outcome: Outcome, done: Callable[[int], None]
+) -> None:
+    """Prune a stack block by block, each on what the pruned ones before it give."""
+    if plan.refit is not None or plan.target.kind != "pruned":
+        stream.dense = list(stream.hidden)
+    for block in stack.blocks:
+        dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
+        outcome.matrices += _prune_block(block, stream, dense_outputs, allotment, plan)
+        if plan.refit is not None and block.matrices:
+            assert dense_outputs is not None
+            outcome.blocks.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + outcome.blocks_done))
+        if block is not stack.blocks[-1]:
             stream.advance(block)
             stream.dense = dense_outputs
-            progress("prune", index + 1, len(blocks))
-    return Outcome(matrices, refits, {name: reason for block in blocks for name, reason in block.dense.items()})
+        outcome.blocks_done += 1
+        done(outcome.blocks_done)
 
 
 def _prune_block(
     block: Block, stream: Stream, dense_outputs: list[Tensor] | None, allotment: Allotment, plan: Plan
 ) -> list[MatrixReport]:
-    groups = stream.groups[block.name]
     one_by_one = plan.true_sequential or plan.target.kind == "residual"
     originals = DenseWeights(block) if plan.target.kind != "pruned" else None
     reports = []
-    for observed in [[group] for group in groups] if one_by_one else [groups]:
+    for observed in _passes(stream.groups[block.name], one_by_one):
         if originals is None:
             moments = {name: Moments(gram) for name, gram in stream.observe(block, observed).items()}
         else:
@@ -130,6 +162,20 @@ def _prune_block(
                 pattern, scale = allotment.patterns[matrix.name], allotment.row_scales.get(matrix.name)
                 reports.append(_prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan))
     return reports
+
+
+def _passes(groups: Sequence[InputGroup], one_by_one: bool) -> list[list[InputGroup]]:
+    """The groups that are observed at a time: all of a block's, unless their Gram matrices would not fit."""
+    passes: list[list[InputGroup]] = []
+    room = 0
+    for group in groups:
+        needed = 4 * group.columns**2
+        if one_by_one or not passes or needed > room:
+            passes.append([])
+            room = GRAM_BYTES
+        passes[-1].append(group)
+        room -= needed
+    return passes
 
 
 def _prune_matrix(
@@ -166,6 +212,7 @@ def _prune_matrix(
         target_error=relative_error(saved.float(), aimed, gram.xx) if targeted else None,
         seconds=time.perf_counter() - started,
         tokens=gram.tokens,
+        borrowed=gram.borrowed,
         solver=solved.info | ({"write_gain": gain} if gain is not None else {}),
     )
 
@@ -200,6 +247,43 @@ def relative_error(pruned: Float[Tensor, "R C"], W: Float[Tensor, "R C"], H: Flo
     return max(lost, 0.0) / whole if whole > 0 else 0.0
 
 
+def _check_steps(structure: Structure, plan: Plan) -> None:
+    """Raise UnsupportedModelError for steps that need blocks, where the model is one as a whole."""
+    steps = {
+        "refit block": plan.refit is not None,
+        f"target {plan.target.kind}": plan.target.kind != "pruned",
+        f"allocation {plan.allocation.rule}": plan.allocation.rule != "uniform",
+    }
+    asked = [step for step, wanted in steps.items() if wanted]
+    for stack in structure.stacks:
+        if stack.whole and asked:
+            raise UnsupportedModelError(
+                f"the model can't be replayed block by block ({stack.whole}), which {' and '.join(asked)} would need: "
+                f"use --effort fast, or a method alone"
+            )
+
+
+def _notices(structure: Structure) -> list[str]:
+    return [
+        f"the model can't be replayed block by block ({stack.whole}): every matrix is fitted to its inputs in the "
+        f"dense model"
+        for stack in structure.stacks
+        if stack.whole
+    ]
+
+
+def _few_tokens(matrices: Sequence[MatrixReport]) -> list[str]:
+    short = [matrix for matrix in matrices if matrix.borrowed]
+    if not short:
+        return []
+    worst = min(short, key=lambda matrix: matrix.tokens)
+    return [
+        f"{len(short)} matrices of experts saw fewer calibration tokens than they have inputs ({worst.name}: "
+        f"{worst.tokens} tokens, {worst.columns} inputs), so their statistics were shrunk toward those of all the "
+        f"layer's tokens: more calibration text would help"
+    ]
+
+
 def _check_widths(stream: Stream, plan: Plan) -> None:
     """Raise ValueError for the first matrix whose input dimension the pattern, or the exchanges, can't take."""
     for groups in stream.groups.values():
@@ -212,6 +296,13 @@ def _check_widths(stream: Stream, plan: Plan) -> None:
                         check_columns(columns, matrix.stored.device)
                 except ValueError as error:
                     raise ValueError(f"{matrix.name}: {error}") from error
+
+
+@contextmanager
+def observable(model: nn.Module) -> Iterator[None]:
+    """The model as it can be watched: without dropout, its experts in plain products, by deterministic kernels."""
+    with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
+        yield
 
 
 @contextmanager

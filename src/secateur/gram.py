@@ -18,11 +18,13 @@ from secateur.linalg import Damped
 class Gram:
     """An undamped Gram matrix (C, C), fp32 or fp64, and the number of tokens behind it.
 
-    What solvers derive from it is kept, so that matrices with the same input (q, k, v) share one factorisation.
+    `borrowed` is the share of it that comes from tokens which the matrix doesn't see by itself (`experts`). What
+    solvers derive from it is kept, so that matrices with the same input (q, k, v) share one factorisation.
     """
 
     xx: Float[Tensor, "C C"]
     tokens: int
+    borrowed: float = 0.0
     _damped: dict[float, Damped] = field(default_factory=dict, repr=False)
 
     def damped(self, damping: float) -> Damped:

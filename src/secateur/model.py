@@ -1,4 +1,4 @@
-"""A model as the engine sees it: decoder blocks, the prunable matrices in each, and how each block is called.
+"""A model as the engine sees it: blocks, the prunable matrices in each, and how each block is called.
 
 Families are found by introspection. Exceptions are rows of a table, never a class or a branch per family.
 """
@@ -6,9 +6,10 @@ Families are found by introspection. Exceptions are rows of a table, never a cla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from secateur.observe import Matrix
 
 # What stays dense inside a block, and why: patterns on the matrix's path. The field's habit, not a law: --include wins.
 DENSE_RULES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)(\w*router|gate|shared_expert_gate)(\.(weight|proj|classifier|linear|layer))*$", "router"),
+    (r"(^|\.)(\w*router|gate|shared_expert_gate)(\.(weight|wg|proj|classifier|linear|layer))*$", "router"),
     (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
+    (r"(^|\.)attention_input\.query(\[|$)", "learned queries"),
 )
 
 
@@ -29,12 +31,16 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(eq=False)
 class Block:
-    """One decoder block: its path, module, prunable matrices, and the matrices left dense with the reason."""
+    """One block: its path, module, prunable matrices, and the matrices left dense with the reason.
+
+    `input_name` is the keyword of its hidden states, where they come by keyword.
+    """
 
     name: str
     module: nn.Module
     matrices: list[Matrix] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
+    input_name: str = "hidden_states"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +52,13 @@ class Call:
     hidden_name: str | None
 
     @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    def split(cls, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
         """Separate the hidden states (first positional, or by name) from the rest of a call."""
         if args and isinstance(args[0], Tensor):
             return args[0], cls(args[1:], dict(kwargs), None)
-        name = "hidden_states"
+        name = block.input_name
+        if not isinstance(kwargs.get(name), Tensor):
+            raise UnsupportedModelError(f"{block.name} is not called with a tensor of hidden states")
         return kwargs[name], cls(args, {key: value for key, value in kwargs.items() if key != name}, name)
 
     def replay(self, block: Block, hidden: Tensor) -> Tensor:
@@ -73,39 +81,66 @@ def hidden_of(output: Any, block: Block) -> Tensor:
     return first
 
 
-def find_blocks(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Block]:
-    """The decoder blocks: the children of the outermost `ModuleList` that holds the most matrix weights.
+def run_body(model: Any, batch: dict[str, Tensor]) -> None:
+    """Run the model on a batch, without the head where that is apart, and without a cache."""
+    body = body_of(model)
+    extra = {"use_cache": False} if "use_cache" in signature(body.forward).parameters else {}
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        body(**batch, **extra)
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def body_of(model: Any) -> nn.Module:
+    """The model without its head, where transformers keeps that apart."""
+    return getattr(model, "base_model", model)
+
+
+@dataclass(eq=False)
+class Choice:
+    """Which matrices of a block are pruned: those that no rule leaves dense, by globs on their paths.
 
     Args:
-        include: glob patterns on matrix paths; where given, only these are pruned, rules for dense ones or not.
-        exclude: glob patterns on matrix paths to leave dense.
-
-    Raises:
-        UnsupportedModelError: no list of blocks with a prunable matrix.
-        ValueError: a pattern that matches no matrix.
+        include: where given, only these are pruned, rules for dense ones or not.
+        exclude: left dense.
     """
-    include, exclude = list(include), list(exclude)
-    name, layers = _largest_module_list(model)
-    blocks = [Block(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
-    unmatched = set(include) | set(exclude)
-    for block in blocks:
-        for matrix in _all_matrices(block):
-            path = matrix.name
-            unmatched -= {glob for glob in unmatched if _matches(path, glob)}
-            if reason := _why_dense(path, include, exclude):
-                block.dense[path] = reason
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    seen: list[str] = field(default_factory=list)
+
+    def fill(self, block: Block, matrices: Iterable[Matrix]) -> Block:
+        """Sort matrices into those of the block that are pruned and those that stay dense."""
+        for matrix in matrices:
+            self.seen.append(matrix.name)
+            if reason := self._why_dense(matrix.name):
+                block.dense[matrix.name] = reason
             else:
                 block.matrices.append(matrix)
-    if unmatched:
-        some = [matrix.name for matrix in _all_matrices(blocks[0])][:8]
-        raise ValueError(
-            f"no matrix matches {', '.join(sorted(map(repr, unmatched)))}: patterns are globs on paths such as "
-            f"{', '.join(some)}"
-        )
-    _check_unshared(blocks)
-    if not any(block.matrices for block in blocks):
-        raise UnsupportedModelError(f"no prunable matrix is left in the {len(blocks)} blocks of {name}")
-    return blocks
+        return block
+
+    def check_all_matched(self) -> None:
+        """Raise ValueError for a glob that no matrix matched."""
+        globs = {*self.include, *self.exclude}
+        unmatched = {glob for glob in globs if not any(_matches(path, glob) for path in self.seen)}
+        if unmatched:
+            raise ValueError(
+                f"no matrix matches {', '.join(sorted(map(repr, unmatched)))}: patterns are globs on paths such as "
+                f"{', '.join(self.seen[:8])}"
+            )
+
+    def _why_dense(self, path: str) -> str | None:
+        if any(_matches(path, glob) for glob in self.exclude):
+            return "excluded"
+        if self.include:
+            return None if any(_matches(path, glob) for glob in self.include) else "not included"
+        inside = re.split(r"\.\d+\.", path, maxsplit=1)[-1]  # rules are about the path inside a layer
+        return next((reason for rule, reason in DENSE_RULES if re.search(rule, inside)), None)
 
 
 def check_runnable(model: nn.Module) -> None:
@@ -137,63 +172,28 @@ def check_finite_weights(model: nn.Module) -> None:
             raise ValueError(f"{name} has {bad} weights that are NaN or infinite: the checkpoint is damaged")
 
 
-def _check_unshared(blocks: list[Block]) -> None:
-    """Raise UnsupportedModelError where two matrices are one tensor: they can't be pruned one after the other."""
-    seen: dict[tuple[int, int], str] = {}
-    for block in blocks:
-        for matrix in block.matrices:
-            place = (matrix.stored.data_ptr(), matrix.stored.numel())
-            if matrix.parameter.device.type != "meta" and seen.setdefault(place, matrix.name) != matrix.name:
-                raise UnsupportedModelError(
-                    f"{matrix.name} and {seen[place]} are one tensor, and weights that are shared can't be pruned "
-                    f"block by block: leave them dense with --exclude"
-                )
+def matrices_of(path: str, module: nn.Module) -> list[Matrix]:
+    """Every floating-point matrix of a module: 2-D parameters, and the slices of 3-D ones; no convolutions.
 
-
-def _largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    best: tuple[int, str, nn.ModuleList] | None = None
-    outermost: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in outermost):
-            continue
-        outermost.append(name)
-        size = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
-        if size and (best is None or size > best[0]):
-            best = (size, name, module)
-    if best is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no prunable block: no ModuleList of layers that hold matrices was found"
-        )
-    return best[1], best[2]
-
-
-def _all_matrices(block: Block) -> list[Matrix]:
-    """Every floating-point matrix of a block: 2-D parameters, and the slices of 3-D ones that are not convolutions."""
+    A matrix that the module holds in several places comes once, by its first path.
+    """
     matrices = []
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
-    for module_name, module in block.module.named_modules():
-        if isinstance(module, (nn.Embedding, *convolutions)):
+    for module_name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, *convolutions)):
             continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
+        for parameter_name, parameter in part.named_parameters(recurse=False):
             if not parameter.is_floating_point() or parameter.ndim not in (2, 3) or min(parameter.shape) < 2:
                 continue
-            own = () if parameter_name == "weight" else (parameter_name,)
-            path = ".".join((block.name, *filter(None, (module_name,)), *own))
+            own = "" if parameter_name == "weight" else parameter_name
+            name = ".".join(filter(None, (path, module_name, own)))
             if parameter.ndim == 2:
-                matrices.append(Matrix(path, parameter))
+                matrices.append(Matrix(name, parameter))
             else:
-                matrices += [Matrix(f"{path}[{index}]", parameter, index) for index in range(len(parameter))]
+                matrices += [Matrix(f"{name}[{index}]", parameter, index) for index in range(len(parameter))]
     return matrices
 
 
 def _matches(path: str, glob: str) -> bool:
     """Whether a glob means a path, or spells it out: an expert's ends in brackets, which a glob reads as a set."""
     return path == glob or fnmatchcase(path, glob)
-
-
-def _why_dense(path: str, include: list[str], exclude: list[str]) -> str | None:
-    if any(_matches(path, glob) for glob in exclude):
-        return "excluded"
-    if include:
-        return None if any(_matches(path, glob) for glob in include) else "not included"
-    return next((reason for rule, reason in DENSE_RULES if re.search(rule, path)), None)

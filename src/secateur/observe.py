@@ -3,7 +3,7 @@
 Modules are not trusted to be `nn.Linear`: Mamba multiplies `weight @ x`, Falcon `x @ weight.T`, GPT-2
 `addmm(b, x, weight)`, experts take slices of one 3-D parameter. What all share is the product, so a
 `TorchFunctionMode` looks at the operands of products and recognises a parameter by storage, offset, shape and strides:
-views and transposes match.
+views and transposes match, and so does a whole 3-D parameter in a batched product.
 
 Shape legend: T tokens, R output rows, C input columns.
 """
@@ -73,13 +73,15 @@ class Matrix:
 class Use:
     """A product in which a matrix took part: its input (rows are tokens) and which stored dimension is contracted.
 
-    `output_is_transposed`: the matrix is the left operand, so that the product's columns are tokens.
+    `output_is_transposed`: the matrix is the left operand, so that the product's columns are tokens. `item`: where
+    its output stands in that of a batched product with the whole 3-D parameter.
     """
 
     matrix: Matrix
     input_dim: int
     inputs: Tensor
     output_is_transposed: bool = False
+    item: tuple[Any, ...] | None = None
 
 
 class WeightWatcher(TorchFunctionMode):
@@ -97,15 +99,21 @@ class WeightWatcher(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.on_use, self.on_output = on_use, on_output
-        self._last_use: Use | None = None
+        self._last_uses: list[Use] = []
         self.other_uses: dict[str, set[str]] = {}
         self._by_storage: dict[int, list[Matrix]] = {}
         self._by_layout: dict[tuple[Any, ...], tuple[Matrix, bool]] = {}
+        self._stacks: dict[tuple[Any, ...], tuple[list[Matrix], bool]] = {}
         for matrix in matrices:
             stored = matrix.stored
             self._by_storage.setdefault(_storage(stored), []).append(matrix)
             self._by_layout[_layout(stored)] = (matrix, False)
             self._by_layout.setdefault(_layout(stored.T), (matrix, True))
+            if matrix.index is not None:
+                whole = matrix.parameter.data
+                for view in (whole, whole[:, None]):
+                    self._stacks.setdefault(_layout(view), ([], False))[0].append(matrix)
+                    self._stacks.setdefault(_layout(view.mT), ([], True))[0].append(matrix)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -114,8 +122,8 @@ class WeightWatcher(TorchFunctionMode):
             return func(*args, **kwargs)
         output = func(*args, **kwargs)
         if self.on_output is not None:
-            assert self._last_use is not None
-            self.on_output(self._last_use, output)
+            for use in self._last_uses:
+                self.on_output(use, output)
         return output
 
     def _observe_product(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -130,13 +138,23 @@ class WeightWatcher(TorchFunctionMode):
         return self._report(right, 0, left) or self._report(left, 1, right.mT if right.ndim > 1 else right, left=True)
 
     def _report(self, operand: Tensor, contracted: int, inputs: Tensor, left: bool = False) -> bool:
-        found = self._by_layout.get(_layout(operand)) if operand.ndim == 2 else None
-        if found is None:
+        layout = _layout(operand)
+        if operand.ndim == 2 and layout in self._by_layout:
+            matrix, transposed = self._by_layout[layout]
+            uses = [Use(matrix, contracted ^ transposed, inputs, output_is_transposed=left)]
+        elif layout in self._stacks:
+            matrices, transposed = self._stacks[layout]
+            uses = []
+            for matrix in matrices:
+                item = (..., matrix.index, *[slice(None)] * (operand.ndim - 1))
+                own = inputs[item] if inputs.ndim >= operand.ndim and inputs.shape[-operand.ndim] > 1 else inputs
+                uses.append(Use(matrix, contracted ^ transposed, own, left, item))
+        else:
             return False
-        matrix, transposed = found
+        self._last_uses = uses
         with torch._C.DisableTorchFunction():
-            self._last_use = Use(matrix, contracted ^ transposed, inputs, output_is_transposed=left)
-            self.on_use(self._last_use)
+            for use in uses:
+                self.on_use(use)
         return True
 
     def _note_other_use(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:

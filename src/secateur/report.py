@@ -13,6 +13,7 @@ class MatrixReport:
     `input_dim` is the stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`). `relative_error` is
     `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as the solver left them, H undamped; `target_error` is
     the same against the weights that a dense target asked for (None without one). A block refit comes after both.
+    `borrowed` is the share of H from tokens that a router sends elsewhere (`experts`).
     """
 
     name: str
@@ -25,6 +26,7 @@ class MatrixReport:
     target_error: float | None
     seconds: float
     tokens: int
+    borrowed: float
     solver: dict[str, Any]
 
     @property
@@ -54,6 +56,7 @@ class Report:
     blocks: list[BlockReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     model_parameters: int = 0
+    layer_parameters: int = 0
     seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
     out: str | None = None
@@ -81,6 +84,7 @@ class Report:
                 "pruned_parameters": self.pruned_parameters,
                 "model_parameters": self.model_parameters,
                 "share_of_parameters": self.pruned_parameters / max(1, self.model_parameters),
+                "share_of_layers": self.pruned_parameters / max(1, self.layer_parameters),
                 "mean_relative_error": self.mean_relative_error,
                 "seconds": self.seconds,
                 "out": self.out,

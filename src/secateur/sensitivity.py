@@ -46,19 +46,34 @@ def output_sensitivity(
         for sequence in _sequences(batches, windows):
             inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
             with WeightWatcher(matrices, lambda _use: None, sums.watch):
-                logits = model(**inputs, **extra).logits[0].float()
+                logits = _logits(model(**inputs, **extra)).float()
             real = inputs.get("attention_mask")
             logits = logits if real is None else logits[real[0].bool()]
             tokens, done = tokens + len(logits), done + 1
             odds = logits.detach().softmax(-1).cpu()
             labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for matrix in [matrix for matrix in matrices if matrix.index is not None and matrix.name not in sums.totals]:
+        # An expert that no token reaches weighs nothing; its rows are as many as those of any other of its kind.
+        kind = [each.name for each in matrices if each.parameter is matrix.parameter and each.name in sums.totals]
+        if kind:
+            sums.totals[matrix.name] = torch.zeros_like(sums.totals[kind[0]])
     if unseen := [matrix.name for matrix in matrices if matrix.name not in sums.totals]:
         raise ValueError(
             f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
             f"--allocation-windows, or use --allocation uniform"
         )
     return {name: total / tokens for name, total in sums.totals.items()}
+
+
+def _logits(output: Any) -> Float[Tensor, "T V"]:
+    """The model's predictions of one sequence, or of one picture as one row."""
+    if getattr(output, "logits", None) is None:
+        raise ValueError(
+            f"allocation curve weighs matrices by their effect on the model's predictions, and the model gives no "
+            f"logits (its output is {type(output).__name__}): use --allocation uniform"
+        )
+    return output.logits if output.logits.ndim == 2 else output.logits[0]
 
 
 def _sequences(batches: Sequence[Batch], windows: int) -> Iterator[Batch]:
@@ -86,6 +101,7 @@ class _GradientSquares:
             return
 
         def add(gradient: Tensor) -> None:
+            gradient = gradient if use.item is None else gradient[use.item]
             by_row = (gradient.mT if use.output_is_transposed else gradient).float().flatten(0, -2)
             self.totals[name] += by_row.square().sum(0)
 
@@ -100,7 +116,7 @@ def _activation_gradients(model: nn.Module, first: Block) -> Iterator[None]:
         parameter.requires_grad_(False)
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, call = Call.split(args, kwargs)
+        hidden, call = Call.split(first, args, kwargs)
         return call.with_hidden(hidden.detach().requires_grad_(True))
 
     hook = first.module.register_forward_pre_hook(begin, with_kwargs=True)

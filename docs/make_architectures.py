@@ -1,0 +1,79 @@
+"""Write docs/architectures.md from benchmarks/results/coverage.json; or `--check` that it is current.
+
+python docs/make_architectures.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+PAGE = ROOT / "docs" / "architectures.md"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def passed_rows(families: dict[str, Any]) -> list[list[str]]:
+    """A row for each class that passes."""
+    rows = []
+    for name, row in families.items():
+        if "unbuildable" in row or "failure" in row:
+            continue
+        dense = ", ".join(f"{number} {reason}" for reason, number in row["dense"].items())
+        errors = [f"{row[f'error {p}'] / row[f'error of magnitude {p}']:.2f}" for p in ("50%", "2:4")]
+        replay = "as one block" if row["whole"] else "block by block"
+        rows.append([name, row["class"], str(row["pruned"]), f"{row['share']:.0%}", *errors, replay, dense])
+    return rows
+
+
+def page() -> str:
+    """The page's text."""
+    sweep = json.loads(RESULTS.read_text(encoding="utf-8"))
+    families, summary, where = sweep["families"], sweep["summary"], sweep["environment"]
+    failed = [[name, row["failure"]] for name, row in families.items() if "failure" in row]
+    unbuilt = [[name, row["unbuildable"]] for name, row in families.items() if "unbuildable" in row]
+    whole = [[name, row["whole"]] for name, row in families.items() if row.get("whole")]
+    head = ["model type", "class", "pruned", "of the weights", "50%", "2:4", "replayed", "left dense"]
+    return "\n\n".join(
+        [
+            "# Architectures",
+            f"**{summary['passed']} of {summary['built']}** causal language model classes "
+            f"({summary['passed'] / summary['built']:.1%}) of transformers {where['transformers']} pass the sweep, with no "
+            f"class or function written for any of them. Its mapping has {summary['classes']}; "
+            f"{summary['classes'] - summary['built']} can't be built from a configuration alone.",
+            f"Written by `{sweep['command']}` and `python docs/make_architectures.py`. Each class is built tiny and random "
+            f"and pruned to 50% and 2:4 by `mrp` on random tokens. It passes where every matrix of its layers is pruned to "
+            f"exactly the target or left dense for a reason, the mean layer error is below magnitude's (columns 50% and "
+            f"2:4: `mrp`'s as a multiple of it), the output is finite, and a saved copy loads with the same weights. To "
+            f"build them tiny, {summary['rows']} rows of `tests/zoo.py` name fields that a type needs besides.",
+            table(head, passed_rows(families)),
+            "## Pruned as one block",
+            "These run their layers in another way than once each, one after another. Every matrix is fitted to its inputs "
+            "in the dense model, and the steps that need blocks (refit, dense targets, curve allocation) are refused.",
+            table(["model type", "why"], whole),
+            "## Not pruned",
+            "Each is refused with the message below; `--exclude` leaves the named matrices dense and prunes the rest.",
+            table(["model type", "what is said"], failed),
+            "## Not built",
+            table(["model type", "why"], unbuilt),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    text = page()
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} is not current")
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""One dense pass that learns everything about a model that does not depend on pruning.
+
+How each block is called, which matrices take part in products, which of them share an input. It changes nothing, so
+what is wrong with a model or a text is found before any weight is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
+from secateur.experts import owner_of
+from secateur.model import Block, Call, UnsupportedModelError, hidden_of, run_body
+from secateur.observe import Matrix, Use, WeightWatcher
+from secateur.stacks import same_tensor
+
+# Names of functions that multiply matrices: a weight that enters one must not be called dense.
+PRODUCTS = {"linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "scaled_mm"}
+
+
+@torch.no_grad()
+def survey(
+    model: nn.Module,
+    blocks: list[Block],
+    batches: Sequence[Batch],
+    progress: Progress,
+    missed: dict[str, ValueError] | None = None,
+) -> Stream:
+    """Run the dense model once over the calibration batches and record how its blocks are called.
+
+    Args:
+        missed: takes the matrices that should be pruned but can't be observed, with the error of each. Without it, the
+            first is raised.
+
+    Raises:
+        UnsupportedModelError: blocks that are skipped, run twice, or not chained one after another.
+        ValueError: NaN or infinity in an activation, or a prunable matrix that saw no token.
+    """
+    recorder = _Recorder(blocks)
+    device = next(model.parameters()).device
+    padding: list[Tensor | None] = []
+    for index, batch in enumerate(batches):
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        mask = on_device.get("attention_mask")
+        padding.append(None if mask is None or bool(mask.all()) else mask.bool())
+        if padding[-1] is None:
+            on_device.pop("attention_mask", None)
+        with recorder.watch(padding[-1]):
+            run_body(model, on_device)
+        progress("dense pass", index + 1, len(batches))
+    groups = recorder.finish()
+    if missed is not None:
+        missed |= recorder.missed
+    elif recorder.missed:
+        raise next(iter(recorder.missed.values()))
+    return Stream(recorder.hidden, recorder.calls, padding, groups, recorder.routed(padding))
+
+
+class _Recorder:
+    """Records calls, products and shared inputs over the batches of a dense pass."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self.hidden: list[Tensor] = []
+        self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
+        self.tokens: dict[str, int] = {}
+        self.input_dim: dict[str, int] = {}
+        self.inputs_seen: dict[str, list[int]] = {}
+        self.other_uses: dict[str, set[str]] = {}
+        self._inputs: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
+        self._number_of_inputs = 0
+        self._last_output: tuple[str, Tensor, int] | None = None
+        self._real: Tensor | None = None
+        self._entered: set[int] = set()
+        self.missed: dict[str, ValueError] = {}
+
+    @contextmanager
+    def watch(self, real: Tensor | None) -> Iterator[WeightWatcher]:
+        """Watch one forward pass of the whole model."""
+        self._real = real
+        self._last_output = None
+        watcher = WeightWatcher([matrix for block in self.blocks for matrix in block.matrices], self._on_use)
+        with ExitStack() as stack:
+            entering = register_module_forward_pre_hook(lambda module, _args: self._entered.add(id(module)))
+            stack.callback(entering.remove)
+            for block in self.blocks:
+                module = block.module
+                before = module.register_forward_pre_hook(self._before(block), with_kwargs=True)
+                after = module.register_forward_hook(self._after(block), with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield stack.enter_context(watcher)
+        self._inputs.clear()
+        for name, uses in watcher.other_uses.items():
+            self.other_uses.setdefault(name, set()).update(uses)
+        num_calls = {block.name: len(self.calls[block.name]) for block in self.blocks}
+        if odd := [f"{name} ran {count} times" for name, count in num_calls.items() if count != len(self.hidden)]:
+            raise UnsupportedModelError(
+                f"each block must run once a forward pass; of {len(self.hidden)} passes {odd[0]}"
+            )
+
+    def _before(self, block: Block) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, call = Call.split(block, args, kwargs)
+            self._inputs.clear()
+            if self._last_output is None:
+                if block is not self.blocks[0]:
+                    raise UnsupportedModelError(
+                        f"{block.name} runs before {self.blocks[0].name}: blocks must run in order"
+                    )
+                self._check_padding(block, hidden)
+                self.hidden.append(hidden.detach().clone())
+            elif not same_tensor(hidden, *self._last_output[1:]):
+                raise UnsupportedModelError(
+                    f"the input of {block.name} is not the output of {self._last_output[0]} on all calibration inputs: "
+                    f"the model changes hidden states between its blocks, which a block by block replay would miss"
+                )
+            self.calls[block.name].append(call)
+
+        return hook
+
+    def _check_padding(self, block: Block, hidden: Tensor) -> None:
+        """Raise UnsupportedModelError where the attention mask is not that of a block's positions (a decoder's)."""
+        real = self._real
+        if real is not None and tuple(hidden.shape[: real.ndim]) != tuple(real.shape):
+            raise UnsupportedModelError(
+                f"the attention mask {tuple(real.shape)} doesn't fit the positions in front of {block.name}, whose "
+                f"hidden states are {tuple(hidden.shape)}: pass sequences of equal length, without padding"
+            )
+
+    def _after(self, block: Block) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            hidden = hidden_of(output, block)
+            real = hidden if self._real is None else hidden[self._real]
+            if not bool(torch.isfinite(real).all()):
+                raise ValueError(
+                    f"{block.name} gives NaN or infinite activations in the dense model: try another dtype"
+                )
+            self._last_output = (block.name, hidden, hidden._version)
+
+        return hook
+
+    def _on_use(self, use: Use) -> None:
+        name, x = use.matrix.name, use.inputs
+        known_dim = self.input_dim.setdefault(name, use.input_dim)
+        if known_dim != use.input_dim:
+            raise UnsupportedModelError(f"{name} is used both as stored and transposed: it has no single input")
+        key = (x.data_ptr(), x.shape[-1], x.numel(), x.stride()[-1], x._version)
+        if key not in self._inputs:  # the tensor is kept, so that its address is not given to another
+            self._number_of_inputs += 1
+            self._inputs[key] = (x, self._number_of_inputs)
+        self.inputs_seen.setdefault(name, []).append(self._inputs[key][1])
+        self.tokens[name] = self.tokens.get(name, 0) + len(real_tokens(use, self._real))
+
+    def finish(self) -> dict[str, list[InputGroup]]:
+        """The input groups of each block, in order of first use; a matrix with no product goes to `block.dense`."""
+        groups: dict[str, list[InputGroup]] = {}
+        for block in self.blocks:
+            unused = [matrix for matrix in block.matrices if not self.tokens.get(matrix.name)]
+            for matrix in unused:
+                self._explain_unused(block, matrix)
+            by_name = {matrix.name: matrix for matrix in block.matrices}
+            found: dict[tuple[int, ...], InputGroup] = {}
+            for name, inputs in self.inputs_seen.items():  # in order of first use
+                if name in by_name:
+                    group = found.setdefault(tuple(inputs), InputGroup(by_name[name]))
+                    group.members.append((by_name[name], self.input_dim[name]))
+            alone = [
+                InputGroup(matrix, [(matrix, self.input_dim[matrix.name])])
+                for matrix in unused
+                if matrix.name in self.input_dim
+            ]
+            groups[block.name] = [*found.values(), *alone]
+        return groups
+
+    def routed(self, padding: Sequence[Tensor | None]) -> frozenset[str]:
+        """Matrices that saw fewer tokens than there are."""
+        everything = sum(
+            hidden.shape[:-1].numel() if real is None else int(real.sum())
+            for hidden, real in zip(self.hidden, padding, strict=True)
+        )
+        return frozenset(name for name in self.input_dim if self.tokens.get(name, 0) < everything)
+
+    def _explain_unused(self, block: Block, matrix: Matrix) -> None:
+        """Say why a matrix took part in no product, or count it as missed where that must not pass.
+
+        Fine are: an expert without tokens, since others of its kind tell how it would be used; a module that is never
+        called, though what it is a part of is (cross-attention without an encoder); a bare parameter in no product
+        (Mamba's A_log). A module's weight must be in one.
+        """
+        kind = [name for name in self.input_dim if matrix.index is not None and name.startswith(f"{_stem(matrix)}[")]
+        if kind:
+            self.input_dim[matrix.name] = self.input_dim[kind[0]]
+            return
+        if self._is_never_called(block, matrix):
+            block.matrices.remove(matrix)
+            block.dense[matrix.name] = "its module is never called on the calibration inputs"
+            return
+        uses = self.other_uses.get(matrix.name, set())
+        if products := sorted(use for use in uses if use.rsplit(".", 1)[-1].strip("_") in PRODUCTS):
+            self.missed[matrix.name] = UnsupportedModelError(
+                f"{matrix.name} enters {products[0]} in an unknown form, so its inputs can't be observed: "
+                f"leave it dense with --exclude '{matrix.name}'"
+            )
+            return
+        module_weights = {id(module.weight) for module in block.module.modules() if hasattr(module, "weight")}
+        if uses and id(matrix.parameter) not in module_weights:
+            block.matrices.remove(matrix)
+            block.dense[matrix.name] = f"enters no matrix product (used by {', '.join(sorted(uses))})"
+            return
+        self.missed[matrix.name] = ValueError(
+            f"{matrix.name} saw no calibration token: it entered no matrix product. Use more calibration text, "
+            f"or leave it dense with --exclude '{matrix.name}'"
+        )
+
+    def _is_never_called(self, block: Block, matrix: Matrix) -> bool:
+        """Whether the matrix's module isn't called, in an element of a list (a layer, an expert) that is."""
+        owner = owner_of(block.module, matrix)
+        if matrix.name in self.other_uses or id(owner) in self._entered:
+            return False
+        path = next(name for name, module in block.module.named_modules() if module is owner)
+        element = module = block.module
+        for step in path.split("."):
+            child = module.get_submodule(step)
+            element = child if isinstance(module, nn.ModuleList | nn.ModuleDict) else element
+            module = child
+        return id(element) in self._entered
+
+
+def _stem(matrix: Matrix) -> str:
+    """The path of the parameter that an expert is a slice of."""
+    return matrix.name.partition("[")[0]
