@@ -399,6 +399,18 @@ def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():
     assert all(report.dense[f"model.layers.{index}.mlp.gate"] == "router" for index in (0, 1))
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts_are_observed_whatever_implementation_the_model_has(implementation):
+    reports = []
+    for chosen in ("eager", implementation):
+        model = mixtral()
+        model.set_experts_implementation(chosen)
+        reports.append(secateur.prune(model, pattern="2:4", method="mrp", calibration=tokens(32)))
+        assert model.config._experts_implementation == chosen, "given back"
+    first, second = ([(each.name, each.tokens, each.relative_error) for each in report.matrices] for report in reports)
+    assert first == second
+
+
 def test_experts_with_few_tokens_borrow_those_of_all():
     model, calibration = mixtral(num_local_experts=8, num_experts_per_tok=2), [tokens()[0][:1, :12]]
     layer = model.model.layers[0].mlp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.pattern import Unstructured
+from secateur.pattern import Unstructured, parse_pattern
 from secateur.recipe import EFFORTS, describe, make_plan
 
 HALF = Unstructured(0.5)
@@ -56,3 +56,9 @@ def test_what_is_given_wins_over_the_effort():
 def test_bad_settings_are_named(effort, settings, message):
     with pytest.raises(ValueError, match=message):
         make_plan(HALF, effort, settings)
+
+
+def test_best_searches_further_where_there_is_no_allocation_to_pay_for():
+    assert make_plan(parse_pattern("50%"), "best").solver.search_iterations == 12
+    assert make_plan(parse_pattern("2:4"), "best").solver.search_iterations == 40
+    assert make_plan(parse_pattern("2:4"), "best", {"search_iterations": 7}).solver.search_iterations == 7

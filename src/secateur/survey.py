@@ -6,6 +6,7 @@ what is wrong with a model or a text is found before any weight is changed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -180,12 +181,29 @@ class _Recorder:
         return groups
 
     def routed(self, padding: Sequence[Tensor | None]) -> frozenset[str]:
-        """Matrices that saw fewer tokens than there are."""
+        """Experts that saw only some tokens: slices of a 3-D parameter, and elements of a list that differ in theirs.
+
+        Cross-attention sees another number of tokens than the rest of its block, but all of them.
+        """
         everything = sum(
-            hidden.shape[:-1].numel() if real is None else int(real.sum())
+            (hidden.shape[:-1] if hidden.is_floating_point() else hidden.shape).numel()
+            if real is None
+            else int(real.sum())
             for hidden, real in zip(self.hidden, padding, strict=True)
         )
-        return frozenset(name for name in self.input_dim if self.tokens.get(name, 0) < everything)
+        routed: set[str] = set()
+        for block in self.blocks:
+            alike: dict[str, list[str]] = {}
+            for matrix in block.matrices:
+                if matrix.index is None:
+                    inside = matrix.name.removeprefix(block.name)
+                    alike.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", inside), []).append(matrix.name)
+                elif self.tokens.get(matrix.name, 0) < everything and matrix.name in self.input_dim:
+                    routed.add(matrix.name)
+            for names in alike.values():
+                if block.name and len({self.tokens.get(name, 0) for name in names}) > 1:
+                    routed |= set(names)
+        return frozenset(routed)
 
     def _explain_unused(self, block: Block, matrix: Matrix) -> None:
         """Say why a matrix took part in no product, or count it as missed where that must not pass.
@@ -236,3 +254,8 @@ class _Recorder:
 def _stem(matrix: Matrix) -> str:
     """The path of the parameter that an expert is a slice of."""
     return matrix.name.partition("[")[0]
+
+
+def _positions(hidden: Tensor) -> int:
+    """Tokens in hidden states; in front of a model as a whole they are the token ids."""
+    return hidden.shape[:-1].numel() if hidden.is_floating_point() else hidden.numel()
