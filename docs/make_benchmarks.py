@@ -24,6 +24,7 @@ PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perple
 NOTES = ROOT / "docs" / "benchmarks-notes.md"
 BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
+MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
 TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
     "sparsegpt": "sparsegpt",
@@ -112,7 +113,7 @@ def task_table(comparison: Comparison) -> str:
 def settings_line(comparison: Comparison) -> str:
     s, where = comparison.settings, comparison.environment
     return (
-        f"SmolLM2-135M-Instruct, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
+        f"{MODELS.get(s['model'], Path(s['model']).name)}, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
         f"{s['max_tokens']} tokens of each text in windows of {s['eval_seq_len'] or 1024}; torch {where['torch']}, transformers "
         f"{where['transformers']}, {where['threads']} thread{'s' * (where['threads'] > 1)}."
     )
@@ -126,28 +127,43 @@ def section(name: str) -> str:
         parts.append(gap_table(comparison))
     if task_text := task_table(comparison):
         parts.append(task_text)
-    parts.append(f"    {command(name, comparison)}")
+    parts.append(commands(name, comparison))
     return "\n\n".join(parts)
 
 
-def command(name: str, comparison: Comparison) -> str:
-    """One command that makes every cell of a comparison."""
+def commands(name: str, comparison: Comparison) -> str:
+    """The commands that make every cell of a comparison: one for each set of recipes that some patterns share."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for pattern in patterns_of(comparison):
+        recipes = tuple(recipe for recipe in recipes_of(comparison) if cells(comparison, recipe, pattern))
+        alike.setdefault(recipes, []).append(pattern)
+    return "\n".join(f"    {command(name, comparison, recipes, patterns)}" for recipes, patterns in alike.items())
+
+
+def command(name: str, comparison: Comparison, recipes: tuple[str, ...], patterns: list[str]) -> str:
+    """One command that makes the cells of these recipes at these patterns."""
     s = comparison.settings
-    seeds = list(dict.fromkeys(key.rsplit(" ", 2)[2] for key in comparison.cells if key != "dense"))
-    tasks = list(dict.fromkeys(task for cell in comparison.cells.values() for task in cell.get("tasks", {})))
-    tasks = without_members(tasks)
-    with_tasks = [key.rsplit(" ", 2)[2] for key, cell in comparison.cells.items() if key != "dense" and "tasks" in cell]
+    model = s["model"] if s["model"] in MODELS else f"MODELS/{Path(s['model']).name}"
+    mine = {
+        f"{recipe} {pattern} {seed}": cell
+        for recipe in recipes
+        for pattern in patterns
+        for seed, cell in cells(comparison, recipe, pattern).items()
+    }
+    seeds = sorted({key.rsplit(" ", 1)[1] for key in mine})
+    tasks = without_members(list(dict.fromkeys(task for cell in mine.values() for task in cell.get("tasks", {}))))
     parts = [
-        f"secateur compare {s['model']} --methods {','.join(recipes_of(comparison))}",
-        f"--patterns {','.join(patterns_of(comparison))} --seeds {','.join(seeds)} --calibration TEXTS/{s['calibration']}",
+        f"secateur compare {model} --methods {','.join(recipes)}",
+        f"--patterns {','.join(patterns)} --seeds {','.join(seeds)} --calibration TEXTS/{s['calibration']}",
         f"--samples {s['samples']} --seq-len {s['seq_len']} {' '.join(f'--text TEXTS/{text}' for text in s['texts'])}",
         f"--max-tokens {s['max_tokens']}",
     ]
+    if s["eval_seq_len"]:
+        parts.append(f"--eval-seq-len {s['eval_seq_len']}")
     if tasks:
         limit = f" --task-limit {s['task_limit']}" if s["task_limit"] else ""
-        parts.append(
-            f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(dict.fromkeys(with_tasks))}"
-        )
+        with_tasks = sorted({key.rsplit(" ", 1)[1] for key, cell in mine.items() if "tasks" in cell})
+        parts.append(f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(with_tasks)}")
     return " ".join([*parts, f"--out benchmarks/results/compare/{name}"])
 
 
@@ -157,7 +173,7 @@ def page() -> str:
         """# Benchmarks
 
 Written by `python docs/make_benchmarks.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
-`TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
+`MODELS` is a folder of checkpoints. `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
 `python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). Means over seeds, with the sample standard deviation where there are several.
 *Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
 Seconds are those of pruning alone. The large comparisons ran as two processes of one thread each that shared their cells,

@@ -87,10 +87,11 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
     """Prune the model in place.
 
     The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
-    brings about (a Gram matrix that can't be factored, an expert that loses its tokens) ends the run where it is met.
+    brings about (a Gram matrix that can't be factored) ends the run where it is met.
 
-    Cost: the dense pass, two forward passes of each block over the batches, the Gram matrices and the solver calls;
-    one more forward pass where something aims at the dense model; allocation and refit as their docstrings say.
+    Cost: the dense pass (another for each further stack), two forward passes of each block over the batches, the Gram
+    matrices and the solver calls; one more forward pass where something aims at the dense model; allocation and refit
+    as their docstrings say.
     """
     check_runnable(model)
     check_finite_weights(model)

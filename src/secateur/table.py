@@ -51,10 +51,10 @@ def columns_of(comparison: Comparison) -> dict[str, dict[str, float]]:
 
 
 def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
-    """Pattern -> a table: the header, the dense row, then a row a recipe."""
+    """Pattern -> a table: the header, the dense row, then a row a recipe. Unstructured patterns come first."""
     figures = columns_of(comparison)
     keys = [key.rsplit(" ", 2) for key in comparison.cells if key != DENSE]
-    patterns = list(dict.fromkeys(pattern for _, pattern, _ in keys))
+    patterns = sorted({pattern for _, pattern, _ in keys}, key=lambda pattern: (":" in pattern, pattern))
     return {pattern: _table(figures, [key for key in keys if key[1] == pattern]) for pattern in patterns}
 
 
