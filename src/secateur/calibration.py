@@ -23,7 +23,7 @@ from secateur.capture import Batch
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 1024  # small, as the block refit takes one step a batch
+BATCH_TOKENS = 512  # small, as the block refit takes one step a batch
 MIN_BATCHES = 8  # where there are as many windows
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template

@@ -87,7 +87,7 @@ def prune(
     refit: Annotated[str | None, typer.Option(help="none, or block: match the dense block's output.")] = None,
     refit_passes: Annotated[int | None, typer.Option(help="refit: passes over the calibration text.")] = None,
     refit_rate: Annotated[float | None, typer.Option(help="refit: step, relative to a matrix's weights.")] = None,
-    refit_held_out: Annotated[float | None, typer.Option(help="refit: share of batches that decides (0.125).")] = None,
+    refit_held_out: Annotated[float | None, typer.Option(help="refit: share of batches that decides (0.0625).")] = None,
     allocation: Annotated[str | None, typer.Option(help="Zeros over matrices: uniform, owl or curve.")] = None,
     allocation_spread: Annotated[float | None, typer.Option(help="allocation: largest deviation of sparsity.")] = None,
     allocation_windows: Annotated[

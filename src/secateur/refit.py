@@ -42,7 +42,7 @@ class BlockRefit:
 
     passes: int = 4
     rate: float = 0.025
-    held_out: float = 0.125
+    held_out: float = 0.0625
 
     def __post_init__(self) -> None:
         if self.passes < 0:
@@ -50,7 +50,7 @@ class BlockRefit:
         if not 0 < self.rate < 1:
             raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.025)")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.125)")
+            raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.0625)")
 
     def check_batches(self, batches: int) -> None:
         """Raise ValueError unless there are batches to train on and to hold out."""
