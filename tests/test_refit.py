@@ -61,7 +61,7 @@ def test_the_reported_error_is_that_of_the_weights_as_saved(storage):
         targets = stream.outputs(blocks[0], of_dense=True)
         for matrix in blocks[0].matrices:
             matrix.stored.mul_(torch.rand(matrix.stored.shape) > 0.3).copy_(matrix.stored.to(storage))
-        options = BlockRefit(passes=2, rate=0.002)
+        options = BlockRefit(passes=2, rate=0.002, held_out=0.125)
         figures = refit_block(blocks[0], stream, targets, options, seed=5, storage_of=lambda _name, _own: storage)
         outputs = stream.outputs(blocks[0])
     order = torch.randperm(48, generator=torch.Generator().manual_seed(5)).tolist()
