@@ -161,7 +161,7 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
     if s["eval_seq_len"]:
         parts.append(f"--eval-seq-len {s['eval_seq_len']}")
     if tasks:
-        limit = f" --task-limit {s['task_limit']}" if s["task_limit"] else ""
+        limit = f" --task-limit {s['task_limit']}" if s.get("task_limit") else ""
         with_tasks = sorted({key.rsplit(" ", 1)[1] for key, cell in mine.items() if "tasks" in cell})
         parts.append(f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(with_tasks)}")
     return " ".join([*parts, f"--out benchmarks/results/compare/{name}"])
@@ -196,7 +196,10 @@ def readme_table() -> str:
     timing = read(TIMING) if TIMING in names() else comparison
     rows = [["perplexity", *patterns, "seconds"], ["dense", *[f"{dense:.2f}"] * len(patterns), ""]]
     for recipe, label in ROWS.items():
-        values = [[c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values()] for pattern in patterns]
+        values = [
+            [c["perplexity"][TEXT] for c in (cells(comparison, recipe, p) or cells(timing, recipe, p)).values()]
+            for p in patterns
+        ]
         if not any(values):
             continue
         seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]

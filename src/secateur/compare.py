@@ -65,13 +65,15 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What must agree for cells to stand in one table.
 
-        Texts count by their file names; tasks, whose figures are kept by name, and the device don't count.
+        Texts count by their file names; tasks, whose figures are kept by name, and the device don't count; a limit of
+        documents counts where there are tasks.
         """
         values = asdict(self) | {
             "calibration": _short(self.calibration),
             "texts": [_short(text) for text in self.texts],
         }
-        return {name: values[name] for name in values if name not in ("task_dir", "device", "tasks")}
+        apart = {"task_dir", "device", "tasks"} | (set() if self.tasks else {"task_limit"})
+        return {name: values[name] for name in values if name not in apart}
 
 
 @dataclass(frozen=True)
@@ -219,13 +221,13 @@ def _open(out: Path, settings: Settings) -> Comparison:
         out.mkdir(parents=True, exist_ok=True)
         return Comparison(identity)
     found = read_json(path, "")
-    if found.get("settings") != identity:
-        differs = sorted(name for name in identity if found.get("settings", {}).get(name) != identity[name])
+    known = found.get("settings", {})
+    if differs := sorted(name for name in identity if known.get(name, identity[name]) != identity[name]):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(differs)}): cells of one table must share them. Choose "
             f"another --out, or the same settings"
         )
-    return Comparison(**found)
+    return Comparison(**found | {"settings": known | identity})
 
 
 def _in_own_process(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None) -> dict[str, Any]:
