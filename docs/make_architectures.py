@@ -1,4 +1,4 @@
-"""Write docs/architectures.md from benchmarks/results/coverage.json; or `--check` that it is current.
+"""Write docs/architectures.md from benchmarks/results/coverage.json and encoder.json; or `--check` that it is current.
 
 python docs/make_architectures.py
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+ENCODER = RESULTS.with_name("encoder.json")
 PAGE = ROOT / "docs" / "architectures.md"
 
 
@@ -30,6 +31,23 @@ def passed_rows(families: dict[str, Any]) -> list[list[str]]:
         replay = "as one block" if row["whole"] else "block by block"
         rows.append([name, row["class"], str(row["pruned"]), f"{row['share']:.0%}", *errors, replay, dense])
     return rows
+
+
+def encoder_section() -> str:
+    """A real sentence encoder, pruned through its own inputs."""
+    result = json.loads(ENCODER.read_text(encoding="utf-8"))
+    settings = result["settings"]
+    rows = [
+        [name, f"{cell['cosine']:.3f}", f"{cell['same_neighbour']:.2f}", f"{cell['layer_error']:.4f}"]
+        for name, cell in result["cells"].items()
+    ]
+    head = ["run", "cosine to the dense embedding", "same nearest window", "layer error"]
+    return (
+        f"## Beyond causal language models\n\n{settings['model']}, calibrated on {settings['windows']} x "
+        f"{settings['length']} tokens of the shipped text, evaluated on {settings['windows']} windows of the shipped "
+        f"evaluation text, by `benchmarks/encoder.py`. T5, Whisper, ViT and BERT are tiny and random in "
+        f"`tests/test_stacks.py`.\n\n{table(head, rows)}"
+    )
 
 
 def page() -> str:
@@ -62,6 +80,7 @@ def page() -> str:
             table(["model type", "what is said"], failed),
             "## Not built",
             table(["model type", "why"], unbuilt),
+            encoder_section(),
             "",
         ]
     )
