@@ -15,19 +15,18 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 import secateur
 from secateur.export import environment
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from zoo import FAMILIES, ROWS, UNBUILDABLE, VOCABULARY, tiny  # noqa: E402 - the tests' models
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+zoo: Any = import_module("zoo")  # the tests' models
 
 PATTERNS = ("50%", "2:4")
 
@@ -35,17 +34,17 @@ PATTERNS = ("50%", "2:4")
 def main() -> None:
     """Run the sweep and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--families", nargs="*", default=list(zoo.FAMILIES))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = {}
     for family in arguments.families:
-        rows[family] = {"unbuildable": UNBUILDABLE[family]} if family in UNBUILDABLE else examine(family)
-        print(family, rows[family].get("failure", "unbuildable" if family in UNBUILDABLE else "passes"), flush=True)
+        rows[family] = {"unbuildable": zoo.UNBUILDABLE[family]} if family in zoo.UNBUILDABLE else examine(family)
+        print(family, rows[family].get("failure", "unbuildable" if family in zoo.UNBUILDABLE else "passes"), flush=True)
     built = {family: row for family, row in rows.items() if "unbuildable" not in row}
     passed = sum("failure" not in row for row in built.values())
-    summary = {"classes": len(rows), "built": len(built), "passed": passed, "rows": len(ROWS)}
+    summary = {"classes": len(rows), "built": len(built), "passed": passed, "rows": len(zoo.ROWS)}
     result = {
         "command": "python benchmarks/coverage.py --out benchmarks/results/coverage.json",
         "environment": environment(),
@@ -62,21 +61,21 @@ def examine(family: str) -> dict[str, Any]:
     try:
         for pattern in PATTERNS:
             row |= check(family, pattern)
-    except Exception as error:  # a sweep reports whatever goes wrong, and goes on
+    except (AssertionError, ValueError, RuntimeError) as error:  # a check, a refusal, a forward pass that fails
         row["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
     return row
 
 
 def check(family: str, pattern: str) -> dict[str, Any]:
     """Prune a class at a pattern and check it. Raises AssertionError or what the library raises."""
-    model, tokens = tiny(family), token_batches()
+    model, tokens = zoo.tiny(family), zoo.token_batches()
     row = {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
-    magnitude = secateur.prune(tiny(family), pattern=pattern, method="magnitude", calibration=tokens)
+    magnitude = secateur.prune(zoo.tiny(family), pattern=pattern, method="magnitude", calibration=tokens)
     report = secateur.prune(model, pattern=pattern, method="mrp", calibration=tokens)
-    missed = matrices_in_layers(model) - {matrix.name for matrix in report.matrices} - set(report.dense)
+    missed = zoo.matrices_in_layers(model) - {matrix.name for matrix in report.matrices} - set(report.dense)
     assert not missed, f"missed {sorted(missed)[:3]}"
     for matrix in report.matrices:
-        zeros = int((stored(model, matrix.name) == 0).sum())
+        zeros = int((zoo.stored(model, matrix.name) == 0).sum())
         assert zeros == matrix.rows * matrix.columns // 2, f"{matrix.name} has {zeros} zeros at {pattern}"
     assert report.mean_relative_error < magnitude.mean_relative_error, "the layer error is not below magnitude's"
     with torch.no_grad():
@@ -95,48 +94,6 @@ def check(family: str, pattern: str) -> dict[str, Any]:
         f"error {pattern}": report.mean_relative_error,
         f"error of magnitude {pattern}": magnitude.mean_relative_error,
     }
-
-
-def token_batches() -> list[torch.Tensor]:
-    """Random tokens, 16 x 24."""
-    generator = torch.Generator().manual_seed(0)
-    return list(torch.randint(3, VOCABULARY, (16, 24), generator=generator).split(4))
-
-
-def matrices_in_layers(model: nn.Module) -> set[str]:
-    """Matrices inside the elements of module lists, found without the library.
-
-    Not of elements that are a single linear map: those are heads and projections, not layers.
-    """
-    names: dict[int, list[str]] = {}  # a parameter that layers share counts once, by its first path
-    layers = {
-        f"{path}.{index}": layer
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for index, layer in enumerate(module)
-        if list(layer.children())
-    }
-    for path, layer in layers.items():
-        for inner, module in layer.named_modules():
-            if isinstance(module, nn.Embedding) or (
-                type(module).__name__.startswith("Conv") and hasattr(module, "stride")
-            ):
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                full = ".".join(filter(None, (path, inner, "" if name == "weight" else name)))
-                if parameter.ndim == 2 and min(parameter.shape) > 1:
-                    names.setdefault(id(parameter), [full])
-                elif parameter.ndim == 3 and min(parameter.shape) > 1:
-                    names.setdefault(id(parameter), [f"{full}[{index}]" for index in range(len(parameter))])
-    return {name for found in names.values() for name in found}
-
-
-def stored(model: nn.Module, name: str) -> torch.Tensor:
-    """A matrix by the name it has in a report."""
-    path, _, index = name.partition("[")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    parameter = parameters[f"{path}.weight"] if f"{path}.weight" in parameters else parameters[path]
-    return parameter[int(index.rstrip("]"))] if index else parameter
 
 
 if __name__ == "__main__":

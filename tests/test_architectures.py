@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from zoo import FAMILIES, ROWS, UNBUILDABLE, tiny
+from zoo import FAMILIES, ROWS, UNBUILDABLE, matrices_in_layers, stored, tiny, token_batches
 
 import secateur
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from coverage import matrices_in_layers, stored, token_batches  # noqa: E402 - found by the path above
 
 # Families that are refused by name, with what the error says.
 REFUSED = {

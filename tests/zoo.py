@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -145,3 +146,45 @@ def tiny(family: str, seed: int = 0) -> Any:
             if parameter.ndim >= 2:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     return model
+
+
+def token_batches() -> list[torch.Tensor]:
+    """Random tokens, 16 x 24."""
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(3, VOCABULARY, (16, 24), generator=generator).split(4))
+
+
+def matrices_in_layers(model: nn.Module) -> set[str]:
+    """Matrices inside the elements of module lists, found without the library.
+
+    Not of elements that are a single linear map: those are heads and projections, not layers.
+    """
+    names: dict[int, list[str]] = {}  # a parameter that layers share counts once, by its first path
+    layers = {
+        f"{path}.{index}": layer
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for index, layer in enumerate(module)
+        if list(layer.children())
+    }
+    for path, layer in layers.items():
+        for inner, module in layer.named_modules():
+            if isinstance(module, nn.Embedding) or (
+                type(module).__name__.startswith("Conv") and hasattr(module, "stride")
+            ):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                full = ".".join(filter(None, (path, inner, "" if name == "weight" else name)))
+                if parameter.ndim == 2 and min(parameter.shape) > 1:
+                    names.setdefault(id(parameter), [full])
+                elif parameter.ndim == 3 and min(parameter.shape) > 1:
+                    names.setdefault(id(parameter), [f"{full}[{index}]" for index in range(len(parameter))])
+    return {name for found in names.values() for name in found}
+
+
+def stored(model: nn.Module, name: str) -> torch.Tensor:
+    """A matrix by the name it has in a report."""
+    path, _, index = name.partition("[")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameter = parameters[f"{path}.weight"] if f"{path}.weight" in parameters else parameters[path]
+    return parameter[int(index.rstrip("]"))] if index else parameter
