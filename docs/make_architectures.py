@@ -6,18 +6,15 @@ python docs/make_architectures.py
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import table, write_or_check
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 ENCODER = RESULTS.with_name("encoder.json")
 PAGE = ROOT / "docs" / "architectures.md"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def passed_rows(families: dict[str, Any]) -> list[list[str]]:
@@ -86,13 +83,5 @@ def page() -> str:
     )
 
 
-def main() -> None:
-    """Write the page, or check it."""
-    text = page()
-    if "--check" in sys.argv:
-        sys.exit(0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} is not current")
-    PAGE.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check({PAGE: page()})

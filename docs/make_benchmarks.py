@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import table, write_or_check
 
 from secateur.compare import Comparison
 from secateur.table import tables, without_members
@@ -40,11 +41,6 @@ def read(name: str) -> Comparison:
 
 def names() -> list[str]:
     return sorted((path.parent.name for path in RESULTS.glob("*/compare.json")), key=lambda name: (name != MAIN, name))
-
-
-def markdown(rows: list[list[str]]) -> str:
-    head, *rest = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
 
 
 def cells(comparison: Comparison, recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
@@ -83,7 +79,7 @@ def gap_table(comparison: Comparison) -> str:
         if recipe != "sparsegpt":
             shares = (gap_closed(comparison, recipe, pattern, text) for pattern in patterns for text in texts)
             rows.append([recipe, *(spread(values) for values in shares)])
-    return markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -107,7 +103,7 @@ def task_table(comparison: Comparison) -> str:
                 }
                 rows.append([f"{recipe}, {pattern}", *(f"{value:+.4f}" for value in tasks.values())])
                 head = ["accuracy minus sparsegpt's", *tasks]
-    return markdown([head, *rows]) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 def settings_line(comparison: Comparison) -> str:
@@ -122,7 +118,7 @@ def settings_line(comparison: Comparison) -> str:
 def section(name: str) -> str:
     comparison = read(name)
     parts = [f"## {name}", settings_line(comparison)]
-    parts += [f"### {pattern}\n\n{markdown(rows)}" for pattern, rows in tables(comparison).items()]
+    parts += [f"### {pattern}\n\n{table(rows[0], rows[1:])}" for pattern, rows in tables(comparison).items()]
     if "sparsegpt" in recipes_of(comparison) and len(recipes_of(comparison)) > 1:
         parts.append(gap_table(comparison))
     if task_text := task_table(comparison):
@@ -204,7 +200,7 @@ def readme_table() -> str:
             continue
         seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
         rows.append([label, *(spread(each) for each in values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
-    return markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def readme() -> str:
@@ -251,12 +247,5 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    wanted = {PAGE: page(), README: readme()}
-    if "--check" in sys.argv:
-        stale = [
-            str(path) for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
-        ]
-        sys.exit(f"out of date: {', '.join(stale)}" if stale else 0)
-    for path, text in wanted.items():
-        path.write_text(text, encoding="utf-8")
+    write_or_check({PAGE: page(), README: readme()})
     draw()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
+from pages import write_or_check
 
 from secateur.cli import app
 
@@ -44,6 +44,4 @@ def row(param: Any) -> str:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page() else f"{PAGE} is out of date")
-    PAGE.write_text(page(), encoding="utf-8")
+    write_or_check({PAGE: page()})

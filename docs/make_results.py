@@ -8,9 +8,10 @@ No number is typed by hand: each comes from a JSON that a script in benchmarks/ 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import table, write_or_check
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,10 +21,6 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def perplexity_table() -> str:
@@ -168,8 +165,4 @@ First iteration within each gap of the optimal loss (float64, against direct sol
 
 
 if __name__ == "__main__":
-    text = page()
-    if "--check" in sys.argv:
-        stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text
-        sys.exit(f"out of date: {PAGE}" if stale else 0)
-    PAGE.write_text(text, encoding="utf-8")
+    write_or_check({PAGE: page()})

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
-from secateur.checkpoint import Checkpoint, load, parameters_of, resolve
+from secateur.checkpoint import Checkpoint, load, resolve
 from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
+from secateur.model import parameters_of
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, describe, make_plan
 from secateur.report import Report

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.experts import borrowed_share, owner_of, recorded_calls, run_all_tokens
 from secateur.gram import Gram, GramAccumulator
@@ -84,13 +84,14 @@ class Stream:
     def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Gram]:
         """Gram matrices of experts as if every token were sent to them."""
         sums = _Sums()
-        owners = {id(owner): owner for group in groups if (owner := owner_of(block.module, group.leader))}
-        for owner in owners.values():
-            own = [group for group in groups if owner_of(block.module, group.leader) is owner]
+        by_owner: dict[nn.Module, list[InputGroup]] = {}
+        for group in groups:
+            by_owner.setdefault(owner_of(block.module, group.leader), []).append(group)
+        for owner, owned in by_owner.items():
             for index, hidden in enumerate(self.hidden):
                 with recorded_calls(owner) as calls:
                     self.calls[block.name][index].replay(block, hidden.clone())
-                for group, call in product(own, calls):
+                for group, call in product(owned, calls):
                     run_all_tokens(owner, call, group.leader, self._adding(sums, index))
         return finished_grams(groups, sums.by_name)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from secateur.assets import convert_gguf, demo_model
 
@@ -217,8 +216,3 @@ def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def parameters_of(model: nn.Module) -> int:
-    """Number of weights, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.capture import Batch
 from secateur.engine import observable
-from secateur.model import check_runnable
+from secateur.model import check_runnable, parameters_of
 from secateur.stacks import find_stacks
 from secateur.survey import survey
 
@@ -76,7 +76,7 @@ def measure_coverage(
         for stack in structure.stacks:
             survey(model, stack.blocks, batches, lambda *_: None, missed)
     dense = structure.idle | {name: reason for block in structure.blocks for name, reason in block.dense.items()}
-    coverage = Coverage(sum(parameter.numel() for parameter in model.parameters()))
+    coverage = Coverage(parameters_of(model))
     coverage.whole = next((stack.whole for stack in structure.stacks if stack.whole), None)
     for name, weights in structure.weights.items():
         state = "missed" if name in missed else "dense" if name in dense else "pruned"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,7 +79,6 @@ class Outcome:
     dense: dict[str, str]
     layer_weights: int
     notices: list[str] = field(default_factory=list)
-    blocks_done: int = 0
 
 
 @torch.no_grad()
@@ -100,17 +99,18 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
     with observable(model):
         structure = find_stacks(model, batches[0], plan.include, plan.exclude)
         _check_steps(structure, plan)
+        first, *later = structure.stacks
         outcome = Outcome([], [], dict(structure.idle), sum(structure.weights.values()), _notices(structure))
-        # Later stacks are surveyed here only to find what is wrong: what they are called with follows from the stacks
-        # before them, and is taken again when those are pruned.
-        streams = [_survey(model, stack, batches, plan, progress) for stack in structure.stacks][:1]
-        total = len(structure.blocks)
+        stream = _survey(model, first, batches, plan, progress)
+        for stack in later:  # only to find what is wrong: their calls are taken again when the stacks before are pruned
+            _survey(model, stack, batches, plan, progress)
         for stack in structure.stacks:
-            stream = streams.pop() if streams else _survey(model, stack, batches, plan, progress)
+            if stack is not first:
+                stream = _survey(model, stack, batches, plan, progress)
             allotment = allocate(
                 model, stack.blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress
             )
-            _prune_stack(stack, stream, allotment, plan, outcome, lambda done: progress("prune", done, total))
+            _prune_stack(stack, structure.blocks, stream, allotment, plan, outcome, progress)
     outcome.dense |= {name: reason for block in structure.blocks for name, reason in block.dense.items()}
     outcome.notices += _few_tokens(outcome.matrices)
     return outcome
@@ -126,22 +126,27 @@ def _survey(model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan
 
 
 def _prune_stack(
-    stack: Stack, stream: Stream, allotment: Allotment, plan: Plan, outcome: Outcome, done: Callable[[int], None]
+    stack: Stack,
+    everything: list[Block],
+    stream: Stream,
+    allotment: Allotment,
+    plan: Plan,
+    outcome: Outcome,
+    progress: Progress,
 ) -> None:
-    """Prune a stack block by block, each on what the pruned ones before it give."""
+    """Prune a stack (of `everything`, all blocks) block by block, each on what the pruned ones before it give."""
     if plan.refit is not None or plan.target.kind != "pruned":
         stream.dense = list(stream.hidden)
-    for block in stack.blocks:
+    for number, block in enumerate(stack.blocks, everything.index(stack.blocks[0])):
         dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
         outcome.matrices += _prune_block(block, stream, dense_outputs, allotment, plan)
         if plan.refit is not None and block.matrices:
             assert dense_outputs is not None
-            outcome.blocks.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + outcome.blocks_done))
+            outcome.blocks.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + number))
         if block is not stack.blocks[-1]:
             stream.advance(block)
             stream.dense = dense_outputs
-        outcome.blocks_done += 1
-        done(outcome.blocks_done)
+        progress("prune", number + 1, len(everything))
 
 
 def _prune_block(

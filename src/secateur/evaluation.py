@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from secateur.calibration import cut_windows, encode, read_documents, window_length
 from secateur.capture import Progress
+from secateur.model import body_of, run_without_cache
 
 DEFAULT_WINDOW = 1024
 LOGIT_ELEMENTS = 1 << 26  # fp32 logits at a time: 256 MB
@@ -156,15 +157,14 @@ def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
     The model's own forward must form the logits (it may scale or cap them), so for chunks the body's output is kept
     and handed to it again: only the head runs for each chunk.
     """
-    body = getattr(model, "base_model", model)
-    extra = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    body = body_of(model)
     if not chunked or body is model or "logits_to_keep" not in signature(model.forward).parameters:
-        logits = model(input_ids=ids, **extra).logits
+        logits = run_without_cache(model, model, input_ids=ids).logits
         yield lambda positions: logits[:, positions]
         return
-    output = body(input_ids=ids, **extra)
+    output = run_without_cache(model, body, input_ids=ids)
     body.forward = lambda *_args, **_kwargs: output
     try:
-        yield lambda positions: model(input_ids=ids, logits_to_keep=positions, **extra).logits
+        yield lambda positions: run_without_cache(model, model, input_ids=ids, logits_to_keep=positions).logits
     finally:
         del body.forward

@@ -81,16 +81,18 @@ def hidden_of(output: Any, block: Block) -> Tensor:
     return first
 
 
-def run_body(model: Any, batch: dict[str, Tensor]) -> None:
-    """Run the model on a batch, without the head where that is apart, and without a cache."""
-    body = body_of(model)
-    extra = {"use_cache": False} if "use_cache" in signature(body.forward).parameters else {}
+def run_without_cache(model: Any, part: nn.Module, **inputs: Any) -> Any:
+    """Call the model or a part of it, and keep no cache of keys, values or states, which would outlive the call.
+
+    Some take `use_cache` as an argument that defaults to True, others read it from a configuration.
+    """
+    extra = {"use_cache": False} if "use_cache" in signature(part.forward).parameters else {}
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
     try:
-        body(**batch, **extra)
+        return part(**inputs, **extra)
     finally:
         for config in caching:
             config.use_cache = True
@@ -99,6 +101,11 @@ def run_body(model: Any, batch: dict[str, Tensor]) -> None:
 def body_of(model: Any) -> nn.Module:
     """The model without its head, where transformers keeps that apart."""
     return getattr(model, "base_model", model)
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Number of weights, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(eq=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.capture import Batch
-from secateur.model import Block, Call
+from secateur.model import Block, Call, run_without_cache
 from secateur.observe import Use, WeightWatcher
 
 
@@ -41,12 +40,11 @@ def output_sensitivity(
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator().manual_seed(seed)
     matrices = [matrix for block in blocks for matrix in block.matrices]
-    extra = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     with _activation_gradients(model, blocks[0]), torch.enable_grad():
         for sequence in _sequences(batches, windows):
             inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
             with WeightWatcher(matrices, lambda _use: None, sums.watch):
-                logits = _logits(model(**inputs, **extra)).float()
+                logits = _logits(run_without_cache(model, model, **inputs)).float()
             real = inputs.get("attention_mask")
             logits = logits if real is None else logits[real[0].bool()]
             tokens, done = tokens + len(logits), done + 1

@@ -24,7 +24,7 @@ from secateur.model import (
     body_of,
     hidden_of,
     matrices_of,
-    run_body,
+    run_without_cache,
 )
 from secateur.observe import Matrix
 
@@ -85,61 +85,49 @@ def find_stacks(
             f"none of the layers in {', '.join(lists)} runs on the calibration inputs: pass inputs that the model "
             f"takes, as a list of its keyword batches"
         )
-    ran = {name: {f"{name}.{index}": lists[name][index] for index in indices} for name, indices in trace.ran.items()}
     choice = Choice(list(include), list(exclude))
+    layers = {path: layer for each in lists.values() for path, layer in each.items()}
     stacks = [
-        Stack([choice.fill(Block(path, layer), matrices_of(path, layer)) for path, layer in layers.items()])
-        for layers in ran.values()
+        Stack([choice.fill(Block(path, layers[path]), matrices_of(path, layers[path])) for path in paths])
+        for paths in trace.ran.values()
     ]
+    running = {path: layers[path] for paths in trace.ran.values() for path in paths}
+    idle = {path: layer for path, layer in layers.items() if path not in running}
     if reason := trace.oddity or _sharing(stacks):
-        stacks = [Stack([_whole_model(model, ran, choice)], reason)]
-    structure = Structure(stacks, _idle(lists, ran, choice), _weights(lists))
+        block = Block("", body_of(model), input_name=getattr(model, "main_input_name", "input_ids"))
+        stacks = [Stack([choice.fill(block, _distinct_matrices(running))], reason)]
+    weights = {matrix.name: matrix.stored.numel() for matrix in _distinct_matrices(layers)}
+    structure = Structure(stacks, _idle(idle, choice), weights)
     choice.check_all_matched()
     if not any(block.matrices for block in structure.blocks):
-        raise UnsupportedModelError(f"no prunable matrix is left in the blocks of {', '.join(ran)}")
+        raise UnsupportedModelError(f"no prunable matrix is left in the blocks of {', '.join(trace.ran)}")
     return structure
 
 
-def _lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList]:
+def _lists_of_blocks(model: nn.Module) -> dict[str, Layers]:
     """The outermost lists whose elements hold matrices in modules of their own, by path."""
-    lists: dict[str, nn.ModuleList] = {}
+    lists: dict[str, Layers] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in lists):
             continue
         if any(matrices_of("", element) and list(element.children()) for element in module):
-            lists[name] = module
+            lists[name] = {f"{name}.{index}": layer for index, layer in enumerate(module)}
     return lists
 
 
-def _whole_model(model: nn.Module, ran: dict[str, Layers], choice: Choice) -> Block:
-    """The model as one block, with the matrices of its layers; one that layers share comes once, by its first path."""
+def _distinct_matrices(layers: Layers) -> list[Matrix]:
+    """Every matrix of the layers; one that layers share comes once, by its first path."""
     found: dict[tuple[int, int | None], Matrix] = {}
-    for layers in ran.values():
-        for path, layer in layers.items():
-            for matrix in matrices_of(path, layer):
-                found.setdefault((id(matrix.parameter), matrix.index), matrix)
-    block = Block("", body_of(model), input_name=getattr(model, "main_input_name", "input_ids"))
-    return choice.fill(block, found.values())
+    for path, layer in layers.items():
+        for matrix in matrices_of(path, layer):
+            found.setdefault((id(matrix.parameter), matrix.index), matrix)
+    return list(found.values())
 
 
-def _idle(lists: dict[str, nn.ModuleList], ran: dict[str, Layers], choice: Choice) -> dict[str, str]:
-    """The matrices of layers that no calibration input runs through."""
-    idle = Block("", nn.Module())
-    for name, layers in lists.items():
-        for index, layer in enumerate(layers):
-            if f"{name}.{index}" not in ran.get(name, {}):
-                choice.fill(idle, matrices_of(f"{name}.{index}", layer))
+def _idle(layers: Layers, choice: Choice) -> dict[str, str]:
+    """Why the matrices of layers that no calibration input runs through stay dense."""
+    idle = choice.fill(Block("", nn.Module()), _distinct_matrices(layers))
     return idle.dense | {matrix.name: "its layer never runs on the calibration inputs" for matrix in idle.matrices}
-
-
-def _weights(lists: dict[str, nn.ModuleList]) -> dict[str, int]:
-    """The number of weights of each matrix of the layers; one that layers share counts once, by its first path."""
-    weights: dict[tuple[int, int | None], tuple[str, int]] = {}
-    for name, layers in lists.items():
-        for index, layer in enumerate(layers):
-            for matrix in matrices_of(f"{name}.{index}", layer):
-                weights.setdefault((id(matrix.parameter), matrix.index), (matrix.name, matrix.stored.numel()))
-    return dict(weights.values())
 
 
 def _sharing(stacks: Sequence[Stack]) -> str | None:
@@ -156,27 +144,27 @@ def _sharing(stacks: Sequence[Stack]) -> str | None:
 class _Trace:
     """Which elements of which lists ran, in order, and the first thing that keeps them from being stacks."""
 
-    ran: dict[str, list[int]] = field(default_factory=dict)
+    ran: dict[str, list[str]] = field(default_factory=dict)
     oddity: str | None = None
     _last: tuple[str, str, Tensor, int] | None = None  # list, block, its output with its version
 
-    def enters(self, name: str, block: Block, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enters(self, name: str, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that an element of a list begins to run."""
         ran = self.ran.setdefault(name, [])
-        self.oddity = self.oddity or self._why_odd(name, block, index in ran, bool(ran), args, kwargs)
-        if index not in ran:
-            ran.append(index)
+        self.oddity = self.oddity or self._why_odd(name, block, ran, args, kwargs)
+        if block.name not in ran:
+            ran.append(block.name)
 
     def _why_odd(
-        self, name: str, block: Block, again: bool, later: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, name: str, block: Block, ran: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str | None:
-        if again:
+        if block.name in ran:
             return f"{block.name} runs more than once a forward pass"
         try:
             hidden, _ = Call.split(block, args, kwargs)
         except UnsupportedModelError as error:
             return str(error)
-        if not later:
+        if not ran:
             return None
         if self._last is None or self._last[0] != name:
             return f"{name} and other lists of layers run in turn"
@@ -198,7 +186,7 @@ def same_tensor(hidden: Tensor, output: Tensor, version: int) -> bool:
     return output._version == version and (hidden is output or torch.equal(hidden, output))
 
 
-def _watch(model: nn.Module, lists: dict[str, nn.ModuleList], batch: dict[str, Tensor]) -> _Trace:
+def _watch(model: nn.Module, lists: dict[str, Layers], batch: dict[str, Tensor]) -> _Trace:
     """Run the first sequence of a batch and watch the elements of the lists."""
     trace = _Trace()
     device = next(model.parameters()).device
@@ -206,16 +194,16 @@ def _watch(model: nn.Module, lists: dict[str, nn.ModuleList], batch: dict[str, T
     inputs = {key: (value[:1] if one_size else value).to(device) for key, value in batch.items()}
     with ExitStack() as hooks:
         for name, layers in lists.items():
-            for index, layer in enumerate(layers):
-                for hook in _hooks(trace, name, Block(f"{name}.{index}", layer), index):
+            for path, layer in layers.items():
+                for hook in _hooks(trace, name, Block(path, layer)):
                     hooks.callback(hook.remove)
-        run_body(model, inputs)
+        run_without_cache(model, body_of(model), **inputs)
     return trace
 
 
-def _hooks(trace: _Trace, name: str, block: Block, index: int) -> Sequence[Any]:
+def _hooks(trace: _Trace, name: str, block: Block) -> Sequence[Any]:
     def enters(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.enters(name, block, index, args, kwargs)
+        trace.enters(name, block, args, kwargs)
 
     def leaves(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         trace.leaves(name, block, output)

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
-from secateur.model import Block, Call, UnsupportedModelError, hidden_of, run_body
+from secateur.model import Block, Call, UnsupportedModelError, body_of, hidden_of, run_without_cache
 from secateur.observe import Matrix, Use, WeightWatcher
 from secateur.stacks import same_tensor
 
@@ -53,7 +53,7 @@ def survey(
         if padding[-1] is None:
             on_device.pop("attention_mask", None)
         with recorder.watch(padding[-1]):
-            run_body(model, on_device)
+            run_without_cache(model, body_of(model), **on_device)
         progress("dense pass", index + 1, len(batches))
     groups = recorder.finish()
     if missed is not None:
