@@ -234,7 +234,8 @@ def _exact(
     weights = {name: curves[name].weights for name in wanted}
     zeros = {name: round(wanted[name] * weights[name]) for name in wanted}
     missing = round(pattern.sparsity * sum(weights.values())) - sum(zeros.values())
-    bound = {name: round((high if missing > 0 else low) * weights[name]) for name in wanted}
+    # Rounded outward, or the bounds of small matrices together would leave no room for the total.
+    bound = {name: math.ceil(high * n) if missing > 0 else math.floor(low * n) for name, n in weights.items()}
     room = {name: bound[name] - zeros[name] for name in wanted}
     total = sum(room.values())
     for name in wanted:  # each takes its share of the room, the last ones what is left over
