@@ -82,7 +82,11 @@ class Stream:
         return grams
 
     def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Gram]:
-        """Gram matrices of experts as if every token were sent to them."""
+        """Gram matrices of experts as if every token were sent to them.
+
+        Raises:
+            ValueError: an expert that is in no product even so, such as one that fills up a parameter.
+        """
         sums = _Sums()
         by_owner: dict[nn.Module, list[InputGroup]] = {}
         for group in groups:
@@ -93,6 +97,12 @@ class Stream:
                     self.calls[block.name][index].replay(block, hidden.clone())
                 for group, call in product(owned, calls):
                     run_all_tokens(owner, call, group.leader, self._adding(sums, index))
+        for group in groups:
+            if not sums.tokens(name := group.leader.name):
+                raise ValueError(
+                    f"{name} enters no product even where every token is sent to it, so nothing depends on it: leave it "
+                    f"dense with --exclude '{name}'"
+                )
         return finished_grams(groups, sums.by_name)
 
     def _adding(self, sums: _Sums, index: int) -> Callable[[Use], None]:
