@@ -450,7 +450,7 @@ def test_eval_equals_a_plain_loop(main, model, text):
     code, stdout, _ = main("eval", model, "--text", text, "--seq-len", "32", "--json")
     assert code == 0
     dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not torch.cpu._is_amx_tile_supported():
         dense = dense.float()
     ids = torch.tensor(character_tokenizer()(TEXT).input_ids)
     losses = []
