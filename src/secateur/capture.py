@@ -100,8 +100,8 @@ class Stream:
         for group in groups:
             if not sums.tokens(name := group.leader.name):
                 raise ValueError(
-                    f"{name} enters no product even where every token is sent to it, so nothing depends on it: leave it "
-                    f"dense with --exclude '{name}'"
+                    f"{name} enters no product even where every token is sent to it, so nothing depends on it: "
+                    f"leave it dense with --exclude '{name}'"
                 )
         return finished_grams(groups, sums.by_name)
 
