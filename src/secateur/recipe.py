@@ -18,16 +18,14 @@ from secateur.solvers.swap import Swaps
 from secateur.target import Target
 
 DEFAULT_EFFORT = "balanced"
-# Chosen by measurement: docs/benchmarks.md. An allocation here is for unstructured patterns: to mix n:m patterns, which
-# hardware for one of them can't run, has to be asked for. The time goes to the whole mask search there, which n:m
-# patterns need more than unstructured ones.
+# Chosen by measurement: docs/benchmarks.md.
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "mrp"},
     "balanced": {
         "method": "mrp",
         "tolerance": 0.02,
         "refit": "block",
-        "refit_passes": 2,
+        "refit_passes": 1,
         "allocation": "curve",
         "allocation_windows": 4,
     },
@@ -35,10 +33,13 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "method": "admm",
         "search_iterations": 12,
         "refit": "block",
-        "refit_passes": 4,
+        "refit_passes": 3,
         "allocation": "curve",
     },
 }
+# An allocation is for unstructured patterns: to mix n:m patterns, which hardware for one of them can't run, has to be
+# asked for. The time goes to the search and the refit there, which n:m patterns need more.
+EFFORTS_AT_NM: dict[str, dict[str, Any]] = {"best": {"search_iterations": 40, "refit_passes": 4}}
 # Setting -> (choice that turns its step on, field of the step's dataclass).
 _STEP_FIELDS: dict[str, dict[str, str]] = {
     "target": {"target_strength": "strength"},
@@ -132,10 +133,11 @@ def _preset(effort: str | None, given: dict[str, Any], pattern: Pattern) -> dict
         raise ValueError(f"effort is {effort!r}; it must be one of {', '.join(EFFORTS)}")
     if effort is None and "method" in given:
         return {}
-    preset = EFFORTS[effort or DEFAULT_EFFORT]
+    effort = effort or DEFAULT_EFFORT
+    preset = EFFORTS[effort] | (EFFORTS_AT_NM.get(effort, {}) if isinstance(pattern, NM) else {})
     changed = {name for name in ("method", *_STEP_FIELDS) if name in given and given[name] != preset.get(name)}
     if isinstance(pattern, NM):
-        changed |= {"allocation", "search_iterations"}
+        changed.add("allocation")
     dropped = {field for step in changed & set(_STEP_FIELDS) for field in _STEP_FIELDS[step]}
     if "method" in changed:
         dropped |= set(preset) - SETTINGS
