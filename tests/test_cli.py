@@ -380,6 +380,40 @@ def test_bad_models(main, model, text, tmp_path, damage, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
+def bring_code(folder):
+    """The same model as one that brings its own Python code, which leaves a mark when it runs."""
+    code = (
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "(Path(__file__).parent / 'ran').touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_remote_code_runs_only_where_asked_for(main, model, text, tmp_path, monkeypatch):
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    bring_code(model)
+    arguments = ("prune", model, tmp_path / "out", "--calibration", text, "--method", "mrp", *SMALL)
+    code, _, errors = main(*arguments)
+    assert code == 2
+    assert "--trust-remote-code" in errors
+    assert not (tmp_path / "out").exists()
+    assert not list(modules.rglob("ran"))
+    code, _, errors = main(*arguments, "--trust-remote-code")
+    assert code == 0, errors
+    assert list(modules.rglob("ran"))
+    assert (tmp_path / "out" / "modeling_own.py").read_text() == (model / "modeling_own.py").read_text()
+    code, _, errors = main("eval", tmp_path / "out", "--text", text, "--seq-len", "32", "--trust-remote-code")
+    assert code == 0, errors
+
+
 BAD_REQUESTS = {
     ("--pattern", "150%"): "sparsity is 1.5",
     ("--pattern", "-0.5"): "sparsity is -0.5",

@@ -89,12 +89,21 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{folder} can't be loaded as a causal language model: {_first_line(error)}") from error
+        raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+
+
+def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:
+    """What to say of a checkpoint that transformers can't load."""
+    own_code = read_json(folder / "config.json", "").get("auto_map")
+    if isinstance(own_code, dict) and not trust_remote_code and "trust_remote_code" in str(error):
+        files = ", ".join(sorted({f"{str(name).partition('.')[0]}.py" for name in own_code.values()}))
+        return f"{folder} brings Python code of its own ({files}): read it, and let it run with --trust-remote-code"
+    return f"{folder} can't be loaded as a causal language model: {_first_line(error)}"
 
 
 def _why_missing(folder: Path, config: Any, loaded_as: str, missing: list[str]) -> str:
