@@ -255,27 +255,6 @@ def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
     assert content(outer) == before
 
 
-def test_a_stopped_replacement_puts_the_earlier_model_back(monkeypatch, tmp_path):
-    from secateur.export import _replace
-
-    out, partial = tmp_path / "out", tmp_path / "partial"
-    for folder in (out, partial):
-        folder.mkdir()
-        (folder / "name").write_text(folder.name)
-    real = Path.rename
-
-    def interrupted(self, target):
-        if self == partial:
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        _replace(partial, out)
-    assert (out / "name").read_text() == "out"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "partial"]
-
-
 def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path):
     from test_engine import mixtral
 

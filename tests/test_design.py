@@ -34,7 +34,7 @@ LAYERS = (
         "evaluation",
         "tasks",
     ),
-    ("assets", "checkpoint", "export", "inspection"),
+    ("assets", "checkpoint", "store", "export", "inspection"),
     ("api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur import engine, export
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
-from secateur.checkpoint import Checkpoint, load, resolve
+from secateur.checkpoint import Checkpoint, load, load_words, read_json, resolve
 from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
@@ -25,6 +25,7 @@ from secateur.recipe import SETTINGS, describe, make_plan
 from secateur.report import Report
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
+from secateur.store import Journal, digest_of_files, open_journal
 from secateur.tasks import check_tasks, run_tasks
 
 
@@ -52,6 +53,7 @@ def prune(
     exclude: Sequence[str] = (),
     true_sequential: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     max_shard_size: str = "5GB",
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -81,13 +83,16 @@ def prune(
         include, exclude: globs on matrix paths, such as `*.mlp.*`.
         true_sequential: observe a block again after each group of matrices that share an input.
         overwrite: replace an earlier model in `out`.
+        resume: go on with the unfinished run in `out`, to the bits that it would have given; start where there is none,
+            and change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
         progress: called with (stage, done, total).
         options: the method's own options, such as `block=128`, and settings of the steps: `target_strength`,
             `max_swaps`, `refit_passes`, `refit_rate`, `refit_held_out`, `allocation_spread`, `allocation_windows`.
 
     Raises:
         ValueError: anything wrong with the request, the model or the texts. A model object is unchanged where the
-            fault was there before the first weight moved; `out` is written only at the end.
+            fault was there before the first weight moved; `out` is written only at the end, but for the finished
+            blocks in `out/.secateur`.
     """
     settings = {"method": method, "target": target, "refine": refine, "refit": refit, "allocation": allocation}
     plan = make_plan(
@@ -108,12 +113,45 @@ def prune(
         raise ValueError("out is missing: name the folder to save the pruned model to")
     export.check_shard_size(max_shard_size)
     folder = resolve(str(model), trust_remote_code, allow_pickle)
-    out = _writable(out, str(model), calibration, folder, overwrite)
-    checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
-    report = _prune_in_place(checkpoint, None, plan, texts, progress)
-    report.out = str(out)
-    export.save(checkpoint, report, out, max_shard_size)
+    out = _writable(out, str(model), calibration, folder, overwrite, resume)
+    with open_journal(out, resume) as journal:
+        if resume and (report := _finished(journal, out)):
+            config, words = load_words(folder, trust_remote_code)
+            data = calibrate(texts.source, words, config, texts.samples, texts.seq_len, texts.seed)
+            wanted = describe(plan) | {"model": str(model)}
+            if _is_of(report, wanted, data.origin, or_raise=None if overwrite else out):
+                return report
+        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal)
+        report.out = str(out)
+        journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
     return report
+
+
+def _finished(journal: Journal, out: Path) -> Report | None:
+    """The report of the finished model in `out`; None where a run is to begin there or go on."""
+    if journal.files:  # the earlier process ended while it moved them
+        journal.publish()
+    path = out / export.METADATA
+    if (journal.identity and not journal.files) or not path.is_file():
+        return None
+    try:
+        return Report.from_dict(read_json(path, ""))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report of a run: choose another folder") from error
+
+
+def _is_of(report: Report, recipe: dict[str, Any], origin: dict[str, Any], or_raise: Path | None) -> bool:
+    """Whether a report is of this recipe and these calibration tokens; where a folder is given, it must be."""
+    different = sorted(name for name in {*report.recipe, *recipe} if report.recipe.get(name) != recipe.get(name))
+    if report.calibration.get("sha256") != origin["sha256"]:
+        different.append("calibration")
+    if different and or_raise:
+        raise ValueError(
+            f"{or_raise} holds a finished model of another run (its {', '.join(different)} differs): choose another "
+            f"folder, or pass --overwrite to replace it"
+        )
+    return not different
 
 
 @dataclass(frozen=True)
@@ -127,7 +165,12 @@ class _Texts:
 
 
 def _prune_in_place(
-    model: nn.Module | Checkpoint, tokenizer: Any, plan: engine.Plan, texts: _Texts, progress: Progress
+    model: nn.Module | Checkpoint,
+    tokenizer: Any,
+    plan: engine.Plan,
+    texts: _Texts,
+    progress: Progress,
+    journal: Journal | None = None,
 ) -> Report:
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
@@ -137,21 +180,40 @@ def _prune_in_place(
         module, name = model, type(model).__name__
     config: Any = module.config
     data = calibrate(texts.source, tokenizer, config, texts.samples, texts.seq_len, texts.seed)
-    outcome = engine.run(module, data.batches, plan, progress)
     parameter = next(module.parameters())
-    where = {"device": str(parameter.device), "forward_dtype": str(parameter.dtype).removeprefix("torch.")}
+    environment = export.environment() | {
+        "device": str(parameter.device),
+        "forward_dtype": str(parameter.dtype).removeprefix("torch."),
+    }
+    if journal is not None:
+        assert isinstance(model, Checkpoint)
+        journal.storage_of = plan.storage_of
+        journal.begin(_identity(model, plan, data.origin, environment))
+    outcome = engine.run(module, data.batches, plan, progress, journal)
     return Report(
         recipe=describe(plan) | {"model": name},
-        environment=export.environment() | where,
+        environment=environment,
         calibration=data.origin,
         matrices=outcome.matrices,
         blocks=outcome.blocks,
         dense=outcome.dense,
         model_parameters=parameters_of(module),
         layer_parameters=outcome.layer_weights,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started if journal is None else journal.spent,
         notices=data.notices + outcome.notices,
     )
+
+
+def _identity(
+    checkpoint: Checkpoint, plan: engine.Plan, origin: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the bits of a run. Cost: one read of the model's files."""
+    return {
+        "model": {"name": checkpoint.name, "files": digest_of_files(checkpoint.weight_files())},
+        "recipe": describe(plan) | {"seed": plan.seed},
+        "calibration": origin["sha256"],
+        "environment": {name: value for name, value in environment.items() if name not in ("python", "platform")},
+    }
 
 
 def evaluate(
@@ -284,9 +346,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _writable(out: str | Path, model: str, calibration: Any, folder: Path, overwrite: bool) -> Path:
+def _writable(out: str | Path, model: str, calibration: Any, folder: Path, overwrite: bool, resume: bool) -> Path:
     """The absolute path of `out`, checked against everything that the run reads."""
     path = Path(out).expanduser().resolve()
     named = [Path(item).expanduser() for item in (model, calibration) if isinstance(item, str | Path)]
-    export.check_target(path, [folder, *(item for item in named if item.exists())], overwrite)
+    export.check_target(path, [folder, *(item for item in named if item.exists())], overwrite, resume)
     return path

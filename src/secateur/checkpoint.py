@@ -41,6 +41,10 @@ class Checkpoint:
         """`storage` under the names of matrices (without `.weight`)."""
         return {name.removesuffix(".weight"): dtype for name, dtype in self.storage.items()}
 
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return sorted(set(self.shards.values())) or sorted(self.folder.glob("*.bin"))
+
 
 def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = False) -> Path:
     """The local folder of a model, fetched or converted into the user's cache where need be."""
@@ -69,25 +73,24 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
     Raises:
         ValueError: missing, incomplete or damaged files, or a model that is not a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_device(device)
     folder = resolve(name, trust_remote_code, allow_pickle)
     dtypes, shards = check_folder(folder, allow_pickle)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    config, tokenizer = load_words(folder, trust_remote_code)
+    main = main_dtype(dtypes, config)
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
-        main = main_dtype(dtypes, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=compute_dtype(main, device),
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
-            **options,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
@@ -95,6 +98,21 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+
+
+def load_words(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A model's configuration and tokenizer, which is all that texts need.
+
+    Raises:
+        ValueError: missing or damaged files.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        return AutoConfig.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
 
 
 def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:

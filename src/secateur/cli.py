@@ -17,6 +17,7 @@ from secateur.console import (
     print_notices,
     print_pairs,
     print_report,
+    print_unfinished,
     progress_bars,
     stderr,
     stdout,
@@ -27,8 +28,8 @@ _API_FLAGS = (
     "pattern", "effort", "method", "calibration", "samples", "seq_len", "seed", "target", "target_strength", "refine",
     "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "allocation", "allocation_spread",
     "allocation_windows", "mask", "compensation", "search_iterations", "penalty_start", "penalty_end", "damping",
-    "tolerance", "iterations", "true_sequential", "overwrite", "max_shard_size", "device", "trust_remote_code",
-    "allow_pickle",
+    "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size", "device",
+    "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 
 app = typer.Typer(
@@ -113,6 +114,9 @@ def prune(
         bool, typer.Option("--true-sequential", help="Observe again after each group of matrices.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run in OUT; start where there is none.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     device: Device = None,
     trust_remote_code: RemoteCode = False,
@@ -124,16 +128,13 @@ def prune(
 
     given = dict(locals())
     flags = {name: given[name] for name in _API_FLAGS} | {"block": _block(block)}
-    with progress_bars() as progress:
-        report = api.prune(
-            model,
-            out,
-            include=include or (),
-            exclude=exclude or (),
-            progress=progress,
-            **{name: value for name, value in flags.items() if value is not None},
-            **_plugin_options(option or [], reserved=set(given)),
-        )
+    options = _plugin_options(option or [], reserved=set(given))
+    options |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        with progress_bars() as progress:
+            report = api.prune(model, out, include=include or (), exclude=exclude or (), progress=progress, **options)
+    finally:  # an error or Ctrl-C may leave finished blocks; after success there are none
+        print_unfinished(out)
     print_notices(report.notices)
     if as_json:
         print_json(report.to_dict())
@@ -321,7 +322,7 @@ def main() -> None:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("stopped; what was not finished is not saved")
+        stderr.print("stopped")
         sys.exit(130)
 
 

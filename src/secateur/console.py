@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -55,6 +56,14 @@ def print_notices(notices: list[str]) -> None:
     """What the user should know, on stderr."""
     for notice in notices:
         stderr.print(f"note: {notice}", markup=False)
+
+
+def print_unfinished(out: Path) -> None:
+    """How to go on with the unfinished run in a folder, if there is one."""
+    from secateur.store import unfinished
+
+    if kept := unfinished(out):
+        stderr.print(f"{kept}: the same command with --resume goes on from there", markup=False, soft_wrap=True)
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:

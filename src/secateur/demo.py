@@ -12,6 +12,7 @@ from secateur.api import default_device, evaluate, prune
 from secateur.capture import Progress
 from secateur.checkpoint import load, read_json
 from secateur.report import Report
+from secateur.store import FOLDER, MANIFEST
 
 MODEL = "smollm2"
 PROMPT = "Photosynthesis is the process by which"
@@ -51,8 +52,10 @@ def run_demo(
 
 def _is_earlier_demo(out: Path) -> bool:
     """Only what an earlier demo wrote is replaced without being asked."""
-    metadata = out / export.METADATA
-    return metadata.is_file() and read_json(metadata, "").get("recipe", {}).get("model") == MODEL
+    finished, begun = out / export.METADATA, out / FOLDER / MANIFEST
+    if begun.is_file():
+        return read_json(begun, "").get("identity", {}).get("model", {}).get("name") == MODEL
+    return finished.is_file() and read_json(finished, "").get("recipe", {}).get("model") == MODEL
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from secateur.model import Block, UnsupportedModelError, check_finite_weights, c
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block
-from secateur.report import BlockReport, MatrixReport
+from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.solvers import Solved, Solver
 from secateur.solvers.swap import Swaps, check_columns
 from secateur.stacks import Stack, Structure, find_stacks
@@ -81,12 +81,30 @@ class Outcome:
     notices: list[str] = field(default_factory=list)
 
 
+@runtime_checkable
+class Journal(Protocol):
+    """Where finished blocks go, and come from again in a run that goes on."""
+
+    def restore(self, block: Block) -> BlockFigures | None:
+        """Give the block the weights that an earlier process left it with; None where it has to be pruned."""
+
+    def commit(self, block: Block, figures: BlockFigures) -> None:
+        """Take a finished block."""
+
+
 @torch.no_grad()
-def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progress) -> Outcome:
+def run(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    plan: Plan,
+    progress: Progress,
+    journal: Journal | None = None,
+) -> Outcome:
     """Prune the model in place.
 
     The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
-    brings about (a Gram matrix that can't be factored) ends the run where it is met.
+    brings about (a Gram matrix that can't be factored) ends the run where it is met. A run that goes on from a journal
+    replays the blocks that it holds, and ends with the bits of a run that was never stopped.
 
     Cost: the dense pass (another for each further stack), two forward passes of each block over the batches, the Gram
     matrices and the solver calls; one more forward pass where something aims at the dense model; allocation and refit
@@ -110,7 +128,7 @@ def run(model: nn.Module, batches: Sequence[Batch], plan: Plan, progress: Progre
             allotment = allocate(
                 model, stack.blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress
             )
-            _prune_stack(stack, structure.blocks, stream, allotment, plan, outcome, progress)
+            _prune_stack(stack, structure.blocks, stream, allotment, plan, outcome, progress, journal)
     outcome.dense |= {name: reason for block in structure.blocks for name, reason in block.dense.items()}
     outcome.notices += _few_tokens(outcome.matrices)
     return outcome
@@ -133,16 +151,22 @@ def _prune_stack(
     plan: Plan,
     outcome: Outcome,
     progress: Progress,
+    journal: Journal | None,
 ) -> None:
     """Prune a stack (of `everything`, all blocks) block by block, each on what the pruned ones before it give."""
     if plan.refit is not None or plan.target.kind != "pruned":
         stream.dense = list(stream.hidden)
     for number, block in enumerate(stack.blocks, everything.index(stack.blocks[0])):
         dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
-        outcome.matrices += _prune_block(block, stream, dense_outputs, allotment, plan)
-        if plan.refit is not None and block.matrices:
-            assert dense_outputs is not None
-            outcome.blocks.append(_refit(block, stream, dense_outputs, plan, seed=plan.seed + number))
+        figures = journal.restore(block) if journal else None
+        if figures is None:
+            matrices = _prune_block(block, stream, dense_outputs, allotment, plan)
+            refit = _refit(block, stream, dense_outputs, plan, seed=plan.seed + number)
+            figures = BlockFigures(matrices, refit)
+            if journal:
+                journal.commit(block, figures)
+        outcome.matrices += figures.matrices
+        outcome.blocks += [figures.refit] if figures.refit is not None else []
         if block is not stack.blocks[-1]:
             stream.advance(block)
             stream.dense = dense_outputs
@@ -234,9 +258,13 @@ def _solve(
     return replace(solved, weight=solved.weight / scale)
 
 
-def _refit(block: Block, stream: Stream, dense_outputs: list[Tensor], plan: Plan, seed: int) -> BlockReport:
-    """Refit a block and time it."""
-    assert plan.refit is not None
+def _refit(
+    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, plan: Plan, seed: int
+) -> BlockReport | None:
+    """Refit a block, where that is asked for, and time it."""
+    if plan.refit is None or not block.matrices:
+        return None
+    assert dense_outputs is not None
     started = time.perf_counter()
     figures = refit_block(block, stream, dense_outputs, plan.refit, seed, plan.storage_of)
     return BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)

@@ -1,7 +1,7 @@
-"""Save a pruned model as an ordinary checkpoint: dense safetensors, tokenizer, `secateur.json`, model card.
+"""Write a pruned model as an ordinary checkpoint: dense safetensors, tokenizer, `secateur.json`, model card.
 
 Nothing marks the checkpoint as sparse to a runtime: every loader that knew such marks has dropped them, and some
-then load random weights without an error. The folder appears whole or not at all.
+then load random weights without an error. `store` moves it to its place.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from secateur.checkpoint import Checkpoint
 from secateur.recipe import in_words
 from secateur.report import Report
+from secateur.store import FOLDER, unfinished
 
 METADATA = "secateur.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
 NOT_COPIED = {"README.md", "config.json", METADATA}
 
 
-def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
     """Raise ValueError unless a checkpoint may be written to `out`. Leaves nothing behind.
 
     Args:
         out: an absolute path.
         inputs: files and folders that the run reads; `out` may hold none of them, since it is replaced whole.
+        overwrite: an earlier model in `out`, or an unfinished run, may be replaced.
+        resume: an unfinished run in `out` may go on, and a finished one may be there.
     """
     for kept in (*inputs, Path.cwd()):
         if out == kept.resolve() or out in kept.resolve().parents:
@@ -41,20 +44,11 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     if out.is_file():
         raise ValueError(f"{out} is a file: give a folder to write to")
     if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")
-        if not any((out / name).is_file() for name in (METADATA, "config.json")):
-            raise ValueError(
-                f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten"
-            )
-        if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
-            raise ValueError(
-                f"{out} holds the folder {folders[0]}, as no checkpoint of ours does: it is not overwritten"
-            )
+        _check_content(out, overwrite, resume)
     made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.").cleanup()
+        tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}.").cleanup()
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
     finally:
@@ -63,38 +57,42 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
                 parent.rmdir()
 
 
+def _check_content(out: Path, overwrite: bool, resume: bool) -> None:
+    """Raise ValueError unless what `out` holds may be replaced, or gone on with."""
+    if (kept := unfinished(out)) and not overwrite and not resume:
+        raise ValueError(
+            f"{out} holds an unfinished run ({kept}): go on with --resume, or start again with --overwrite"
+        )
+    ours = any((out / name).is_file() for name in (METADATA, "config.json"))
+    others = [path for path in out.iterdir() if path.name != FOLDER]
+    if others and not (overwrite or kept or (resume and ours)):
+        raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")
+    if others and not ours and not kept:
+        raise ValueError(f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten")
+    if folders := sorted(path.name for path in others if path.is_dir()):
+        raise ValueError(f"{out} holds the folder {folders[0]}, as no checkpoint of ours does: it is not overwritten")
+
+
 def check_shard_size(size: str) -> None:
     """Raise ValueError unless size is a number and a unit, as transformers reads it."""
     if not re.fullmatch(r"\d+\s*[KMGT]i?B", size, re.IGNORECASE):
         raise ValueError(f"max-shard-size is {size!r}; write a size such as 5GB or 500MB")
 
 
-def save(checkpoint: Checkpoint, report: Report, out: Path, max_shard_size: str = "5GB") -> None:
-    """Write model, tokenizer, every other file of the source, metadata and card to `out`, replacing what is there.
-
-    Everything is written beside `out` first and moved at the end, so that a full disk costs nothing that was there.
+def write(checkpoint: Checkpoint, report: Report, folder: Path, title: str, max_shard_size: str = "5GB") -> None:
+    """Write model, tokenizer, every other file of the source, metadata and card to an empty folder.
 
     Raises:
-        ValueError: the disk is full or not writable; the earlier content is untouched.
+        OSError, SafetensorError: the disk is full or not writable.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
-    try:
-        checkpoint.model.save_pretrained(
-            partial, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size
-        )
-        _keep_config_dtype(checkpoint, partial)
-        _copy_companions(checkpoint.folder, partial)
-        (partial / METADATA).write_text(
-            json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        (partial / "README.md").write_text(model_card(checkpoint, report, out.name), encoding="utf-8")
-        _make_readable(partial)
-        _replace(partial, out)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out} could not be saved ({error}); what was there is unchanged") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.model.save_pretrained(
+        folder, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size
+    )
+    _keep_config_dtype(checkpoint, folder)
+    _copy_companions(checkpoint.folder, folder)
+    (folder / METADATA).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
+    _make_readable(folder)
 
 
 def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]:
@@ -184,27 +182,11 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Give files the permissions the user's umask asks for (safetensors and mkdtemp write 0600 and 0700)."""
+    """Give files the permissions that the user's umask asks for (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Move `partial` to `out`. What `out` held is set aside first, and put back if anything stops the move."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.earlier-"))
-    try:
-        out.rename(aside / "content")
-        partial.rename(out)
-    finally:  # Ctrl-C too must not cost the earlier model
-        if not out.exists() and (aside / "content").exists():
-            (aside / "content").rename(out)
-        shutil.rmtree(aside)
 
 
 def environment() -> dict[str, Any]:

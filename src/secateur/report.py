@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -45,6 +45,14 @@ class BlockReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class BlockFigures:
+    """What pruning one block gave: figures of its matrices, and of its refit where there was one."""
+
+    matrices: list[MatrixReport]
+    refit: BlockReport | None
+
+
 @dataclass
 class Report:
     """A whole run: its recipe, and what came of it."""
@@ -75,6 +83,25 @@ class Report:
     def mean_relative_error(self) -> float:
         return sum(matrix.relative_error for matrix in self.matrices) / max(1, len(self.matrices))
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report that `to_dict` made into plain data.
+
+        Raises:
+            KeyError, TypeError: data of another form.
+        """
+        own = {field.name for field in fields(MatrixReport)}
+        summary = data["summary"]
+        return cls(
+            **{name: data[name] for name in ("recipe", "environment", "calibration", "notices", "dense")},
+            matrices=[MatrixReport(**{name: matrix[name] for name in own}) for matrix in data["matrices"]],
+            blocks=[BlockReport(**block) for block in data["blocks"]],
+            model_parameters=summary["model_parameters"],
+            layer_parameters=summary["layer_parameters"],
+            seconds=summary["seconds"],
+            out=summary["out"],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the summary first."""
         return {
@@ -83,6 +110,7 @@ class Report:
                 "pruned_matrices": len(self.matrices),
                 "pruned_parameters": self.pruned_parameters,
                 "model_parameters": self.model_parameters,
+                "layer_parameters": self.layer_parameters,
                 "share_of_parameters": self.pruned_parameters / max(1, self.model_parameters),
                 "share_of_layers": self.pruned_parameters / max(1, self.layer_parameters),
                 "mean_relative_error": self.mean_relative_error,

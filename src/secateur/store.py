@@ -1,0 +1,274 @@
+"""The journal of a run: every finished block is on disk before the next begins, so that a run that was cut off goes on.
+
+`OUT/.secateur/` holds one file a block (its tensors, with its figures in the header) and one manifest. Files are
+written and flushed first, and the manifest is replaced last: what it doesn't name never happened. The finished model is
+made in the same folder and moved to `OUT` when the manifest says that it is whole; then the journal goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.model import Block
+from secateur.report import BlockFigures, BlockReport, MatrixReport
+
+FOLDER = ".secateur"
+MANIFEST = "manifest.json"
+LOCK = "lock"
+FINISHED = "finished"
+LAST_MOVED = "config.json"  # without it a folder is no model, so none is half one
+
+
+@dataclass(eq=False)
+class Journal:
+    """What a run has finished; made by `open_journal`.
+
+    Args:
+        identity: what a run that goes on must share with the one that began, as nested plain data.
+        blocks: file name of each finished block, by the block's name.
+        seconds: time spent by the processes before this one.
+        files: of the finished model, once that is whole.
+        storage_of: from a parameter's name and its own dtype to the one it is saved in.
+    """
+
+    folder: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
+    storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own
+    started: float = field(default_factory=time.perf_counter)
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """State what the run is.
+
+        Raises:
+            ValueError: the run that began here was another one; every difference is named.
+        """
+        identity = json.loads(json.dumps(identity))
+        if self.identity and (differences := list(_differences(self.identity, identity))):
+            raise ValueError(
+                f"{self.folder.parent} holds an unfinished run that differs: {'; '.join(differences)}. Go on with "
+                f"what it began with, or start again with --overwrite"
+            )
+        self.identity = identity
+
+    def restore(self, block: Block) -> BlockFigures | None:
+        """Give a block the weights that it was left with; None where it isn't finished.
+
+        Raises:
+            ValueError: a file that is damaged or doesn't fit the block.
+        """
+        if block.name not in self.blocks:
+            return None
+        path = self.folder / self.blocks[block.name]
+        parameters = _parameters(block)
+        try:
+            with safe_open(path, framework="pt") as file:
+                figures = json.loads(file.metadata()["figures"])
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+                    raise ValueError(f"{path} doesn't hold the matrices of {block.name}: start again with --overwrite")
+                for name, parameter in parameters.items():
+                    parameter.data.copy_(file.get_tensor(name))
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
+        refit = figures["refit"]
+        matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
+        return BlockFigures(matrices, None if refit is None else BlockReport(**refit))
+
+    def commit(self, block: Block, figures: BlockFigures) -> None:
+        """Make a finished block durable.
+
+        Raises:
+            ValueError: the disk is full or not writable; the blocks before it are kept.
+        """
+        name = f"block-{len(self.blocks):05d}.safetensors"
+        header = {"block": block.name, "figures": json.dumps(asdict(figures))}
+        try:
+            save_file(self._tensors(block), self.folder / name, metadata=header)
+            _flush(self.folder / name)
+            self.blocks[block.name] = name
+            self._write_manifest()
+        except (OSError, SafetensorError) as error:
+            self.blocks.pop(block.name, None)
+            raise ValueError(f"{block.name} could not be written to {self.folder} ({error})") from error
+
+    def finish(self, write: Callable[[Path], None]) -> None:
+        """Move the model that `write` makes in a folder to `OUT`, which then holds nothing else.
+
+        Raises:
+            ValueError: the disk is full or not writable; what `OUT` held is unchanged, and the blocks are kept.
+        """
+        made = self.folder / FINISHED
+        try:
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            write(made)
+            for path in made.iterdir():
+                _flush(path)
+            _flush(made)
+            self.files = sorted(path.name for path in made.iterdir())
+            self._write_manifest()
+            self.publish()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder.parent} could not be saved ({error})") from error
+
+    def publish(self) -> None:
+        """Move the finished model's files to `OUT` in place of what it holds. Safe to repeat."""
+        made, out = self.folder / FINISHED, self.folder.parent
+        if (made / LAST_MOVED).exists():
+            (out / LAST_MOVED).unlink(missing_ok=True)
+        for path in [path for path in out.iterdir() if path.is_file() and path.name not in self.files]:
+            path.unlink()
+        for name in sorted(self.files, key=lambda name: name == LAST_MOVED):
+            if (made / name).exists():
+                (made / name).replace(out / name)
+        _flush(out)
+
+    def close(self) -> None:
+        """Remove the journal where its run is finished, or nothing was; the manifest goes after what it names."""
+        published = self.files and not any((self.folder / FINISHED / name).exists() for name in self.files)
+        if (self.folder / MANIFEST).exists() and not published:
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (MANIFEST, LOCK):
+                path.unlink()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "identity": self.identity,
+            "blocks": self.blocks,
+            "seconds": self.spent,
+            "files": self.files,
+        }
+        path, partial = self.folder / MANIFEST, self.folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _flush(partial)
+        partial.replace(path)
+        _flush(self.folder)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of work so far, of every process that took part."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def _tensors(self, block: Block) -> dict[str, Tensor]:
+        """The block's pruned parameters, in the narrower of the dtypes that they are held and saved in."""
+        tensors = {}
+        for name, parameter in _parameters(block).items():
+            own, saved = parameter.dtype, self.storage_of(name, parameter.dtype)
+            dtype = saved if torch.finfo(saved).bits < torch.finfo(own).bits else own
+            tensors[name] = parameter.data.to(device="cpu", dtype=dtype).contiguous()
+        return tensors
+
+
+@contextmanager
+def open_journal(out: Path, resume: bool) -> Iterator[Journal]:
+    """The journal of a run that writes to `out`, which nobody else may meanwhile; without `resume` it starts empty.
+
+    Afterwards it is gone where the run is finished or nothing was, and with it the folders that were made for it.
+
+    Raises:
+        ValueError: another run holds the folder, it can't be written, or its manifest is damaged.
+    """
+    folder = out / FOLDER
+    made = [path for path in (folder, out, *out.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, blocking=False)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{out} is being written by another run: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
+    journal = Journal(folder)
+    try:
+        if resume:
+            _read_manifest(journal)
+        elif (folder / MANIFEST).exists():
+            (folder / MANIFEST).unlink()
+        yield journal
+    finally:
+        journal.close()
+        lock.release()
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def unfinished(out: Path) -> str | None:
+    """How far the run that `out` holds has come, where it holds one that can go on."""
+    if not (out / FOLDER / MANIFEST).is_file():
+        return None
+    journal = Journal(out / FOLDER)
+    _read_manifest(journal)
+    return f"{len(journal.blocks)} finished blocks are kept in {out / FOLDER}"
+
+
+def digest_of_files(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file's content, by its name."""
+    digests = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _read_manifest(journal: Journal) -> None:
+    """Take over what an earlier process wrote, if it wrote anything."""
+    path = journal.folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        blocks = {str(block): str(name) for block, name in found["blocks"].items()}
+        journal.identity, journal.seconds = dict(found["identity"]), float(found["seconds"])
+        files = [str(name) for name in found["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
+    if foreign := [name for name in (*blocks.values(), *files) if Path(name).name != name]:
+        raise ValueError(f"{path} names {foreign[0]!r}, which is no plain file name: start again with --overwrite")
+    journal.blocks, journal.files = blocks, files
+
+
+def _parameters(block: Block) -> dict[str, nn.Parameter]:
+    """The parameters that hold the block's pruned matrices, each once."""
+    return {matrix.name.partition("[")[0]: matrix.parameter for matrix in block.matrices}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """`name: before, now ...` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name} {key}".strip())
+    elif before != now:
+        yield f"{name} was {before}, is {now}"
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

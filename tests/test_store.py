@@ -1,0 +1,255 @@
+"""Runs that survive: whatever stops one, and wherever, `resume` ends with the bits of a run that was never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from models import save_checkpoint
+from safetensors.torch import load_file, save_file
+
+import secateur
+from secateur import store
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+SETTINGS = {"pattern": "50%", "effort": "balanced", "samples": 8, "seq_len": 32}
+FLAGS = ("--pattern", "50%", "--effort", "balanced", "--samples", "8", "--seq-len", "32", "--resume")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a model of four blocks, a text, and the model pruned without interruption."""
+    folder = tmp_path_factory.mktemp("source")
+    save_checkpoint(folder / "model", num_hidden_layers=4)
+    (folder / "text.txt").write_text(TEXT)
+    prune(folder, folder / "reference", resume=False)
+    return folder
+
+
+def prune(source, out, **changed):
+    """The run of this file, in this process."""
+    arguments = {"calibration": source / "text.txt", "resume": True} | SETTINGS | changed
+    return secateur.prune(source / "model", out, **arguments)
+
+
+def check_as_if_never_stopped(source, out):
+    reference = source / "reference"
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in reference.iterdir())
+    for name, expected in load_file(reference / "model.safetensors").items():
+        assert torch.equal(load_file(out / "model.safetensors")[name].view(torch.int16), expected.view(torch.int16))
+    ours, theirs = (json.loads((folder / "secateur.json").read_text()) for folder in (out, reference))
+    for report in (ours, theirs):
+        for part in (*report["matrices"], *report["blocks"], report["summary"]):
+            del part["seconds"]
+        del report["summary"]["out"]
+    assert ours == theirs
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+
+
+def stop_at(monkeypatch, step, error):
+    """Raise `error` the `step`-th time that the journal waits for the disk; returns the counter."""
+    count = [0]
+    flush = store._flush
+
+    def counted(path):
+        count[0] += 1
+        if count[0] == step:
+            raise error
+        flush(path)
+
+    monkeypatch.setattr(store, "_flush", counted)
+    return count
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monkeypatch):
+    out, step, stopped = tmp_path / "out", 1, 0
+    while True:
+        with monkeypatch.context() as patched:
+            count = stop_at(patched, step, KeyboardInterrupt())
+            try:
+                prune(source, out)
+            except KeyboardInterrupt:
+                stopped += 1
+        if count[0] < step:
+            break
+        prune(source, out)
+        check_as_if_never_stopped(source, out)
+        shutil.rmtree(out)
+        step += 1
+    assert stopped == step - 1 > 4 * 3  # three waits a block, and those of the finished model
+
+
+def test_finished_blocks_are_not_pruned_again(source, tmp_path, monkeypatch):
+    from secateur import engine
+
+    pruned, real = [], engine._prune_block
+
+    def watched(block, *others):
+        pruned.append(block.name)
+        return real(block, *others)
+
+    monkeypatch.setattr(engine, "_prune_block", watched)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, tmp_path / "out")
+    prune(source, tmp_path / "out")
+    assert pruned == [f"model.layers.{index}" for index in (0, 1, 2, 2, 3)]
+
+
+def test_a_full_disk_costs_nothing_that_was_there(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(source / "reference", out)
+    (out / "mark").write_text("earlier")
+    for step in (1, 5, 13):
+        with monkeypatch.context() as patched:
+            stop_at(patched, step, OSError(errno.ENOSPC, "No space left on device"))
+            with pytest.raises(ValueError, match="No space left on device"):
+                prune(source, out, seed=7, overwrite=True)
+        assert (out / "mark").read_text() == "earlier"
+        assert load_file(out / "model.safetensors").keys() == load_file(source / "reference/model.safetensors").keys()
+    prune(source, out, seed=7, overwrite=True)
+    assert not (out / "mark").exists()
+    assert not (out / store.FOLDER).exists()
+
+
+def interrupted(source, out, monkeypatch):
+    """Leave two finished blocks in `out`."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pattern": "60%"}, "recipe pattern was 50%, is 60%"),
+        ({"seed": 1}, "recipe seed was 0, is 1"),
+        ({"samples": 6}, "calibration was"),
+        ({"refit_passes": 2}, "recipe refit passes was 1, is 2"),
+    ],
+)
+def test_another_run_refuses_to_go_on_and_says_why(source, tmp_path, monkeypatch, changed, message):
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    before = (out / store.FOLDER / store.MANIFEST).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        prune(source, out, **changed)
+    assert (out / store.FOLDER / store.MANIFEST).read_bytes() == before
+    prune(source, out)
+    check_as_if_never_stopped(source, out)
+
+
+def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 64)
+        with pytest.raises(ValueError, match="environment threads was .*, is 64"):
+            prune(source, out)
+    manifest = out / store.FOLDER / store.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"torch": "', '"torch": "0.'))
+    with pytest.raises(ValueError, match="environment torch was 0"):
+        prune(source, out)
+    shutil.copytree(source, tmp_path / "changed")
+    weights = load_file(tmp_path / "changed/model/model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "changed/model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model files model.safetensors was"):
+        prune(tmp_path / "changed", out)
+
+
+def test_an_unfinished_run_is_not_started_over_by_accident(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    with pytest.raises(ValueError, match="2 finished blocks are kept.*--resume"):
+        prune(source, out, resume=False)
+    prune(source, out, resume=False, overwrite=True)
+    check_as_if_never_stopped(source, out)
+
+
+def test_a_finished_run_is_left_as_it_is(source, tmp_path):
+    shutil.copytree(source / "reference", tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    report = prune(source, tmp_path / "out")
+    assert report.sparsity == 0.5
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(ValueError, match=r"another run \(its pattern differs\)"):
+        prune(source, tmp_path / "out", pattern="60%")
+    with pytest.raises(ValueError, match=r"another run \(its calibration differs\)"):
+        prune(source, tmp_path / "out", seed=1)
+
+
+def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, monkeypatch):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty"):
+        prune(source, foreign)
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    manifest = out / store.FOLDER / store.MANIFEST
+    whole = manifest.read_text()
+    for damage in ("{", whole.replace("block-00001", "../block-00001"), "[]", '{"blocks": 3}'):
+        manifest.write_text(damage)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            prune(source, out)
+    manifest.write_text(whole)
+    block = out / store.FOLDER / "block-00001.safetensors"
+    block.write_bytes(block.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="block-00001.safetensors is damaged"):
+        prune(source, out)
+
+
+def test_two_runs_on_one_folder(source, tmp_path):
+    out = tmp_path / "out"
+    (out / store.FOLDER).mkdir(parents=True)
+    with FileLock(out / store.FOLDER / store.LOCK), pytest.raises(ValueError, match="written by another run"):
+        prune(source, out)
+    prune(source, out)
+    check_as_if_never_stopped(source, out)
+
+
+def test_kill_at_random_moments(source, tmp_path):
+    """The real command, killed as by a power cut, again and again until it gets through."""
+    out, chance = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
+    manifest = out / store.FOLDER / store.MANIFEST
+    for kept in range(1, 5):
+        process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (manifest.exists() and manifest.read_text().count("block-0") >= kept):
+            time.sleep(0.001)
+        time.sleep(chance.random() / 20)
+        process.kill()
+        process.communicate()
+    done = subprocess.run([*map(str, command), *FLAGS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    check_as_if_never_stopped(source, out)
+
+
+def test_ctrl_c_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
+    from secateur import cli
+
+    stop_at(monkeypatch, 3 * 2 + 1, KeyboardInterrupt())
+    arguments = ["prune", source / "model", tmp_path / "out", "--calibration", source / "text.txt", *FLAGS]
+    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "2 finished blocks are kept" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_run_that_finished_no_block(source, tmp_path):
+    with pytest.raises(ValueError, match="no file"):
+        prune(source, tmp_path / "deep" / "out", calibration=Path("absent.txt"))
+    assert not list(tmp_path.iterdir())
