@@ -21,7 +21,7 @@ LONG_FUNCTIONS = {
 # Each module may import only modules of its own layer's left: mathematics, model, engine, files, interface.
 LAYERS = (
     ("pattern", "linalg", "gram", "solvers"),
-    ("observe", "model", "stacks", "experts", "capture", "survey", "report"),
+    ("observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
     (
         "sensitivity",
         "allocation",

@@ -19,6 +19,7 @@ from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError, refit_rows
 from secateur.model import Block
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
+from secateur.residence import Residence
 from secateur.sensitivity import output_sensitivity
 
 RULES = ("uniform", "owl", "curve")
@@ -76,6 +77,7 @@ def allocate(
     allocation: Allocation,
     seed: int,
     progress: Progress,
+    residence: Residence,
 ) -> Allotment:
     """What each matrix gets. Nothing is changed, the stream's state included.
 
@@ -92,16 +94,17 @@ def allocate(
     part = _first_sequences(stream, sequences)
     if allocation.rule == "owl":
         assert isinstance(pattern, Unstructured), "checked by the recipe"
-        measured = _over_dense_blocks(blocks, part, _count_outliers, progress)
+        measured = _over_dense_blocks(blocks, part, _count_outliers, progress, residence)
         block_of = {matrix.name: block.name for block in blocks for matrix in block.matrices}
         return Allotment(_by_outliers(measured, block_of, pattern, allocation))
     levels = _levels(pattern, allocation.spread)
-    sensitivity = output_sensitivity(model, blocks, batches, sequences, seed)
+    with residence.running(model):
+        sensitivity = output_sensitivity(model, blocks, batches, sequences, seed)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
         return loss_curve(W, gram, sensitivity[name], levels, allocation.damping)
 
-    curves = _over_dense_blocks(blocks, part, measure, progress)
+    curves = _over_dense_blocks(blocks, part, measure, progress, residence)
     if isinstance(pattern, NM):
         return Allotment(_exchange_levels(curves, pattern, allocation.spread))
     scales = {name: _row_scale(squares) for name, squares in sensitivity.items()}
@@ -127,20 +130,25 @@ class _Curve:
 
 
 def _over_dense_blocks(
-    blocks: Sequence[Block], stream: Stream, measure: Callable[[str, Tensor, Gram], Any], progress: Progress
+    blocks: Sequence[Block],
+    stream: Stream,
+    measure: Callable[[str, Tensor, Gram], Any],
+    progress: Progress,
+    residence: Residence,
 ) -> dict[str, Any]:
     """`measure(name, W, gram)` of every matrix in the dense model. The stream is used up."""
     measured = {}
     for index, block in enumerate(blocks):
-        grams = stream.observe(block, stream.groups[block.name])
-        for group in stream.groups[block.name]:
-            gram = grams.pop(group.leader.name)
-            for matrix, input_dim in group.members:
-                try:
-                    measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
-                except NotPositiveDefiniteError as error:
-                    raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
-        stream.hidden = stream.outputs(block)
+        with residence.using(block):
+            grams = stream.observe(block, stream.groups[block.name])
+            for group in stream.groups[block.name]:
+                gram = grams.pop(group.leader.name)
+                for matrix, input_dim in group.members:
+                    try:
+                        measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
+                    except NotPositiveDefiniteError as error:
+                        raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
+            stream.hidden = stream.outputs(block)
         progress("allocation", index + 1, len(blocks))
     return measured
 

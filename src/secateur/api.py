@@ -23,6 +23,7 @@ from secateur.model import parameters_of
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, describe, make_plan
 from secateur.report import Report
+from secateur.residence import Mapped
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
 from secateur.store import Journal, digest_of_files, open_journal
@@ -121,7 +122,8 @@ def prune(
             wanted = describe(plan) | {"model": str(model)}
             if _is_of(report, wanted, data.origin, or_raise=None if overwrite else out):
                 return report
-        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle, mapped=True)
+        journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
         report = _prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)
         journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
@@ -181,10 +183,10 @@ def _prune_in_place(
     config: Any = module.config
     data = calibrate(texts.source, tokenizer, config, texts.samples, texts.seq_len, texts.seed)
     parameter = next(module.parameters())
-    environment = export.environment() | {
-        "device": str(parameter.device),
-        "forward_dtype": str(parameter.dtype).removeprefix("torch."),
-    }
+    device, dtype = str(parameter.device), parameter.dtype
+    if isinstance(model, Checkpoint):
+        device, dtype = model.device, model.compute_dtype
+    environment = export.environment() | {"device": device, "forward_dtype": str(dtype).removeprefix("torch.")}
     if journal is not None:
         assert isinstance(model, Checkpoint)
         journal.storage_of = plan.storage_of

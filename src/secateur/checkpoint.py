@@ -22,10 +22,11 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A model in memory, its tokenizer, and the folder it came from.
+    """A model, its tokenizer, and the folder it came from.
 
-    `storage` is the dtype of each of the model's parameters in the checkpoint, by parameter name; the model itself may
-    compute in another. `shards` maps the checkpoint's tensors to their files.
+    The model lies in memory, ready to run, or is mapped from its files (`residence.Mapped`). `storage` is the dtype of
+    each of its parameters in the checkpoint, by parameter name; the model itself may compute in another. `shards` maps
+    the checkpoint's tensors to their files.
     """
 
     model: Any
@@ -35,6 +36,12 @@ class Checkpoint:
     storage: dict[str, torch.dtype]
     shards: dict[str, Path]
     main_dtype: torch.dtype
+    device: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of forward passes."""
+        return compute_dtype(self.main_dtype, self.device)
 
     @property
     def matrix_storage(self) -> dict[str, torch.dtype]:
@@ -62,11 +69,19 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
     return _from_hub(name, trust_remote_code, allow_pickle)
 
 
-def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False) -> Checkpoint:
+def load(
+    name: str,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    mapped: bool = False,
+) -> Checkpoint:
     """Load a causal language model with its tokenizer, ready for forward passes.
 
     Args:
-        device: where the model lives.
+        device: where the model runs.
+        mapped: leave the weights in their files, in the files' dtype; they are brought in part by part. Those that
+            transformers converts (experts that it fuses) are in memory even so.
         trust_remote_code: let the checkpoint's own Python code run.
         allow_pickle: also take PyTorch .bin files, which can run code when they are loaded.
 
@@ -84,7 +99,7 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=compute_dtype(main, device),
+            dtype=main if mapped else compute_dtype(main, device),
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -97,7 +112,24 @@ def load(name: str, device: str = "cpu", trust_remote_code: bool = False, allow_
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
-    return Checkpoint(model.to(device).eval(), tokenizer, folder, name, storage, shards, main)
+    if mapped and compute_dtype(main, device) != main:
+        _compute_buffers_in(compute_dtype(main, device), model, config, trust_remote_code)
+    model = model.eval() if mapped else model.to(device).eval()
+    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device)
+
+
+def _compute_buffers_in(dtype: torch.dtype, model: Any, config: Any, trust_remote_code: bool) -> None:
+    """Give the model the buffers that it would compute in another dtype (Gemma's scale of embeddings is one)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    stored = model.state_dict().keys()
+    ours = dict(model.named_buffers())
+    for name, buffer in skeleton.named_buffers():
+        if name not in stored and ours[name].dtype != buffer.dtype:
+            ours[name].data = buffer
 
 
 def load_words(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:

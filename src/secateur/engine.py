@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block
 from secateur.report import BlockFigures, BlockReport, MatrixReport
+from secateur.residence import InMemory, Store
 from secateur.solvers import Solved, Solver
 from secateur.solvers.swap import Swaps, check_columns
 from secateur.stacks import Stack, Structure, find_stacks
@@ -81,62 +82,56 @@ class Outcome:
     notices: list[str] = field(default_factory=list)
 
 
-@runtime_checkable
-class Journal(Protocol):
-    """Where finished blocks go, and come from again in a run that goes on."""
-
-    def restore(self, block: Block) -> BlockFigures | None:
-        """Give the block the weights that an earlier process left it with; None where it has to be pruned."""
-
-    def commit(self, block: Block, figures: BlockFigures) -> None:
-        """Take a finished block."""
-
-
 @torch.no_grad()
 def run(
     model: nn.Module,
     batches: Sequence[Batch],
     plan: Plan,
     progress: Progress,
-    journal: Journal | None = None,
+    store: Store | None = None,
 ) -> Outcome:
     """Prune the model in place.
 
     The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
-    brings about (a Gram matrix that can't be factored) ends the run where it is met. A run that goes on from a journal
-    replays the blocks that it holds, and ends with the bits of a run that was never stopped.
+    brings about (a Gram matrix that can't be factored) ends the run where it is met. Blocks that a store
+    holds finished are replayed, and the run ends with the bits of one that was never stopped.
 
     Cost: the dense pass (another for each further stack), two forward passes of each block over the batches, the Gram
     matrices and the solver calls; one more forward pass where something aims at the dense model; allocation and refit
     as their docstrings say.
     """
+    store = store or InMemory()
     check_runnable(model)
     check_finite_weights(model)
     if plan.refit is not None:
         plan.refit.check_batches(len(batches))
     with observable(model):
-        structure = find_stacks(model, batches[0], plan.include, plan.exclude)
+        with store.running(model):
+            structure = find_stacks(model, batches[0], plan.include, plan.exclude)
         _check_steps(structure, plan)
         first, *later = structure.stacks
         outcome = Outcome([], [], dict(structure.idle), sum(structure.weights.values()), _notices(structure))
-        stream = _survey(model, first, batches, plan, progress)
+        stream = _survey(model, first, batches, plan, progress, store)
         for stack in later:  # only to find what is wrong: their calls are taken again when the stacks before are pruned
-            _survey(model, stack, batches, plan, progress)
+            _survey(model, stack, batches, plan, progress, store)
         for stack in structure.stacks:
             if stack is not first:
-                stream = _survey(model, stack, batches, plan, progress)
+                stream = _survey(model, stack, batches, plan, progress, store)
             allotment = allocate(
-                model, stack.blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress
+                model, stack.blocks, stream, batches, plan.pattern, plan.allocation, plan.seed, progress, store
             )
-            _prune_stack(stack, structure.blocks, stream, allotment, plan, outcome, progress, journal)
+            _prune_stack(stack, structure.blocks, stream, allotment, plan, outcome, progress, store)
     outcome.dense |= {name: reason for block in structure.blocks for name, reason in block.dense.items()}
     outcome.notices += _few_tokens(outcome.matrices)
     return outcome
 
 
-def _survey(model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress) -> Stream:
+def _survey(
+    model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress, store: Store
+) -> Stream:
     """The stream in front of a stack, checked against the plan."""
-    stream = survey(model, stack.blocks, batches, progress)
+    with store.running(model):
+        stream = survey(model, stack.blocks, batches, progress)
     _check_widths(stream, plan)
     if plan.target.kind != "pruned":
         check_all_tokens(stream)
@@ -151,24 +146,25 @@ def _prune_stack(
     plan: Plan,
     outcome: Outcome,
     progress: Progress,
-    journal: Journal | None,
+    store: Store,
 ) -> None:
     """Prune a stack (of `everything`, all blocks) block by block, each on what the pruned ones before it give."""
     if plan.refit is not None or plan.target.kind != "pruned":
         stream.dense = list(stream.hidden)
     for number, block in enumerate(stack.blocks, everything.index(stack.blocks[0])):
-        dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
-        figures = journal.restore(block) if journal else None
-        if figures is None:
-            matrices = _prune_block(block, stream, dense_outputs, allotment, plan)
-            refit = _refit(block, stream, dense_outputs, plan, seed=plan.seed + number)
-            figures = BlockFigures(matrices, refit)
-            if journal:
-                journal.commit(block, figures)
+        with store.using(block):
+            dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
+            figures = store.finished(block)
+            if figures is None:
+                matrices = _prune_block(block, stream, dense_outputs, allotment, plan)
+                refit = _refit(block, stream, dense_outputs, plan, seed=plan.seed + number)
+                figures = BlockFigures(matrices, refit)
+                store.commit(block, figures)
         outcome.matrices += figures.matrices
         outcome.blocks += [figures.refit] if figures.refit is not None else []
         if block is not stack.blocks[-1]:
-            stream.advance(block)
+            with store.using(block):
+                stream.advance(block)
             stream.dense = dense_outputs
         progress("prune", number + 1, len(everything))
 
@@ -327,7 +323,7 @@ def _check_widths(stream: Stream, plan: Plan) -> None:
                 try:
                     plan.pattern.check_width(columns)
                     if plan.swaps is not None:
-                        check_columns(columns, matrix.stored.device)
+                        check_columns(columns, stream.hidden[0].device)
                 except ValueError as error:
                     raise ValueError(f"{matrix.name}: {error}") from error
 

@@ -146,13 +146,20 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| mean relative layer error, before any block refit | {report.mean_relative_error:.4f} |",
         f"| recipe | {in_words(recipe)} |",
         f"| options of the method | {options} |",
-        f"| calibration | {calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']} |",
+        f"| calibration | {_amount(calibration)} of {calibration['source']} |",
         "",
         "The zeros are stored like other weights: the files are as large as before, and dense runtimes are not faster.",
         f"Per-matrix figures and the whole recipe are in `{METADATA}`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _amount(calibration: dict[str, Any]) -> str:
+    """How much was calibrated on; the caller's own tensors may be of any length."""
+    if "seq_len" in calibration:
+        return f"{calibration['samples']} x {calibration['seq_len']} tokens"
+    return f"{calibration['samples']} sequences"
 
 
 def _front_matter(card: Path) -> dict[str, str]:

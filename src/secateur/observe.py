@@ -101,6 +101,10 @@ class WeightWatcher(TorchFunctionMode):
         self.on_use, self.on_output = on_use, on_output
         self._last_uses: list[Use] = []
         self.other_uses: dict[str, set[str]] = {}
+        self.look_for(matrices)
+
+    def look_for(self, matrices: Iterable[Matrix]) -> None:
+        """Watch these matrices from now on, where they lie now, and no others."""
         self._by_storage: dict[int, list[Matrix]] = {}
         self._by_layout: dict[tuple[Any, ...], tuple[Matrix, bool]] = {}
         self._stacks: dict[tuple[Any, ...], tuple[list[Matrix], bool]] = {}

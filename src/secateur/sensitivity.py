@@ -5,8 +5,8 @@ Shape legend: T tokens, R output rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def output_sensitivity(
     with _activation_gradients(model, blocks[0]), torch.enable_grad():
         for sequence in _sequences(batches, windows):
             inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
-            with WeightWatcher(matrices, lambda _use: None, sums.watch):
+            with _watching(blocks, sums.watch):
                 logits = _logits(run_without_cache(model, model, **inputs)).float()
             real = inputs.get("attention_mask")
             logits = logits if real is None else logits[real[0].bool()]
@@ -82,6 +82,18 @@ def _sequences(batches: Sequence[Batch], windows: int) -> Iterator[Batch]:
                 return
             windows -= 1
             yield {name: value[row : row + 1] for name, value in batch.items()}
+
+
+@contextmanager
+def _watching(blocks: Sequence[Block], on_output: Callable[[Use, Tensor], None]) -> Iterator[None]:
+    """Calls `on_output` for the products of each block while it runs."""
+    watcher = WeightWatcher([], lambda _use: None, on_output)
+    with ExitStack() as stack:
+        for block in blocks:
+            begins: Any = lambda _module, _args, block=block: watcher.look_for(block.matrices)  # noqa: E731
+            stack.callback(block.module.register_forward_pre_hook(begins).remove)
+        stack.enter_context(watcher)
+        yield
 
 
 class _GradientSquares:

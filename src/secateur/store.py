@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from secateur.model import Block
 from secateur.report import BlockFigures, BlockReport, MatrixReport
+from secateur.residence import InMemory, Residence
 
 FOLDER = ".secateur"
 MANIFEST = "manifest.json"
@@ -36,7 +37,7 @@ LAST_MOVED = "config.json"  # without it a folder is no model, so none is half o
 
 @dataclass(eq=False)
 class Journal:
-    """What a run has finished; made by `open_journal`.
+    """What a run has finished, as a store for the engine; made by `open_journal`.
 
     Args:
         identity: what a run that goes on must share with the one that began, as nested plain data.
@@ -44,6 +45,7 @@ class Journal:
         seconds: time spent by the processes before this one.
         files: of the finished model, once that is whole.
         storage_of: from a parameter's name and its own dtype to the one it is saved in.
+        residence: where the model's weights are.
     """
 
     folder: Path
@@ -52,7 +54,9 @@ class Journal:
     seconds: float = 0.0
     files: list[str] = field(default_factory=list)
     storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own
+    residence: Residence = field(default_factory=InMemory)
     started: float = field(default_factory=time.perf_counter)
+    _done: set[str] = field(default_factory=set)  # blocks that this process is past
 
     def begin(self, identity: dict[str, Any]) -> None:
         """State what the run is.
@@ -68,29 +72,55 @@ class Journal:
             )
         self.identity = identity
 
-    def restore(self, block: Block) -> BlockFigures | None:
-        """Give a block the weights that it was left with; None where it isn't finished.
+    @contextmanager
+    def using(self, block: Block) -> Iterator[None]:
+        """Copies of the block's weights; once the run has passed a block, those of its file."""
+        with self.residence.using(block):
+            yield
+        if block.name in self._done:
+            self._adopt(block)
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """As the residence says."""
+        return self.residence.running(model)
+
+    def finished(self, block: Block) -> BlockFigures | None:
+        """The figures of a block that an earlier process finished.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        if block.name not in self.blocks:
+            return None
+        with self._file(block) as file:
+            figures = json.loads(file.metadata()["figures"])
+            refit = figures["refit"]
+            matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
+            self._done.add(block.name)
+            return BlockFigures(matrices, None if refit is None else BlockReport(**refit))
+
+    def _adopt(self, block: Block) -> None:
+        """Let the block's parameters be those of its file, mapped.
 
         Raises:
             ValueError: a file that is damaged or doesn't fit the block.
         """
-        if block.name not in self.blocks:
-            return None
-        path = self.folder / self.blocks[block.name]
         parameters = _parameters(block)
+        with self._file(block) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+                raise KeyError(f"it doesn't hold the matrices of {block.name}")
+            for name, parameter in parameters.items():
+                parameter.data = file.get_tensor(name)
+
+    @contextmanager
+    def _file(self, block: Block) -> Iterator[Any]:
+        path = self.folder / self.blocks[block.name]
         try:
             with safe_open(path, framework="pt") as file:
-                figures = json.loads(file.metadata()["figures"])
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
-                    raise ValueError(f"{path} doesn't hold the matrices of {block.name}: start again with --overwrite")
-                for name, parameter in parameters.items():
-                    parameter.data.copy_(file.get_tensor(name))
+                yield file
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
-        refit = figures["refit"]
-        matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
-        return BlockFigures(matrices, None if refit is None else BlockReport(**refit))
 
     def commit(self, block: Block, figures: BlockFigures) -> None:
         """Make a finished block durable.
@@ -105,6 +135,7 @@ class Journal:
             _flush(self.folder / name)
             self.blocks[block.name] = name
             self._write_manifest()
+            self._done.add(block.name)
         except (OSError, SafetensorError) as error:
             self.blocks.pop(block.name, None)
             raise ValueError(f"{block.name} could not be written to {self.folder} ({error})") from error

@@ -86,13 +86,13 @@ class _Recorder:
         """Watch one forward pass of the whole model."""
         self._real = real
         self._last_output = None
-        watcher = WeightWatcher([matrix for block in self.blocks for matrix in block.matrices], self._on_use)
+        watcher = WeightWatcher([], self._on_use)  # looks for a block's matrices when that begins to run
         with ExitStack() as stack:
             entering = register_module_forward_pre_hook(lambda module, _args: self._entered.add(id(module)))
             stack.callback(entering.remove)
             for block in self.blocks:
                 module = block.module
-                before = module.register_forward_pre_hook(self._before(block), with_kwargs=True)
+                before = module.register_forward_pre_hook(self._before(block, watcher), with_kwargs=True)
                 after = module.register_forward_hook(self._after(block), with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
@@ -106,8 +106,9 @@ class _Recorder:
                 f"each block must run once a forward pass; of {len(self.hidden)} passes {odd[0]}"
             )
 
-    def _before(self, block: Block) -> Callable[..., None]:
+    def _before(self, block: Block, watcher: WeightWatcher) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watcher.look_for(block.matrices)
             hidden, call = Call.split(block, args, kwargs)
             self._inputs.clear()
             if self._last_output is None:

@@ -1,0 +1,149 @@
+"""Where weights are while they are used: in memory all along, or mapped from files and brought in part by part.
+
+A checkpoint that is loaded in the dtype of its files is mapped, not read: its pages belong to the files, and the system
+drops them when memory is short. Only what runs is copied, to the device and in the dtype that products run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model import Block
+from secateur.report import BlockFigures
+
+
+@runtime_checkable
+class Residence(Protocol):
+    """How a run gets at the weights of a part of the model."""
+
+    def using(self, block: Block, /) -> AbstractContextManager[None]:
+        """Meanwhile the block's weights can be run, read and written."""
+        ...
+
+    def running(self, model: nn.Module, /) -> AbstractContextManager[None]:
+        """Meanwhile the whole model can run forward, and backward to its hidden states."""
+        ...
+
+
+@runtime_checkable
+class Store(Residence, Protocol):
+    """Where the model is, and where its finished blocks go."""
+
+    def finished(self, block: Block, /) -> BlockFigures | None:
+        """The figures of a block that an earlier process finished; None where it has to be pruned."""
+        ...
+
+    def commit(self, block: Block, figures: BlockFigures, /) -> None:
+        """Take a block as it is now, finished; what its next use finds."""
+        ...
+
+
+class InMemory:
+    """A model that lies whole in memory, and is itself the result."""
+
+    def using(self, _block: Block) -> AbstractContextManager[None]:
+        """As it is."""
+        return nullcontext()
+
+    def running(self, _model: nn.Module) -> AbstractContextManager[None]:
+        """As it is."""
+        return nullcontext()
+
+    def finished(self, _block: Block) -> None:
+        """Nothing was done before."""
+
+    def commit(self, _block: Block, _figures: BlockFigures) -> None:
+        """The model has it."""
+
+
+class Mapped:
+    """A model whose weights are mapped from files; each part is copied in while it is used, and dropped after.
+
+    Args:
+        device: where it is used.
+        dtype: what products run in; narrower floating tensors become it, wider ones stay as they are.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._copies: dict[int, Tensor] = {}  # storage of a copy -> the parameter or buffer it is of
+
+    def using(self, block: Block) -> AbstractContextManager[None]:
+        """Copies of the block's tensors; what is written to them is dropped with them."""
+        return self._copied_in(_tensors(block.module))
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Copies of what is in no layer, and of each layer while it runs.
+
+        A backward pass keeps the activations that it needs, but no copies of weights: they are made again.
+        """
+        layers = list(_layers(model))
+        inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+        with ExitStack() as stack:
+            stack.enter_context(self._copied_in([each for each in _tensors(model) if id(each) not in inside]))
+            for layer in layers:
+                self._copied_in_by_hooks(layer, stack)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+            yield
+
+    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack) -> None:
+        """Copies of the layer's tensors from its hook before a forward pass to that behind it."""
+        here = ExitStack()
+
+        def enters(_module: nn.Module, _args: Any) -> None:
+            here.enter_context(self._copied_in(_tensors(layer)))
+
+        def leaves(_module: nn.Module, _args: Any, _output: Any) -> None:
+            here.close()
+
+        stack.callback(here.close)  # a forward pass that fails has no hook behind it
+        stack.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
+        stack.callback(layer.register_forward_hook(leaves).remove)
+
+    @contextmanager
+    def _copied_in(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        mapped = [(tensor, tensor.data) for tensor in tensors]
+        try:
+            for tensor, data in mapped:
+                tensor.data = self._copy(data)
+                self._copies[tensor.untyped_storage().data_ptr()] = tensor
+            yield
+        finally:
+            for tensor, data in mapped:
+                self._copies.pop(tensor.untyped_storage().data_ptr(), None)
+                tensor.data = data
+
+    def _copy(self, data: Tensor) -> Tensor:
+        wider = data.is_floating_point() and torch.finfo(data.dtype).bits < torch.finfo(self.dtype).bits
+        return data.detach().to(device=self.device, dtype=self.dtype if wider else data.dtype, copy=True)
+
+    def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        """What autograd keeps of a tensor: of a copied weight, how to make the copy again."""
+        source = self._copies.get(saved.untyped_storage().data_ptr())
+        if source is None:
+            return saved
+        layout = saved.size(), saved.stride(), saved.storage_offset()
+        return lambda: self._copy(source.data).as_strided(*layout)
+
+    def _unpack(self, packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the model's outermost lists of modules."""
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
+            lists.append(name)
+            yield from module
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """The module's parameters and buffers, each once."""
+    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())

@@ -1,0 +1,109 @@
+"""Weights mapped from files give what weights in memory give, and no more of them is copied than what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import FAMILIES, save_checkpoint, tokens
+from safetensors.torch import load_file
+
+import secateur
+from secateur.checkpoint import load
+from secateur.residence import InMemory, Mapped
+from secateur.sensitivity import output_sensitivity
+from secateur.stacks import find_stacks
+
+LAYERS = 6
+BATCHES = tokens(8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+def test_a_run_on_mapped_weights_gives_the_bits_of_one_in_memory(tmp_path, family, effort):
+    save_checkpoint(tmp_path / "model", family)
+    settings = {"pattern": "50%", "effort": effort, "calibration": BATCHES}
+    checkpoint = load(str(tmp_path / "model"))
+    secateur.prune(checkpoint, **settings)
+    secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    inside = dict(checkpoint.model.state_dict())
+    assert len(saved) >= FAMILIES[family][2] * 2
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, inside[name].to(tensor.dtype)), name
+
+
+def test_the_source_files_are_never_written_to(folder, tmp_path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    secateur.prune(folder, tmp_path / "out", pattern="2:4", calibration=BATCHES)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def copied(monkeypatch):
+    """The most weights that were copied in at a time."""
+    most, held = [0], [0]
+    enter = Mapped._copied_in
+
+    def counted(self, tensors):
+        tensors = list(tensors)
+        size = sum(tensor.numel() for tensor in tensors)
+        context = enter(self, tensors)
+
+        class Counted:
+            def __enter__(self):
+                context.__enter__()
+                held[0] += size
+                most[0] = max(most[0], held[0])
+
+            def __exit__(self, *error):
+                held[0] -= size
+                return context.__exit__(*error)
+
+        return Counted()
+
+    monkeypatch.setattr(Mapped, "_copied_in", counted)
+    return most
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_one_block_is_copied_in_at_a_time(folder, tmp_path, monkeypatch, effort):
+    most = copied(monkeypatch)
+    secateur.prune(folder, tmp_path / "out", effort=effort, calibration=BATCHES)
+    model = load(str(folder)).model
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    every = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    assert most[0] == every - (LAYERS - 1) * block
+
+
+def test_sensitivity_through_weights_that_are_copied_again_for_the_backward_pass(folder):
+    checkpoint, mapped = load(str(folder)), load(str(folder), mapped=True)
+    residence = Mapped("cpu", checkpoint.compute_dtype)
+    batches = [{"input_ids": ids} for ids in BATCHES]
+    found = []
+    for model, where in ((checkpoint.model, InMemory()), (mapped.model, residence)):
+        with where.running(model):
+            structure = find_stacks(model, batches[0])
+            found.append(output_sensitivity(model, structure.blocks, batches, 4, seed=0))
+    assert not residence._copies
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) and found[0][name].any() for name in found[0])
+
+
+def test_a_forward_pass_that_fails_leaves_no_copy(folder):
+    model = load(str(folder), mapped=True).model
+    residence = Mapped("cpu", torch.float32)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+    def fail(*_):
+        raise ArithmeticError
+
+    model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError), residence.running(model):
+        model(BATCHES[0])
+    assert not residence._copies
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
