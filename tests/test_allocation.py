@@ -15,6 +15,7 @@ import secateur
 from secateur import allocation as al
 from secateur import api
 from secateur.pattern import NM, Unstructured
+from secateur.residence import InMemory
 from secateur.sensitivity import output_sensitivity
 from secateur.survey import survey
 
@@ -184,7 +185,9 @@ def test_measuring_changes_neither_the_model_nor_the_stream(rule):
     with torch.no_grad():
         stream = survey(model, blocks, batches, api.no_progress)
         hidden = [each.clone() for each in stream.hidden]
-        al.allocate(model, blocks, stream, batches, Unstructured(0.5), al.Allocation(rule), 0, api.no_progress)
+        al.allocate(
+            model, blocks, stream, batches, Unstructured(0.5), al.Allocation(rule), 0, api.no_progress, InMemory()
+        )
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(torch.equal(a, b) for a, b in zip(stream.hidden, hidden, strict=True))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

@@ -108,16 +108,20 @@ class WeightWatcher(TorchFunctionMode):
         self._by_storage: dict[int, list[Matrix]] = {}
         self._by_layout: dict[tuple[Any, ...], tuple[Matrix, bool]] = {}
         self._stacks: dict[tuple[Any, ...], tuple[list[Matrix], bool]] = {}
-        for matrix in matrices:
-            stored = matrix.stored
-            self._by_storage.setdefault(_storage(stored), []).append(matrix)
-            self._by_layout[_layout(stored)] = (matrix, False)
-            self._by_layout.setdefault(_layout(stored.T), (matrix, True))
-            if matrix.index is not None:
-                whole = matrix.parameter.data
-                for view in (whole, whole[:, None]):
-                    self._stacks.setdefault(_layout(view), ([], False))[0].append(matrix)
-                    self._stacks.setdefault(_layout(view.mT), ([], True))[0].append(matrix)
+        with torch._C.DisableTorchFunction():  # these views are no uses
+            for matrix in matrices:
+                self._register(matrix)
+
+    def _register(self, matrix: Matrix) -> None:
+        stored = matrix.stored
+        self._by_storage.setdefault(_storage(stored), []).append(matrix)
+        self._by_layout[_layout(stored)] = (matrix, False)
+        self._by_layout.setdefault(_layout(stored.T), (matrix, True))
+        if matrix.index is not None:
+            whole = matrix.parameter.data
+            for view in (whole, whole[:, None]):
+                self._stacks.setdefault(_layout(view), ([], False))[0].append(matrix)
+                self._stacks.setdefault(_layout(view.mT), ([], True))[0].append(matrix)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
