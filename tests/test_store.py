@@ -202,13 +202,17 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
     whole = manifest.read_text()
     for damage in ("{", whole.replace("block-00001", "../block-00001"), "[]", '{"blocks": 3}'):
         manifest.write_text(damage)
-        with pytest.raises(ValueError, match=r"manifest\.json"):
+        with pytest.raises(ValueError, match=r"manifest\.json .*--overwrite"):
             prune(source, out)
+        assert "a damaged journal" in store.unfinished(out)
     manifest.write_text(whole)
     block = out / store.FOLDER / "block-00001.safetensors"
     block.write_bytes(block.read_bytes()[:-8])
     with pytest.raises(ValueError, match="block-00001.safetensors is damaged"):
         prune(source, out)
+    manifest.write_text("{")
+    prune(source, out, resume=False, overwrite=True)  # as the message says
+    assert not (out / store.FOLDER).exists()
 
 
 def test_two_runs_on_one_folder(source, tmp_path):

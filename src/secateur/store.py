@@ -252,7 +252,10 @@ def unfinished(out: Path) -> str | None:
     if not (out / FOLDER / MANIFEST).is_file():
         return None
     journal = Journal(out / FOLDER)
-    _read_manifest(journal)
+    try:
+        _read_manifest(journal)
+    except ValueError:  # whoever goes on with it is told so
+        return f"a damaged journal is in {out / FOLDER}"
     return f"{len(journal.blocks)} finished blocks are kept in {out / FOLDER}"
 
 
