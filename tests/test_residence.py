@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import FAMILIES, save_checkpoint, tokens
-from safetensors.torch import load_file
+from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
+from safetensors.torch import load_file, save_file
+from zoo import tiny
 
 import secateur
 from secateur.checkpoint import load
@@ -31,11 +32,54 @@ def test_a_run_on_mapped_weights_gives_the_bits_of_one_in_memory(tmp_path, famil
     checkpoint = load(str(tmp_path / "model"))
     secateur.prune(checkpoint, **settings)
     secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
-    saved = load_file(tmp_path / "out" / "model.safetensors")
-    inside = dict(checkpoint.model.state_dict())
-    assert len(saved) >= FAMILIES[family][2] * 2
+    assert check_same_bits(tmp_path / "out", checkpoint.model) >= FAMILIES[family][2] * 2
+
+
+def bits(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def check_same_bits(folder, model):
+    """Whether saved tensors are those of a model in memory, negative zeros included; returns how many."""
+    saved, inside = load_file(folder / "model.safetensors"), model.state_dict()
     for name, tensor in saved.items():
-        assert torch.equal(tensor, inside[name].to(tensor.dtype)), name
+        assert torch.equal(bits(tensor), bits(inside[name].to(tensor.dtype))), name
+    return len(saved)
+
+
+def test_a_model_that_is_one_block_runs_on_mapped_weights(tmp_path):
+    """Zamba shares a layer between its blocks, and is pruned as a whole."""
+    tiny("zamba").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"pattern": "50%", "method": "sparsegpt", "calibration": BATCHES}
+    checkpoint = load(str(tmp_path / "model"))
+    report = secateur.prune(checkpoint, **settings)
+    assert "can't be replayed block by block" in report.notices[0]
+    secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
+    check_same_bits(tmp_path / "out", checkpoint.model)
+
+
+def test_experts_on_mapped_weights(tmp_path):
+    tiny("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"pattern": "50%", "effort": "balanced", "calibration": BATCHES}
+    checkpoint = load(str(tmp_path / "model"))
+    secateur.prune(checkpoint, **settings)
+    secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
+    again = load(str(tmp_path / "out")).model.state_dict()
+    for name, tensor in checkpoint.model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_weights_in_a_wider_dtype_than_most_are_not_rounded(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    exact = weights[name] = torch.randn(weights[name].shape)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    secateur.prune(folder, tmp_path / "out", pattern="50%", method="magnitude", calibration=BATCHES)
+    saved = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert saved.dtype == torch.float32
+    assert torch.equal(saved[saved != 0], exact[saved != 0])
 
 
 def test_the_source_files_are_never_written_to(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from secateur.report import Report
 from secateur.residence import Mapped
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
-from secateur.store import Journal, digest_of_files, open_journal
+from secateur.store import Journal, digest_of, open_journal
 from secateur.tasks import check_tasks, run_tasks
 
 
@@ -107,53 +108,53 @@ def prune(
     )
     texts = _Texts(calibration, samples, seq_len, seed)
     if isinstance(model, nn.Module | Checkpoint):
-        if out is not None:
-            raise ValueError("out is for models given by name; a model object is pruned in place: save it yourself")
+        if out is not None or resume or overwrite:
+            raise ValueError(
+                "out, resume and overwrite are for models given by name; a model object is pruned in place: save it "
+                "yourself"
+            )
         return _prune_in_place(model, tokenizer, plan, texts, progress)
     if out is None:
         raise ValueError("out is missing: name the folder to save the pruned model to")
     export.check_shard_size(max_shard_size)
     folder = resolve(str(model), trust_remote_code, allow_pickle)
     out = _writable(out, str(model), calibration, folder, overwrite, resume)
-    with open_journal(out, resume) as journal:
-        if resume and (report := _finished(journal, out)):
+    with open_journal(out, resume, overwrite) as journal:
+        if resume and not (journal.identity and not journal.files) and (out / export.METADATA).is_file():
             config, words = load_words(folder, trust_remote_code)
             data = calibrate(texts.source, words, config, texts.samples, texts.seq_len, texts.seed)
-            wanted = describe(plan) | {"model": str(model)}
-            if _is_of(report, wanted, data.origin, or_raise=None if overwrite else out):
+            wanted = _identity(str(model), folder, plan, data.origin, {})
+            if report := _finished(out, wanted, overwrite):
                 return report
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle, mapped=True)
         journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
-        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal)
+        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal, overwrite)
         report.out = str(out)
         journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
     return report
 
 
-def _finished(journal: Journal, out: Path) -> Report | None:
-    """The report of the finished model in `out`; None where a run is to begin there or go on."""
-    if journal.files:  # the earlier process ended while it moved them
-        journal.publish()
+def _finished(out: Path, wanted: dict[str, Any], overwrite: bool) -> Report | None:
+    """The report of the finished model in `out`, where that is what is wanted; None where it may be overwritten.
+
+    Raises:
+        ValueError: it is of another run.
+    """
     path = out / export.METADATA
-    if (journal.identity and not journal.files) or not path.is_file():
-        return None
     try:
-        return Report.from_dict(read_json(path, ""))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report of a run: choose another folder") from error
-
-
-def _is_of(report: Report, recipe: dict[str, Any], origin: dict[str, Any], or_raise: Path | None) -> bool:
-    """Whether a report is of this recipe and these calibration tokens; where a folder is given, it must be."""
-    different = sorted(name for name in {*report.recipe, *recipe} if report.recipe.get(name) != recipe.get(name))
-    if report.calibration.get("sha256") != origin["sha256"]:
-        different.append("calibration")
-    if different and or_raise:
+        report = Report.from_dict(read_json(path, ""))
+    except (KeyError, TypeError, AttributeError) as error:
+        if overwrite:
+            return None
+        raise ValueError(f"{path} is no report of a run: choose another folder, or pass --overwrite") from error
+    # Versions and threads may differ: the model is there.
+    different = sorted(name for name in ("model", "recipe", "calibration") if report.identity.get(name) != wanted[name])
+    if different and not overwrite:
         raise ValueError(
-            f"{or_raise} holds a finished model of another run (its {', '.join(different)} differs): choose another "
-            f"folder, or pass --overwrite to replace it"
+            f"{out} holds a finished model of another run (its {', '.join(different)} differs): choose another folder, "
+            f"or pass --overwrite to replace it"
         )
-    return not different
+    return None if different else report
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def _prune_in_place(
     texts: _Texts,
     progress: Progress,
     journal: Journal | None = None,
+    overwrite: bool = False,
 ) -> Report:
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
@@ -187,14 +189,18 @@ def _prune_in_place(
     if isinstance(model, Checkpoint):
         device, dtype = model.device, model.compute_dtype
     environment = export.environment() | {"device": device, "forward_dtype": str(dtype).removeprefix("torch.")}
+    environment["processor"] = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    )
     if journal is not None:
         assert isinstance(model, Checkpoint)
         journal.storage_of = plan.storage_of
-        journal.begin(_identity(model, plan, data.origin, environment))
+        journal.begin(_identity(name, model.folder, plan, data.origin, environment), overwrite)
     outcome = engine.run(module, data.batches, plan, progress, journal)
     return Report(
         recipe=describe(plan) | {"model": name},
         environment=environment,
+        identity={} if journal is None else journal.identity,
         calibration=data.origin,
         matrices=outcome.matrices,
         blocks=outcome.blocks,
@@ -207,12 +213,13 @@ def _prune_in_place(
 
 
 def _identity(
-    checkpoint: Checkpoint, plan: engine.Plan, origin: dict[str, Any], environment: dict[str, Any]
+    name: str, folder: Path, plan: engine.Plan, origin: dict[str, Any], environment: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the bits of a run. Cost: one read of the model's files."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".py")]
     return {
-        "model": {"name": checkpoint.name, "files": digest_of_files(checkpoint.weight_files())},
-        "recipe": describe(plan) | {"seed": plan.seed},
+        "model": {"name": name, "files": {path.name: digest_of(path) for path in sorted(files)}},
+        "recipe": json.loads(json.dumps(describe(plan))) | {"seed": plan.seed},
         "calibration": origin["sha256"],
         "environment": {name: value for name, value in environment.items() if name not in ("python", "platform")},
     }

@@ -48,10 +48,6 @@ class Checkpoint:
         """`storage` under the names of matrices (without `.weight`)."""
         return {name.removesuffix(".weight"): dtype for name, dtype in self.storage.items()}
 
-    def weight_files(self) -> list[Path]:
-        """The files that hold the weights."""
-        return sorted(set(self.shards.values())) or sorted(self.folder.glob("*.bin"))
-
 
 def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = False) -> Path:
     """The local folder of a model, fetched or converted into the user's cache where need be."""
@@ -81,7 +77,7 @@ def load(
     Args:
         device: where the model runs.
         mapped: leave the weights in their files, in the files' dtype; they are brought in part by part. Those that
-            transformers converts (experts that it fuses) are in memory even so.
+            transformers converts (experts that it fuses, another dtype than most) are in memory even so.
         trust_remote_code: let the checkpoint's own Python code run.
         allow_pickle: also take PyTorch .bin files, which can run code when they are loaded.
 
@@ -114,8 +110,17 @@ def load(
     storage = {key: dtypes.get(key, main) for key in floating}
     if mapped and compute_dtype(main, device) != main:
         _compute_buffers_in(compute_dtype(main, device), model, config, trust_remote_code)
+        _map_wider_tensors(model, dtypes, shards)
     model = model.eval() if mapped else model.to(device).eval()
     return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device)
+
+
+def _map_wider_tensors(model: Any, dtypes: dict[str, torch.dtype], shards: dict[str, Path]) -> None:
+    """Give the model what its files hold in a wider dtype than most, which loading in that dtype has rounded."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in dtypes and torch.finfo(dtypes[name]).bits > torch.finfo(tensor.dtype).bits:
+            with safe_open(shards[name], framework="pt") as shard:
+                tensor.data = shard.get_tensor(name)
 
 
 def _compute_buffers_in(dtype: torch.dtype, model: Any, config: Any, trust_remote_code: bool) -> None:

@@ -17,10 +17,10 @@ from secateur.console import (
     print_notices,
     print_pairs,
     print_report,
-    print_unfinished,
     progress_bars,
     stderr,
     stdout,
+    telling_of_unfinished,
 )
 
 # What `prune` hands to the API under its own name, where it is given.
@@ -130,11 +130,8 @@ def prune(
     flags = {name: given[name] for name in _API_FLAGS} | {"block": _block(block)}
     options = _plugin_options(option or [], reserved=set(given))
     options |= {name: value for name, value in flags.items() if value is not None}
-    try:
-        with progress_bars() as progress:
-            report = api.prune(model, out, include=include or (), exclude=exclude or (), progress=progress, **options)
-    finally:  # an error or Ctrl-C may leave finished blocks; after success there are none
-        print_unfinished(out)
+    with progress_bars() as progress, telling_of_unfinished(out):
+        report = api.prune(model, out, include=include or (), exclude=exclude or (), progress=progress, **options)
     print_notices(report.notices)
     if as_json:
         print_json(report.to_dict())

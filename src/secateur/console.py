@@ -58,12 +58,17 @@ def print_notices(notices: list[str]) -> None:
         stderr.print(f"note: {notice}", markup=False)
 
 
-def print_unfinished(out: Path) -> None:
-    """How to go on with the unfinished run in a folder, if there is one."""
+@contextmanager
+def telling_of_unfinished(out: Path) -> Iterator[None]:
+    """Afterwards says how to go on with what an error or Ctrl-C left in a folder, where that is new."""
     from secateur.store import unfinished
 
-    if kept := unfinished(out):
-        stderr.print(f"{kept}: the same command with --resume goes on from there", markup=False, soft_wrap=True)
+    before = unfinished(out.expanduser())
+    try:
+        yield
+    finally:
+        if (kept := unfinished(out.expanduser())) and kept != before:
+            stderr.print(f"{kept}: --resume goes on from there", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:

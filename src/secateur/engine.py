@@ -130,7 +130,7 @@ def _survey(
     model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress, store: Store
 ) -> Stream:
     """The stream in front of a stack, checked against the plan."""
-    with store.running(model):
+    with store.using(stack.blocks[0]) if stack.whole else store.running(model):
         stream = survey(model, stack.blocks, batches, progress)
     _check_widths(stream, plan)
     if plan.target.kind != "pruned":

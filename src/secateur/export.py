@@ -59,15 +59,17 @@ def check_target(out: Path, inputs: Sequence[Path], overwrite: bool, resume: boo
 
 def _check_content(out: Path, overwrite: bool, resume: bool) -> None:
     """Raise ValueError unless what `out` holds may be replaced, or gone on with."""
-    if (kept := unfinished(out)) and not overwrite and not resume:
+    kept, finished = unfinished(out), (out / METADATA).is_file()
+    if kept and not overwrite and not resume:
         raise ValueError(
             f"{out} holds an unfinished run ({kept}): go on with --resume, or start again with --overwrite"
         )
-    ours = any((out / name).is_file() for name in (METADATA, "config.json"))
     others = [path for path in out.iterdir() if path.name != FOLDER]
-    if others and not (overwrite or kept or (resume and ours)):
+    if kept or not others:
+        return
+    if not overwrite and not (resume and finished):
         raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")
-    if others and not ours and not kept:
+    if not finished and not (out / "config.json").is_file():
         raise ValueError(f"{out} holds neither {METADATA} nor config.json, so it is no model: it is not overwritten")
     if folders := sorted(path.name for path in others if path.is_dir()):
         raise ValueError(f"{out} holds the folder {folders[0]}, as no checkpoint of ours does: it is not overwritten")

@@ -55,7 +55,7 @@ class BlockFigures:
 
 @dataclass
 class Report:
-    """A whole run: its recipe, and what came of it."""
+    """A whole run: its recipe, and what came of it. `identity` is what decides its bits, for a run from files."""
 
     recipe: dict[str, Any]
     environment: dict[str, Any]
@@ -68,6 +68,7 @@ class Report:
     seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
     out: str | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pruned_parameters(self) -> int:
@@ -88,12 +89,12 @@ class Report:
         """The report that `to_dict` made into plain data.
 
         Raises:
-            KeyError, TypeError: data of another form.
+            KeyError, TypeError, AttributeError: data of another form.
         """
         own = {field.name for field in fields(MatrixReport)}
         summary = data["summary"]
         return cls(
-            **{name: data[name] for name in ("recipe", "environment", "calibration", "notices", "dense")},
+            **{name: data[name] for name in ("recipe", "environment", "calibration", "notices", "dense", "identity")},
             matrices=[MatrixReport(**{name: matrix[name] for name in own}) for matrix in data["matrices"]],
             blocks=[BlockReport(**block) for block in data["blocks"]],
             model_parameters=summary["model_parameters"],
@@ -119,6 +120,7 @@ class Report:
             },
             "recipe": self.recipe,
             "environment": self.environment,
+            "identity": self.identity,
             "calibration": self.calibration,
             "notices": self.notices,
             "dense": self.dense,

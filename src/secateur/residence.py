@@ -128,8 +128,9 @@ class Mapped:
         source = self._copies.get(saved.untyped_storage().data_ptr())
         if source is None:
             return saved
-        layout = saved.size(), saved.stride(), saved.storage_offset()
-        return lambda: self._copy(source.data).as_strided(*layout)
+        size, stride, offset = saved.size(), saved.stride(), saved.storage_offset()
+        # The copy has its original's strides; only the part that is needed (one expert) is copied.
+        return lambda: self._copy(source.data.as_strided(size, stride, source.data.storage_offset() + offset))
 
     def _unpack(self, packed: Tensor | Callable[[], Tensor]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed()

@@ -91,7 +91,9 @@ def _watching(blocks: Sequence[Block], on_output: Callable[[Use, Tensor], None])
     with ExitStack() as stack:
         for block in blocks:
             begins: Any = lambda _module, _args, block=block: watcher.look_for(block.matrices)  # noqa: E731
+            ends: Any = lambda _module, _args, _output: watcher.look_for([])  # noqa: E731
             stack.callback(block.module.register_forward_pre_hook(begins).remove)
+            stack.callback(block.module.register_forward_hook(ends).remove)
         stack.enter_context(watcher)
         yield
 

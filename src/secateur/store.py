@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,8 +42,9 @@ class Journal:
 
     Args:
         identity: what a run that goes on must share with the one that began, as nested plain data.
-        blocks: file name of each finished block, by the block's name.
+        blocks: SHA-256 of each finished block's file, by the block's name; the files are numbered in this order.
         seconds: time spent by the processes before this one.
+        replaces: the files that `OUT` held when the run began.
         files: of the finished model, once that is whole.
         storage_of: from a parameter's name and its own dtype to the one it is saved in.
         residence: where the model's weights are.
@@ -52,24 +54,30 @@ class Journal:
     identity: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    replaces: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own
     residence: Residence = field(default_factory=InMemory)
     started: float = field(default_factory=time.perf_counter)
     _done: set[str] = field(default_factory=set)  # blocks that this process is past
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """State what the run is.
+    def begin(self, identity: dict[str, Any], overwrite: bool = False) -> None:
+        """State what the run is. With `overwrite` one that began otherwise is forgotten.
 
         Raises:
             ValueError: the run that began here was another one; every difference is named.
         """
         identity = json.loads(json.dumps(identity))
-        if self.identity and (differences := list(_differences(self.identity, identity))):
+        differences = list(_differences(self.identity, identity)) if self.identity else []
+        if differences and not overwrite:
             raise ValueError(
                 f"{self.folder.parent} holds an unfinished run that differs: {'; '.join(differences)}. Go on with "
                 f"what it began with, or start again with --overwrite"
             )
+        if differences or not self.identity:
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            self.blocks, self.seconds = {}, 0.0
+            self.replaces = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
         self.identity = identity
 
     @contextmanager
@@ -92,6 +100,8 @@ class Journal:
         """
         if block.name not in self.blocks:
             return None
+        if digest_of(self._path(block)) != self.blocks[block.name]:
+            raise ValueError(f"{self._path(block)} is damaged (its bits changed): start again with --overwrite")
         with self._file(block) as file:
             figures = json.loads(file.metadata()["figures"])
             refit = figures["refit"]
@@ -113,9 +123,12 @@ class Journal:
             for name, parameter in parameters.items():
                 parameter.data = file.get_tensor(name)
 
+    def _path(self, block: Block) -> Path:
+        return self.folder / f"block-{list(self.blocks).index(block.name):05d}.safetensors"
+
     @contextmanager
     def _file(self, block: Block) -> Iterator[Any]:
-        path = self.folder / self.blocks[block.name]
+        path = self._path(block)
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -128,23 +141,23 @@ class Journal:
         Raises:
             ValueError: the disk is full or not writable; the blocks before it are kept.
         """
-        name = f"block-{len(self.blocks):05d}.safetensors"
-        header = {"block": block.name, "figures": json.dumps(asdict(figures))}
         try:
-            save_file(self._tensors(block), self.folder / name, metadata=header)
-            _flush(self.folder / name)
-            self.blocks[block.name] = name
+            self.blocks[block.name] = ""
+            path = self._path(block)
+            save_file(self._tensors(block), path, metadata={"figures": json.dumps(asdict(figures))})
+            _flush(path)
+            self.blocks[block.name] = digest_of(path)
             self._write_manifest()
             self._done.add(block.name)
         except (OSError, SafetensorError) as error:
-            self.blocks.pop(block.name, None)
             raise ValueError(f"{block.name} could not be written to {self.folder} ({error})") from error
 
     def finish(self, write: Callable[[Path], None]) -> None:
         """Move the model that `write` makes in a folder to `OUT`, which then holds nothing else.
 
         Raises:
-            ValueError: the disk is full or not writable; what `OUT` held is unchanged, and the blocks are kept.
+            ValueError: the disk is full or not writable; the blocks are kept, and so is what `OUT` held, unless the
+                model was whole and only the move was stopped: `publish` then completes it.
         """
         made = self.folder / FINISHED
         try:
@@ -161,14 +174,23 @@ class Journal:
             raise ValueError(f"{self.folder.parent} could not be saved ({error})") from error
 
     def publish(self) -> None:
-        """Move the finished model's files to `OUT` in place of what it holds. Safe to repeat."""
+        """Move the finished model's files to `OUT` in place of those that it held. Safe to repeat.
+
+        Raises:
+            ValueError: a file of the finished model is gone.
+        """
         made, out = self.folder / FINISHED, self.folder.parent
+        if gone := [name for name in self.files if not (made / name).exists() and not (out / name).exists()]:
+            raise ValueError(f"{self.folder} is damaged ({gone[0]} is gone): start again with --overwrite")
         if (made / LAST_MOVED).exists():
             (out / LAST_MOVED).unlink(missing_ok=True)
-        for path in [path for path in out.iterdir() if path.is_file() and path.name not in self.files]:
-            path.unlink()
+            _flush(out)
+        for name in {*self.replaces} - {*self.files}:
+            (out / name).unlink(missing_ok=True)
         for name in sorted(self.files, key=lambda name: name == LAST_MOVED):
             if (made / name).exists():
+                if name == LAST_MOVED:
+                    _flush(out)
                 (made / name).replace(out / name)
         _flush(out)
 
@@ -190,6 +212,7 @@ class Journal:
             "identity": self.identity,
             "blocks": self.blocks,
             "seconds": self.spent,
+            "replaces": self.replaces,
             "files": self.files,
         }
         path, partial = self.folder / MANIFEST, self.folder / f"{MANIFEST}.partial"
@@ -214,15 +237,18 @@ class Journal:
 
 
 @contextmanager
-def open_journal(out: Path, resume: bool) -> Iterator[Journal]:
-    """The journal of a run that writes to `out`, which nobody else may meanwhile; without `resume` it starts empty.
+def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[Journal]:
+    """The journal of a run that writes to `out`, which nobody else may meanwhile.
 
-    Afterwards it is gone where the run is finished or nothing was, and with it the folders that were made for it.
+    Without `resume` it starts empty, but what lies there is only replaced when the new run begins. Afterwards it is
+    gone where the run is finished or nothing was, and with it the folders that were made for it.
 
     Raises:
         ValueError: another run holds the folder, it can't be written, or its manifest is damaged.
     """
     folder = out / FOLDER
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link: remove it, or choose another folder")
     made = [path for path in (folder, out, *out.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,38 +260,50 @@ def open_journal(out: Path, resume: bool) -> Iterator[Journal]:
         raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
     journal = Journal(folder)
     try:
-        if resume:
-            _read_manifest(journal)
-        elif (folder / MANIFEST).exists():
-            (folder / MANIFEST).unlink()
+        _take_over(journal, resume, overwrite)
         yield journal
     finally:
-        journal.close()
-        lock.release()
+        try:
+            journal.close()
+        finally:
+            lock.release()
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
 
+def _take_over(journal: Journal, resume: bool, overwrite: bool) -> None:
+    """Read what an earlier process left; a model that it had finished is brought to its place whatever comes next."""
+    earlier = Journal(journal.folder)
+    try:
+        _read_manifest(earlier)
+        if earlier.files:
+            earlier.publish()
+    except ValueError:
+        if not overwrite:
+            raise
+        return
+    if resume:
+        for name in ("identity", "blocks", "seconds", "replaces", "files"):
+            setattr(journal, name, getattr(earlier, name))
+
+
 def unfinished(out: Path) -> str | None:
-    """How far the run that `out` holds has come, where it holds one that can go on."""
+    """How far the unfinished run that `out` holds has come, if it holds one."""
     if not (out / FOLDER / MANIFEST).is_file():
         return None
     journal = Journal(out / FOLDER)
     try:
         _read_manifest(journal)
-    except ValueError:  # whoever goes on with it is told so
+    except ValueError:  # whoever goes on with it is told why
         return f"a damaged journal is in {out / FOLDER}"
-    return f"{len(journal.blocks)} finished blocks are kept in {out / FOLDER}"
+    return f"{len(journal.blocks)} finished blocks are in {out / FOLDER}"
 
 
-def digest_of_files(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each file's content, by its name."""
-    digests = {}
-    for path in paths:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(journal: Journal) -> None:
@@ -275,14 +313,15 @@ def _read_manifest(journal: Journal) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        blocks = {str(block): str(name) for block, name in found["blocks"].items()}
         journal.identity, journal.seconds = dict(found["identity"]), float(found["seconds"])
-        files = [str(name) for name in found["files"]]
+        journal.blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
+        journal.replaces, journal.files = ([str(name) for name in found[key]] for key in ("replaces", "files"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
-    if foreign := [name for name in (*blocks.values(), *files) if Path(name).name != name]:
+    if foreign := [
+        name for name in (*journal.files, *journal.replaces) if not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name)
+    ]:
         raise ValueError(f"{path} names {foreign[0]!r}, which is no plain file name: start again with --overwrite")
-    journal.blocks, journal.files = blocks, files
 
 
 def _parameters(block: Block) -> dict[str, nn.Parameter]:

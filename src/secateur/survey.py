@@ -93,7 +93,7 @@ class _Recorder:
             for block in self.blocks:
                 module = block.module
                 before = module.register_forward_pre_hook(self._before(block, watcher), with_kwargs=True)
-                after = module.register_forward_hook(self._after(block), with_kwargs=True)
+                after = module.register_forward_hook(self._after(block, watcher), with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             yield stack.enter_context(watcher)
@@ -136,8 +136,9 @@ class _Recorder:
                 f"hidden states are {tuple(hidden.shape)}: pass sequences of equal length, without padding"
             )
 
-    def _after(self, block: Block) -> Callable[..., None]:
+    def _after(self, block: Block, watcher: WeightWatcher) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            watcher.look_for([])  # copies of its weights may go, and their addresses to others
             hidden = hidden_of(output, block)
             real = hidden if self._real is None else hidden[self._real]
             if not bool(torch.isfinite(real).all()):
