@@ -39,7 +39,7 @@ def large_line() -> str:
     if run is None:
         return "A model of 4 GB: not measured (`--large`)."
     return (
-        f"A model of {run['model_bytes'] / 1e9:.1f} GB on disk (2048 wide): peak {run['peak_anonymous_bytes'] / 1e9:.2f} GB, "
+        f"A model of {run['model_bytes'] / 1e9:.1f} GB on disk: peak {run['peak_anonymous_bytes'] / 1e9:.2f} GB, "
         f"`sparsegpt`."
     )
 
@@ -53,6 +53,10 @@ def memory_settings() -> str:
 
 
 def kills_line() -> str:
+    if not (RESULTS / "resume.json").is_file():
+        return (
+            "Twenty kills at random moments: not measured yet. `tests/test_store.py` kills the real command four times."
+        )
     resume = read("resume")
     blocks = [kill["finished_blocks"] for kill in resume["kills"]]
     counts = ", ".join(f"{blocks.count(number)} after {number}" for number in sorted(set(blocks)))
@@ -71,13 +75,13 @@ Written by `python docs/make_performance.py` from `benchmarks/results/*.json`; d
 ## Memory against the number of layers
 
 `secateur prune MODEL OUT` in a process of its own. Peak of anonymous memory (`RssAnon`), which the system can't drop; pages of
-the model's mapped files are not in it. An import of torch and transformers takes about half of it.
+the model's mapped files are not in it, the imports of torch and transformers are.
 
 {memory_settings()}
 
 {memory_table()}
 
-`balanced` keeps one sequence's activations of all layers while it allocates; with `--allocation uniform` nothing grows.
+`balanced` keeps one sequence's activations of all layers while it allocates.
 
 {large_line()}
 
