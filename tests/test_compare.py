@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,3 +170,35 @@ def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, mo
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the process in /proc")
+def test_a_cell_ends_with_the_comparison_that_was_killed(tmp_path):
+    """The parent is killed while its cell's process sleeps; that one must not go on alone."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from secateur.compare import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=end_with_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        cell = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not is_running(cell):
+            return
+        time.sleep(0.1)
+    os.kill(cell, signal.SIGKILL)
+    pytest.fail("the cell went on after its parent was killed")
+
+
+def is_running(pid):
+    """Whether a process exists and is no zombie that waits for its new parent to collect it."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -128,7 +128,7 @@ def prune(
                 return report
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle, mapped=True)
         journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
-        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal, overwrite)
+        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)
         journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
     return report
@@ -174,7 +174,6 @@ def _prune_in_place(
     texts: _Texts,
     progress: Progress,
     journal: Journal | None = None,
-    overwrite: bool = False,
 ) -> Report:
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
@@ -195,7 +194,7 @@ def _prune_in_place(
     if journal is not None:
         assert isinstance(model, Checkpoint)
         journal.storage_of = plan.storage_of
-        journal.begin(_identity(name, model.folder, plan, data.origin, environment), overwrite)
+        journal.begin(_identity(name, model.folder, plan, data.origin, environment))
     outcome = engine.run(module, data.batches, plan, progress, journal)
     return Report(
         recipe=describe(plan) | {"model": name},

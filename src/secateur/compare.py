@@ -10,6 +10,7 @@ each cell says who runs it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from secateur.pattern import parse_pattern
 from secateur.peer_llmcompressor import peak_of_process
 from secateur.peers import prune_by_llmcompressor
 from secateur.recipe import EFFORTS, make_plan, read_value
+from secateur.store import write_whole
 from secateur.tasks import check_tasks, run_tasks
 
 RESULTS = "compare.json"
@@ -231,13 +234,25 @@ def _open(out: Path, settings: Settings) -> Comparison:
 
 
 def _in_own_process(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None) -> dict[str, Any]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
         except ValueError as error:
             raise ValueError(f"cell {cell.key}: {error}") from error
         except BrokenProcessPool as error:
             raise ValueError(f"cell {cell.key}: its process died; it may have run out of memory") from error
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does: a cell of a comparison that was killed is of no use."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: Path | None = None) -> dict[str, Any]:
@@ -303,10 +318,3 @@ def _summary(cell: dict[str, Any]) -> str:
 
 def _short(text: str | None) -> str:
     return "shipped text" if text is None else Path(text).name
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

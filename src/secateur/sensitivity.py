@@ -90,12 +90,22 @@ def _watching(blocks: Sequence[Block], on_output: Callable[[Use, Tensor], None])
     watcher = WeightWatcher([], lambda _use: None, on_output)
     with ExitStack() as stack:
         for block in blocks:
-            begins: Any = lambda _module, _args, block=block: watcher.look_for(block.matrices)  # noqa: E731
-            ends: Any = lambda _module, _args, _output: watcher.look_for([])  # noqa: E731
-            stack.callback(block.module.register_forward_pre_hook(begins).remove)
-            stack.callback(block.module.register_forward_hook(ends).remove)
+            for hook in _looking(watcher, block):
+                stack.callback(hook.remove)
         stack.enter_context(watcher)
         yield
+
+
+def _looking(watcher: WeightWatcher, block: Block) -> Sequence[Any]:
+    """Hooks that let the watcher look for the block's matrices, where they then lie, while the block runs."""
+
+    def begins(_module: nn.Module, _args: Any) -> None:
+        watcher.look_for(block.matrices)
+
+    def ends(_module: nn.Module, _args: Any, _output: Any) -> None:
+        watcher.look_for([])
+
+    return block.module.register_forward_pre_hook(begins), block.module.register_forward_hook(ends)
 
 
 class _GradientSquares:

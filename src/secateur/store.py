@@ -41,6 +41,7 @@ class Journal:
     """What a run has finished, as a store for the engine; made by `open_journal`.
 
     Args:
+        overwrite: what lies here may be replaced by another run.
         identity: what a run that goes on must share with the one that began, as nested plain data.
         blocks: SHA-256 of each finished block's file, by the block's name; the files are numbered in this order.
         seconds: time spent by the processes before this one.
@@ -51,6 +52,7 @@ class Journal:
     """
 
     folder: Path
+    overwrite: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -61,22 +63,22 @@ class Journal:
     started: float = field(default_factory=time.perf_counter)
     _done: set[str] = field(default_factory=set)  # blocks that this process is past
 
-    def begin(self, identity: dict[str, Any], overwrite: bool = False) -> None:
-        """State what the run is. With `overwrite` one that began otherwise is forgotten.
+    def begin(self, identity: dict[str, Any]) -> None:
+        """State what the run is; one that began otherwise is forgotten where it may be overwritten.
 
         Raises:
             ValueError: the run that began here was another one; every difference is named.
         """
         identity = json.loads(json.dumps(identity))
         differences = list(_differences(self.identity, identity)) if self.identity else []
-        if differences and not overwrite:
+        if differences and not self.overwrite:
             raise ValueError(
                 f"{self.folder.parent} holds an unfinished run that differs: {'; '.join(differences)}. Go on with "
                 f"what it began with, or start again with --overwrite"
             )
         if differences or not self.identity:
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            self.blocks, self.seconds = {}, 0.0
+            self.blocks, self.files, self.seconds = {}, [], 0.0
             self.replaces = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
         self.identity = identity
 
@@ -117,7 +119,8 @@ class Journal:
         """
         parameters = _parameters(block)
         with self._file(block) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            held = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in held}
             if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
                 raise KeyError(f"it doesn't hold the matrices of {block.name}")
             for name, parameter in parameters.items():
@@ -215,11 +218,7 @@ class Journal:
             "replaces": self.replaces,
             "files": self.files,
         }
-        path, partial = self.folder / MANIFEST, self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _flush(partial)
-        partial.replace(path)
-        _flush(self.folder)
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     @property
     def spent(self) -> float:
@@ -258,9 +257,9 @@ def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[J
         raise ValueError(f"{out} is being written by another run: wait for it, or choose another folder") from None
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
-    journal = Journal(folder)
+    journal = Journal(folder, overwrite)
     try:
-        _take_over(journal, resume, overwrite)
+        _take_over(journal, resume)
         yield journal
     finally:
         try:
@@ -272,7 +271,7 @@ def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[J
                 path.rmdir()
 
 
-def _take_over(journal: Journal, resume: bool, overwrite: bool) -> None:
+def _take_over(journal: Journal, resume: bool) -> None:
     """Read what an earlier process left; a model that it had finished is brought to its place whatever comes next."""
     earlier = Journal(journal.folder)
     try:
@@ -280,7 +279,7 @@ def _take_over(journal: Journal, resume: bool, overwrite: bool) -> None:
         if earlier.files:
             earlier.publish()
     except ValueError:
-        if not overwrite:
+        if not journal.overwrite:
             raise
         return
     if resume:
@@ -336,6 +335,15 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), now.get(key), f"{name} {key}".strip())
     elif before != now:
         yield f"{name} was {before}, is {now}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and wait until it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.replace(path)
+    _flush(path.parent)
 
 
 def _flush(path: Path) -> None:

@@ -12,7 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from secateur.compare import DENSE, Comparison, write_whole
+from secateur.compare import DENSE, Comparison
+from secateur.store import write_whole
 from secateur.tasks import headline
 
 _HTML = """<!doctype html>
