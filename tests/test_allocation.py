@@ -145,8 +145,8 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
             module.register_full_backward_hook(
                 lambda _m, _i, out, name=matrix.name: seen.setdefault(name, []).append(out[0].flatten(0, -2))
             )
-    generator = torch.Generator().manual_seed(7)
-    for ids in torch.cat([batch["input_ids"] for batch in batches])[:3]:
+    for number, ids in enumerate(torch.cat([batch["input_ids"] for batch in batches])[:3]):
+        generator = torch.Generator().manual_seed(7 + number)
         logits = model(ids[None], use_cache=False).logits[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
@@ -159,7 +159,7 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
 
     model = mixtral(num_local_experts=4, num_experts_per_tok=1)
     blocks = find_blocks(model)
-    from secateur.engine import _eager_experts
+    from secateur.model import _eager_experts
 
     with torch.no_grad(), _eager_experts(model):
         few = [{"input_ids": torch.tensor([[5]])}]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur import cli
+from secateur.checkpoint import compute_dtype
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = ("--samples", "8", "--seq-len", "32")
@@ -464,9 +465,7 @@ def test_short_and_empty_texts(main, model, tmp_path):
 def test_eval_equals_a_plain_loop(main, model, text):
     code, stdout, _ = main("eval", model, "--text", text, "--seq-len", "32", "--json")
     assert code == 0
-    dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    if not torch.cpu._is_amx_tile_supported():
-        dense = dense.float()
+    dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=compute_dtype(torch.bfloat16, "cpu"))
     ids = torch.tensor(character_tokenizer()(TEXT).input_ids)
     losses = []
     for window in ids[: len(ids) // 32 * 32].view(-1, 32):

@@ -21,7 +21,7 @@ LONG_FUNCTIONS = {
 # Each module may import only modules of its own layer's left: mathematics, model, engine, files, interface.
 LAYERS = (
     ("pattern", "linalg", "gram", "solvers"),
-    ("observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
+    ("parallel", "observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
     (
         "sensitivity",
         "allocation",
@@ -35,7 +35,7 @@ LAYERS = (
         "tasks",
     ),
     ("assets", "checkpoint", "store", "export", "inspection"),
-    ("api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
+    ("run", "api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur import parallel
 from secateur.capture import Batch, Progress, Stream
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError, refit_rows
@@ -90,8 +91,9 @@ def allocate(
     matrices = [matrix for block in blocks for matrix in block.matrices]
     if allocation.rule == "uniform":
         return Allotment({matrix.name: pattern for matrix in matrices})
-    sequences = sum(len(hidden) for hidden in stream.hidden) if stream.routed else allocation.windows
-    part = _first_sequences(stream, sequences)
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    sequences = sum(sizes) if stream.routed else allocation.windows
+    part = _first_sequences(stream, sizes, sequences)
     if allocation.rule == "owl":
         assert isinstance(pattern, Unstructured), "checked by the recipe"
         measured = _over_dense_blocks(blocks, part, _count_outliers, progress, residence)
@@ -136,28 +138,34 @@ def _over_dense_blocks(
     progress: Progress,
     residence: Residence,
 ) -> dict[str, Any]:
-    """`measure(name, W, gram)` of every matrix in the dense model. The stream is used up."""
-    measured = {}
+    """`measure(name, W, gram)` of every matrix in the dense model. The stream is used up.
+
+    The matrices of a block are dealt out to the processes; the figures (plain data) are then everybody's.
+    """
+    measured: dict[str, Any] = {}
     for index, block in enumerate(blocks):
         with residence.using(block):
             grams = stream.observe(block, stream.groups[block.name])
+            own = parallel.dealt(len(block.matrices))
             for group in stream.groups[block.name]:
                 gram = grams.pop(group.leader.name)
                 for matrix, input_dim in group.members:
+                    if block.matrices.index(matrix) not in own:
+                        continue
                     try:
                         measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
                     except NotPositiveDefiniteError as error:
                         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
             stream.hidden = stream.outputs(block)
         progress("allocation", index + 1, len(blocks))
-    return measured
+    found = parallel.gather_items(measured)
+    return {matrix.name: found[matrix.name] for block in blocks for matrix in block.matrices}
 
 
-def _first_sequences(stream: Stream, windows: int) -> Stream:
-    """The stream's first batches, as many as hold `windows` sequences."""
-    sizes = torch.tensor([len(hidden) for hidden in stream.hidden])
-    enough = int((sizes.cumsum(0) < windows).sum()) + 1
-    count = min(enough, len(sizes))
+def _first_sequences(stream: Stream, sizes: Sequence[int], windows: int) -> Stream:
+    """The stream's part of the first batches, as many as hold `windows` sequences."""
+    enough = int((torch.tensor(sizes).cumsum(0) < windows).sum()) + 1
+    count = len(parallel.dealt(min(enough, len(sizes))))
     calls = {name: calls[:count] for name, calls in stream.calls.items()}
     return Stream(stream.hidden[:count], calls, stream.padding[:count], stream.groups)
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur import engine, export
+from secateur import export, parallel
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
 from secateur.capture import Batch, Progress
-from secateur.checkpoint import Checkpoint, load, load_words, read_json, resolve
+from secateur.checkpoint import Checkpoint, default_device, load
 from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
-from secateur.model import parameters_of
 from secateur.pattern import Pattern, parse_pattern
-from secateur.recipe import SETTINGS, describe, make_plan
+from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
-from secateur.residence import Mapped
+from secateur.run import Source, Texts, prune_in_place, prune_to_folder
 from secateur.solvers import Solved
 from secateur.solvers.swap import check_columns
-from secateur.store import Journal, digest_of, open_journal
 from secateur.tasks import check_tasks, run_tasks
 
 
@@ -65,7 +60,8 @@ def prune(
 ) -> Report:
     """Prune a model in one shot, without retraining.
 
-    A model object is pruned in place; a folder, GGUF file or hub name is loaded, pruned and saved to `out`.
+    A model object is pruned in place; a folder, GGUF file or hub name is loaded, pruned and saved to `out`. Processes
+    that torchrun started, or of a group that is initialised, each call it alike and share the work.
 
     Args:
         model: a transformers model, or what names one (see `secateur prune --help`). A loaded `Checkpoint` is pruned in
@@ -106,122 +102,21 @@ def prune(
         true_sequential=true_sequential,
         seed=seed,
     )
-    texts = _Texts(calibration, samples, seq_len, seed)
+    texts = Texts(calibration, samples, seq_len, seed)
     if isinstance(model, nn.Module | Checkpoint):
         if out is not None or resume or overwrite:
             raise ValueError(
                 "out, resume and overwrite are for models given by name; a model object is pruned in place: save it "
                 "yourself"
             )
-        return _prune_in_place(model, tokenizer, plan, texts, progress)
+        with parallel.joined(device):
+            return prune_in_place(model, tokenizer, plan, texts, progress)
     if out is None:
         raise ValueError("out is missing: name the folder to save the pruned model to")
     export.check_shard_size(max_shard_size)
-    folder = resolve(str(model), trust_remote_code, allow_pickle)
-    out = _writable(out, str(model), calibration, folder, overwrite, resume)
-    with open_journal(out, resume, overwrite) as journal:
-        if resume and not (journal.identity and not journal.files) and (out / export.METADATA).is_file():
-            config, words = load_words(folder, trust_remote_code)
-            data = calibrate(texts.source, words, config, texts.samples, texts.seq_len, texts.seed)
-            wanted = _identity(str(model), folder, plan, data.origin, {})
-            if report := _finished(out, wanted, overwrite):
-                return report
-        checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle, mapped=True)
-        journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
-        report = _prune_in_place(checkpoint, None, plan, texts, progress, journal)
-        report.out = str(out)
-        journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
-    return report
-
-
-def _finished(out: Path, wanted: dict[str, Any], overwrite: bool) -> Report | None:
-    """The report of the finished model in `out`, where that is what is wanted; None where it may be overwritten.
-
-    Raises:
-        ValueError: it is of another run.
-    """
-    path = out / export.METADATA
-    try:
-        report = Report.from_dict(read_json(path, ""))
-    except (KeyError, TypeError, AttributeError) as error:
-        if overwrite:
-            return None
-        raise ValueError(f"{path} is no report of a run: choose another folder, or pass --overwrite") from error
-    # Versions and threads may differ: the model is there.
-    different = sorted(name for name in ("model", "recipe", "calibration") if report.identity.get(name) != wanted[name])
-    if different and not overwrite:
-        raise ValueError(
-            f"{out} holds a finished model of another run (its {', '.join(different)} differs): choose another folder, "
-            f"or pass --overwrite to replace it"
-        )
-    return None if different else report
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """What to calibrate on, as `calibrate` takes it."""
-
-    source: str | Path | Sequence[Tensor] | Sequence[Batch] | None
-    samples: int
-    seq_len: int | None
-    seed: int
-
-
-def _prune_in_place(
-    model: nn.Module | Checkpoint,
-    tokenizer: Any,
-    plan: engine.Plan,
-    texts: _Texts,
-    progress: Progress,
-    journal: Journal | None = None,
-) -> Report:
-    started = time.perf_counter()
-    if isinstance(model, Checkpoint):
-        module, name, tokenizer = model.model, model.name, tokenizer or model.tokenizer
-        plan = replace(plan, storage_dtype=model.matrix_storage)
-    else:
-        module, name = model, type(model).__name__
-    config: Any = module.config
-    data = calibrate(texts.source, tokenizer, config, texts.samples, texts.seq_len, texts.seed)
-    parameter = next(module.parameters())
-    device, dtype = str(parameter.device), parameter.dtype
-    if isinstance(model, Checkpoint):
-        device, dtype = model.device, model.compute_dtype
-    environment = export.environment() | {"device": device, "forward_dtype": str(dtype).removeprefix("torch.")}
-    environment["processor"] = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    )
-    if journal is not None:
-        assert isinstance(model, Checkpoint)
-        journal.storage_of = plan.storage_of
-        journal.begin(_identity(name, model.folder, plan, data.origin, environment))
-    outcome = engine.run(module, data.batches, plan, progress, journal)
-    return Report(
-        recipe=describe(plan) | {"model": name},
-        environment=environment,
-        identity={} if journal is None else journal.identity,
-        calibration=data.origin,
-        matrices=outcome.matrices,
-        blocks=outcome.blocks,
-        dense=outcome.dense,
-        model_parameters=parameters_of(module),
-        layer_parameters=outcome.layer_weights,
-        seconds=time.perf_counter() - started if journal is None else journal.spent,
-        notices=data.notices + outcome.notices,
-    )
-
-
-def _identity(
-    name: str, folder: Path, plan: engine.Plan, origin: dict[str, Any], environment: dict[str, Any]
-) -> dict[str, Any]:
-    """What decides the bits of a run. Cost: one read of the model's files."""
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".py")]
-    return {
-        "model": {"name": name, "files": {path.name: digest_of(path) for path in sorted(files)}},
-        "recipe": json.loads(json.dumps(describe(plan))) | {"seed": plan.seed},
-        "calibration": origin["sha256"],
-        "environment": {name: value for name, value in environment.items() if name not in ("python", "platform")},
-    }
+    source = Source(str(model), device, trust_remote_code, allow_pickle)
+    with parallel.joined(device):
+        return prune_to_folder(source, Path(out), plan, texts, overwrite, resume, max_shard_size, progress)
 
 
 def evaluate(
@@ -347,16 +242,3 @@ def solve(
     with torch.no_grad():
         solved = plan.solver(weights, gram, plan.pattern)
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
-
-
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _writable(out: str | Path, model: str, calibration: Any, folder: Path, overwrite: bool, resume: bool) -> Path:
-    """The absolute path of `out`, checked against everything that the run reads."""
-    path = Path(out).expanduser().resolve()
-    named = [Path(item).expanduser() for item in (model, calibration) if isinstance(item, str | Path)]
-    export.check_target(path, [folder, *(item for item in named if item.exists())], overwrite, resume)
-    return path

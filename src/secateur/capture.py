@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from secateur import parallel
 from secateur.experts import borrowed_share, owner_of, recorded_calls, run_all_tokens
 from secateur.gram import Gram, GramAccumulator
 from secateur.model import Block, Call, UnsupportedModelError
@@ -40,6 +41,8 @@ class InputGroup:
 @dataclass(eq=False)
 class Stream:
     """Hidden states of every batch in front of one block, and how to run each block on them.
+
+    Where several processes share a run, the batches are those dealt to this one.
 
     `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it. `routed`
     names the matrices that don't see every token (experts).
@@ -69,6 +72,7 @@ class Stream:
         sums = _Sums()
         for index, hidden in enumerate(self.hidden):
             self.replay_watched(block, groups, index, hidden, sums.add)
+        sums.add_up(groups)
         short = {
             group.leader.name: share
             for group in groups
@@ -97,6 +101,7 @@ class Stream:
                     self.calls[block.name][index].replay(block, hidden.clone())
                 for group, call in product(owned, calls):
                     run_all_tokens(owner, call, group.leader, self._adding(sums, index))
+        sums.add_up(groups)
         for group in groups:
             if not sums.tokens(name := group.leader.name):
                 raise ValueError(
@@ -148,6 +153,18 @@ class _Sums:
         if name not in self.by_name:
             self.by_name[name] = GramAccumulator(X.shape[1], X.device)
         self.by_name[name].add(X)
+
+    def add_up(self, groups: Sequence[InputGroup]) -> None:
+        """Take in what every other process has added, of whom some may have seen no token of an expert."""
+        if parallel.size() == 1:
+            return
+        for group in groups:
+            if group.leader.name not in self.by_name:
+                self.by_name[group.leader.name] = GramAccumulator(group.columns, group.leader.stored.device)
+            parallel.add_up(self.by_name[group.leader.name].sum)
+        counts = parallel.gather({group.leader.name: self.tokens(group.leader.name) for group in groups})
+        for group in groups:
+            self.by_name[group.leader.name].tokens = sum(count[group.leader.name] for count in counts)
 
     def tokens(self, name: str) -> int:
         return self.by_name[name].tokens if name in self.by_name else 0

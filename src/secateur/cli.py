@@ -124,14 +124,18 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune MODEL and save it to OUT."""
-    from secateur import api
+    from secateur import api, parallel
 
     given = dict(locals())
     flags = {name: given[name] for name in _API_FLAGS} | {"block": _block(block)}
     options = _plugin_options(option or [], reserved=set(given))
     options |= {name: value for name, value in flags.items() if value is not None}
-    with progress_bars() as progress, telling_of_unfinished(out):
-        report = api.prune(model, out, include=include or (), exclude=exclude or (), progress=progress, **options)
+    with parallel.joined(device):
+        speaks = parallel.is_first()
+        with progress_bars(speaks) as progress, telling_of_unfinished(out, speaks):
+            report = api.prune(model, out, include=include or (), exclude=exclude or (), progress=progress, **options)
+    if not speaks:
+        return
     print_notices(report.notices)
     if as_json:
         print_json(report.to_dict())

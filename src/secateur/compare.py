@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from secateur.api import default_device, evaluate, prune
-from secateur.checkpoint import load, read_json
+from secateur.api import evaluate, prune
+from secateur.checkpoint import default_device, load, read_json
 from secateur.export import environment
 from secateur.pattern import parse_pattern
 from secateur.peer_llmcompressor import peak_of_process
@@ -284,6 +284,7 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
                 "sparsity": report.sparsity,
                 "seconds": report.seconds,
                 "peak_memory": _peak_memory(device),
+                "environment": report.environment,
             }
     started = time.perf_counter()
     found["perplexity"] = {
@@ -299,7 +300,7 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
     if tasks:
         by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
         found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
-    return found | {"eval_seconds": time.perf_counter() - started, "environment": environment()}
+    return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
 
 
 def _peak_memory(device: str) -> int:

@@ -30,13 +30,13 @@ stdout, stderr = Console(), Console(stderr=True)
 
 
 @contextmanager
-def progress_bars() -> Iterator[Any]:
-    """A progress function that draws one bar a stage on stderr, with the time that remains."""
+def progress_bars(shown: bool = True) -> Iterator[Any]:
+    """A progress function that draws one bar a stage on stderr, with the time that remains, where they are shown."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr, disable=not shown) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -59,7 +59,7 @@ def print_notices(notices: list[str]) -> None:
 
 
 @contextmanager
-def telling_of_unfinished(out: Path) -> Iterator[None]:
+def telling_of_unfinished(out: Path, speaks: bool = True) -> Iterator[None]:
     """Afterwards says how to go on with what an error or Ctrl-C left in a folder, where that is new."""
     from secateur.store import unfinished
 
@@ -67,7 +67,7 @@ def telling_of_unfinished(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if (kept := unfinished(out.expanduser())) and kept != before:
+        if speaks and (kept := unfinished(out.expanduser())) and kept != before:
             stderr.print(f"{kept}: --resume goes on from there", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from secateur.capture import Batch
-from secateur.engine import observable
-from secateur.model import check_runnable, parameters_of
+from secateur.model import check_runnable, observable, parameters_of
 from secateur.stacks import find_stacks
 from secateur.survey import survey
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from secateur import export
-from secateur.api import default_device, evaluate, prune
+from secateur.api import evaluate, prune
 from secateur.capture import Progress
-from secateur.checkpoint import load, read_json
+from secateur.checkpoint import default_device, load, read_json
 from secateur.report import Report
 from secateur.store import FOLDER, MANIFEST
 

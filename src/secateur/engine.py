@@ -7,22 +7,20 @@ matrices would take more than 4 GiB (many experts), after as many as fit.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur import parallel
 from secateur.allocation import Allocation, Allotment, allocate
 from secateur.capture import Batch, InputGroup, Progress, Stream
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
-from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable
+from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable, observable
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block
@@ -94,7 +92,8 @@ def run(
 
     The model, the texts and the pattern are checked by a dense pass before the first weight changes. What only pruning
     brings about (a Gram matrix that can't be factored) ends the run where it is met. Blocks that a store
-    holds finished are replayed, and the run ends with the bits of one that was never stopped.
+    holds finished are replayed, and the run ends with the bits of one that was never stopped. Several processes, each
+    with the model and all batches, share the work (`parallel`) and end with the same model.
 
     Cost: the dense pass (another for each further stack), two forward passes of each block over the batches, the Gram
     matrices and the solver calls; one more forward pass where something aims at the dense model; allocation and refit
@@ -103,6 +102,11 @@ def run(
     store = store or InMemory()
     check_runnable(model)
     check_finite_weights(model)
+    if len(batches) < parallel.size():
+        raise ValueError(
+            f"{len(batches)} calibration batches can't be dealt out to {parallel.size()} processes: use more "
+            f"--samples, or fewer processes"
+        )
     if plan.refit is not None:
         plan.refit.check_batches(len(batches))
     with observable(model):
@@ -174,20 +178,43 @@ def _prune_block(
 ) -> list[MatrixReport]:
     one_by_one = plan.true_sequential or plan.target.kind == "residual"
     originals = DenseWeights(block) if plan.target.kind != "pruned" else None
-    reports = []
+    reports: list[MatrixReport] = []
     for observed in _passes(stream.groups[block.name], one_by_one):
         if originals is None:
             moments = {name: Moments(gram) for name, gram in stream.observe(block, observed).items()}
         else:
             assert dense_outputs is not None
             moments = observe_both(block, stream, observed, dense_outputs, originals, plan.target)
+        owners = _owners(observed)
+        gains = _write_gains(block, stream, observed) if plan.target.kind == "residual" else {}
+        solved: dict[str, MatrixReport] = {}
         for group in observed:
             mine = moments.pop(group.leader.name)
             for matrix, input_dim in group.members:
-                gain = write_gain(block, stream, matrix, input_dim) if plan.target.kind == "residual" else None
-                pattern, scale = allotment.patterns[matrix.name], allotment.row_scales.get(matrix.name)
-                reports.append(_prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan))
+                if owners[matrix] == parallel.rank():
+                    pattern, scale = allotment.patterns[matrix.name], allotment.row_scales.get(matrix.name)
+                    gain = gains.get(matrix.name)
+                    solved[matrix.name] = _prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan)
+        for matrix, owner in owners.items():
+            parallel.send(matrix.stored, owner)
+        everybodys = parallel.gather_items(solved)
+        reports += [everybodys[matrix.name] for matrix in owners]
     return reports
+
+
+def _owners(groups: Sequence[InputGroup]) -> dict[Matrix, int]:
+    """Which process solves each matrix: by R C^2, which is what all solvers cost."""
+    members = [member for group in groups for member in group.members]
+    costs = [float(matrix.stored.numel() * matrix.weight(input_dim).shape[1]) for matrix, input_dim in members]
+    return dict(zip([matrix for matrix, _ in members], parallel.owners_of(costs), strict=True))
+
+
+def _write_gains(block: Block, stream: Stream, groups: Sequence[InputGroup]) -> dict[str, float | None]:
+    """How the residual stream follows each matrix, as the first process finds it on its first batch."""
+    members = [member for group in groups for member in group.members] if parallel.is_first() else []
+    return parallel.from_first(
+        {matrix.name: write_gain(block, stream, matrix, input_dim) for matrix, input_dim in members}
+    )
 
 
 def _passes(groups: Sequence[InputGroup], one_by_one: bool) -> list[list[InputGroup]]:
@@ -326,53 +353,3 @@ def _check_widths(stream: Stream, plan: Plan) -> None:
                         check_columns(columns, stream.hidden[0].device)
                 except ValueError as error:
                     raise ValueError(f"{matrix.name}: {error}") from error
-
-
-@contextmanager
-def observable(model: nn.Module) -> Iterator[None]:
-    """The model as it can be watched: without dropout, its experts in plain products, by deterministic kernels."""
-    with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
-        yield
-
-
-@contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), restored module by module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _eager_experts(model: Any) -> Iterator[None]:
-    """Experts as plain products, one at a time: fused kernels hide the use of each expert's weights."""
-    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    if before in (None, "eager") or not hasattr(model, "set_experts_implementation"):
-        yield
-        return
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
-@contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    """Only deterministic kernels, so that the same seed on the same machine gives the same bits."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills: Any = torch.utils.deterministic  # its setting is no declared attribute
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
-    fill = fills.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    fills.fill_uninitialized_memory = False  # a debugging aid that costs a write of each new tensor
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        fills.fill_uninitialized_memory = fill

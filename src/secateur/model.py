@@ -5,8 +5,10 @@ Families are found by introspection. Exceptions are rows of a table, never a cla
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -177,6 +179,56 @@ def check_finite_weights(model: nn.Module) -> None:
         if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.data).all()):
             bad = int((~torch.isfinite(parameter.data)).sum())
             raise ValueError(f"{name} has {bad} weights that are NaN or infinite: the checkpoint is damaged")
+
+
+@contextmanager
+def observable(model: nn.Module) -> Iterator[None]:
+    """The model as it can be watched: without dropout, its experts in plain products, by deterministic kernels."""
+    with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
+        yield
+
+
+@contextmanager
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), restored module by module."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _eager_experts(model: Any) -> Iterator[None]:
+    """Experts as plain products, one at a time: fused kernels hide the use of each expert's weights."""
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if before in (None, "eager") or not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Only deterministic kernels, so that the same seed on the same machine gives the same bits."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills: Any = torch.utils.deterministic  # its setting is no declared attribute
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
+    fill = fills.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    fills.fill_uninitialized_memory = False  # a debugging aid that costs a write of each new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        fills.fill_uninitialized_memory = fill
 
 
 def matrices_of(path: str, module: nn.Module) -> list[Matrix]:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from secateur import parallel
 from secateur.capture import Stream
 from secateur.model import Block
 
@@ -75,6 +76,10 @@ def refit_block(
     dense block's output on the dense stream. Each token counts alike whatever its norm, as it does for the next
     block's normalisation layer. Master weights and Adam's moments are fp32, products run in the model's dtype.
 
+    Where several processes share the batches, each step's gradient comes from the one that has its batch, and all take
+    the step: the steps, and so the bits, are those of one process. They come one after another, so this divides work
+    and memory but not the time.
+
     Args:
         dense_outputs: y_d of every batch.
         seed: fixes which batches are held out and the order of the others.
@@ -88,11 +93,11 @@ def refit_block(
     gradients, Adam's moments, the best weights so far), and the activations of one batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(stream.hidden), generator=generator).tolist()
+    objective = _Objective(block, stream, dense_outputs)
+    order = torch.randperm(objective.batches, generator=generator).tolist()
     num_held_out = min(max(1, round(options.held_out * len(order))), len(order) - 1)
     held_out, trained = order[:num_held_out], order[num_held_out:]
     weights = KeptWeights(block, storage_of)
-    objective = _Objective(block, stream, dense_outputs)
     before = best_loss = objective.mean(held_out)
     best, best_pass = weights.snapshot(), 0
     steps = options.passes * len(trained)
@@ -104,8 +109,9 @@ def refit_block(
             for group, scale in zip(optimizer.param_groups, weights.scales, strict=True):
                 group["lr"] = options.rate * scale * _schedule(step, steps)
             with weights.trainable(), torch.enable_grad():
-                (objective.gradient_scale * objective(trained[index])).backward()
-                weights.collect_gradients()
+                if objective.has(trained[index]):
+                    (objective.gradient_scale * objective(trained[index])).backward()
+                weights.collect_gradients(objective.owner(trained[index]))
             optimizer.step()
             weights.write_back()
             step += 1
@@ -125,7 +131,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 class _Objective:
-    """The objective on one batch of the stream.
+    """The objective on one batch, by its number among those of all processes.
 
     `gradient_scale` (tokens x norm of a target) brings the gradient of the output near 1, since the plain one, of the
     size `error / (|y|^2 T)`, underflows in fp16. Adam's steps don't depend on it.
@@ -134,9 +140,19 @@ class _Objective:
     def __init__(self, block: Block, stream: Stream, dense_outputs: Sequence[Tensor]) -> None:
         self.block, self.stream, self.targets = block, stream, dense_outputs
         norms = dense_outputs[0].float().norm(dim=-1)
-        self.gradient_scale = float(norms.mean()) * norms.numel()
+        self.gradient_scale = parallel.from_first(float(norms.mean()) * norms.numel())
+        self.batches = sum(parallel.gather(len(stream.hidden)))
 
-    def __call__(self, index: int) -> Float[Tensor, ""]:
+    def owner(self, number: int) -> int:
+        """The process that has a batch."""
+        return number % parallel.size()
+
+    def has(self, number: int) -> bool:
+        """Whether this process has a batch."""
+        return self.owner(number) == parallel.rank()
+
+    def __call__(self, number: int) -> Float[Tensor, ""]:
+        index = number // parallel.size()
         call = self.stream.calls[self.block.name][index]
         output = call.replay(self.block, self.stream.hidden[index].clone()).float()
         target = self.targets[index].float()
@@ -144,8 +160,9 @@ class _Objective:
         real = self.stream.padding[index]
         return error.mean() if real is None else error[real].mean()
 
-    def mean(self, indices: Sequence[int]) -> float:
-        return sum(float(self(index)) for index in indices) / len(indices)
+    def mean(self, numbers: Sequence[int]) -> float:
+        losses = parallel.gather_items({number: float(self(number)) for number in numbers if self.has(number)})
+        return sum(losses[number] for number in numbers) / len(numbers)
 
 
 class KeptWeights:
@@ -182,11 +199,12 @@ class KeptWeights:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
 
-    def collect_gradients(self) -> None:
-        """Move each parameter's gradient to its master, without what belongs to pruned weights."""
+    def collect_gradients(self, owner: int) -> None:
+        """Move each parameter's gradient, of the process `owner`, to its master, without that of pruned weights."""
         for parameter, master, kept in zip(self.parameters, self.masters, self.kept, strict=True):
             # An expert that no token of the batch reached has no gradient.
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float() * kept
+            parallel.send(master.grad, owner)
 
     def write_back(self) -> None:
         """Show the masters to the model as they would be saved."""

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur import parallel
 from secateur.capture import Batch
 from secateur.model import Block, Call, run_without_cache
 from secateur.observe import Use, WeightWatcher
@@ -28,7 +29,8 @@ def output_sensitivity(
     doesn't see counts as zero, so that rarely used experts weigh little.
 
     Args:
-        batches: model inputs, padding allowed; sequences are taken one at a time.
+        batches: model inputs, padding allowed; sequences are taken one at a time, by the process that their batch is
+            dealt to.
         windows: how many sequences.
         seed: of the labels.
 
@@ -38,10 +40,11 @@ def output_sensitivity(
     Cost: a forward and a backward pass of the whole model (no weight gradients) for each sequence.
     """
     sums, tokens, done = _GradientSquares(), 0, 0
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
     with _activation_gradients(model, blocks[0]), torch.enable_grad():
-        for sequence in _sequences(batches, windows):
+        for number, sequence in _own_sequences(batches, windows):
+            generator.manual_seed(seed + number)  # whoever takes a sequence draws the same labels for it
             inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
             with _watching(blocks, sums.watch):
                 logits = _logits(run_without_cache(model, model, **inputs)).float()
@@ -51,17 +54,23 @@ def output_sensitivity(
             odds = logits.detach().softmax(-1).cpu()
             labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    for matrix in [matrix for matrix in matrices if matrix.index is not None and matrix.name not in sums.totals]:
+    totals: dict[str, Tensor] = {}
+    for part in parallel.gather({name: total.cpu() for name, total in sums.totals.items()}):
+        for name, total in part.items():
+            totals[name] = totals[name] + total if name in totals else total
+    tokens, done = (sum(numbers) for numbers in zip(*parallel.gather((tokens, done)), strict=True))
+    for matrix in [matrix for matrix in matrices if matrix.index is not None and matrix.name not in totals]:
         # An expert that no token reaches weighs nothing; its rows are as many as those of any other of its kind.
-        kind = [each.name for each in matrices if each.parameter is matrix.parameter and each.name in sums.totals]
+        kind = [each.name for each in matrices if each.parameter is matrix.parameter and each.name in totals]
         if kind:
-            sums.totals[matrix.name] = torch.zeros_like(sums.totals[kind[0]])
-    if unseen := [matrix.name for matrix in matrices if matrix.name not in sums.totals]:
+            totals[matrix.name] = torch.zeros_like(totals[kind[0]])
+    if unseen := [matrix.name for matrix in matrices if matrix.name not in totals]:
         raise ValueError(
             f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
             f"--allocation-windows, or use --allocation uniform"
         )
-    return {name: total / tokens for name, total in sums.totals.items()}
+    device = next(model.parameters()).device
+    return {name: (total / tokens).to(device) for name, total in totals.items()}
 
 
 def _logits(output: Any) -> Float[Tensor, "T V"]:
@@ -74,14 +83,17 @@ def _logits(output: Any) -> Float[Tensor, "T V"]:
     return output.logits if output.logits.ndim == 2 else output.logits[0]
 
 
-def _sequences(batches: Sequence[Batch], windows: int) -> Iterator[Batch]:
-    """The first sequences of the batches, each as a batch of one."""
-    for batch in batches:
+def _own_sequences(batches: Sequence[Batch], windows: int) -> Iterator[tuple[int, Batch]]:
+    """Those of the first sequences of the batches that are dealt to this process, each as a batch of one, numbered."""
+    dealt = parallel.dealt(len(batches))
+    number = 0
+    for index, batch in enumerate(batches):
         for row in range(len(next(iter(batch.values())))):
-            if windows == 0:
+            if number == windows:
                 return
-            windows -= 1
-            yield {name: value[row : row + 1] for name, value in batch.items()}
+            if index in dealt:
+                yield number, {name: value[row : row + 1] for name, value in batch.items()}
+            number += 1
 
 
 @contextmanager

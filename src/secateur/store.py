@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from secateur import parallel
 from secateur.model import Block
 from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Residence
@@ -40,6 +41,8 @@ LAST_MOVED = "config.json"  # without it a folder is no model, so none is half o
 class Journal:
     """What a run has finished, as a store for the engine; made by `open_journal`.
 
+    Where several processes share the run, the first alone writes, and the others read what it wrote.
+
     Args:
         overwrite: what lies here may be replaced by another run.
         identity: what a run that goes on must share with the one that began, as nested plain data.
@@ -49,6 +52,7 @@ class Journal:
         files: of the finished model, once that is whole.
         storage_of: from a parameter's name and its own dtype to the one it is saved in.
         residence: where the model's weights are.
+        notices: what the user should know of how the run went on.
     """
 
     folder: Path
@@ -60,6 +64,7 @@ class Journal:
     files: list[str] = field(default_factory=list)
     storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own
     residence: Residence = field(default_factory=InMemory)
+    notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     _done: set[str] = field(default_factory=set)  # blocks that this process is past
 
@@ -69,8 +74,21 @@ class Journal:
         Raises:
             ValueError: the run that began here was another one; every difference is named.
         """
-        identity = json.loads(json.dumps(identity))
+        if parallel.is_first():
+            self._begin(json.loads(json.dumps(identity)))
+        state = (self.identity, self.blocks, self.seconds, self.notices)
+        self.identity, self.blocks, self.seconds, self.notices = parallel.from_first(state)
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        begun_by, go_on = (each.get("environment", {}).get("processes", 1) for each in (self.identity, identity))
         differences = list(_differences(self.identity, identity)) if self.identity else []
+        if self.identity and begun_by != go_on:  # torchrun gives each process other threads than one alone has
+            apart = ("environment processes ", "environment threads ")
+            differences = [difference for difference in differences if not difference.startswith(apart)]
+            self.notices.append(
+                f"{begun_by} processes began this run and {go_on} go on with it: the model is that of an uninterrupted "
+                f"run to the rounding of sums, not to the bit"
+            )
         if differences and not self.overwrite:
             raise ValueError(
                 f"{self.folder.parent} holds an unfinished run that differs: {'; '.join(differences)}. Go on with "
@@ -144,6 +162,12 @@ class Journal:
         Raises:
             ValueError: the disk is full or not writable; the blocks before it are kept.
         """
+        if parallel.is_first():
+            self._write_block(block, figures)
+        self.blocks = parallel.from_first(self.blocks)
+        self._done.add(block.name)
+
+    def _write_block(self, block: Block, figures: BlockFigures) -> None:
         try:
             self.blocks[block.name] = ""
             path = self._path(block)
@@ -151,7 +175,6 @@ class Journal:
             _flush(path)
             self.blocks[block.name] = digest_of(path)
             self._write_manifest()
-            self._done.add(block.name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{block.name} could not be written to {self.folder} ({error})") from error
 
@@ -162,6 +185,11 @@ class Journal:
             ValueError: the disk is full or not writable; the blocks are kept, and so is what `OUT` held, unless the
                 model was whole and only the move was stopped: `publish` then completes it.
         """
+        if parallel.is_first():
+            self._write_model(write)
+        parallel.wait()
+
+    def _write_model(self, write: Callable[[Path], None]) -> None:
         made = self.folder / FINISHED
         try:
             shutil.rmtree(made, ignore_errors=True)
@@ -246,6 +274,10 @@ def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[J
         ValueError: another run holds the folder, it can't be written, or its manifest is damaged.
     """
     folder = out / FOLDER
+    if not parallel.is_first():
+        parallel.wait()
+        yield Journal(folder, overwrite)
+        return
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link: remove it, or choose another folder")
     made = [path for path in (folder, out, *out.parents) if not path.exists()]
@@ -260,6 +292,7 @@ def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[J
     journal = Journal(folder, overwrite)
     try:
         _take_over(journal, resume)
+        parallel.wait()
         yield journal
     finally:
         try:

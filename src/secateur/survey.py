@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from secateur import parallel
 from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
 from secateur.model import Block, Call, UnsupportedModelError, body_of, hidden_of, run_without_cache
@@ -35,6 +36,8 @@ def survey(
 ) -> Stream:
     """Run the dense model once over the calibration batches and record how its blocks are called.
 
+    Each process takes the batches that are dealt to it; what they find is put together.
+
     Args:
         missed: takes the matrices that should be pruned but can't be observed, with the error of each. Without it, the
             first is raised.
@@ -46,7 +49,9 @@ def survey(
     recorder = _Recorder(blocks)
     device = next(model.parameters()).device
     padding: list[Tensor | None] = []
-    for index, batch in enumerate(batches):
+    dealt = parallel.dealt(len(batches))
+    for done, index in enumerate(dealt, 1):
+        batch = batches[index]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         mask = on_device.get("attention_mask")
         padding.append(None if mask is None or bool(mask.all()) else mask.bool())
@@ -54,7 +59,7 @@ def survey(
             on_device.pop("attention_mask", None)
         with recorder.watch(padding[-1]):
             run_without_cache(model, body_of(model), **on_device)
-        progress("dense pass", index + 1, len(batches))
+        progress("dense pass", done, len(dealt))
     groups = recorder.finish()
     if missed is not None:
         missed |= recorder.missed
@@ -72,7 +77,7 @@ class _Recorder:
         self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
         self.tokens: dict[str, int] = {}
         self.input_dim: dict[str, int] = {}
-        self.inputs_seen: dict[str, list[int]] = {}
+        self.inputs_seen: dict[str, list[Any]] = {}
         self.other_uses: dict[str, set[str]] = {}
         self._inputs: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
         self._number_of_inputs = 0
@@ -163,13 +168,14 @@ class _Recorder:
 
     def finish(self) -> dict[str, list[InputGroup]]:
         """The input groups of each block, in order of first use; a matrix with no product goes to `block.dense`."""
+        self._put_together()
         groups: dict[str, list[InputGroup]] = {}
         for block in self.blocks:
             unused = [matrix for matrix in block.matrices if not self.tokens.get(matrix.name)]
             for matrix in unused:
                 self._explain_unused(block, matrix)
             by_name = {matrix.name: matrix for matrix in block.matrices}
-            found: dict[tuple[int, ...], InputGroup] = {}
+            found: dict[tuple[Any, ...], InputGroup] = {}
             for name, inputs in self.inputs_seen.items():  # in order of first use
                 if name in by_name:
                     group = found.setdefault(tuple(inputs), InputGroup(by_name[name]))
@@ -182,17 +188,40 @@ class _Recorder:
             groups[block.name] = [*found.values(), *alone]
         return groups
 
+    def _put_together(self) -> None:
+        """Take in what every other process saw, in the order of ranks, so that all go on with the same."""
+        if parallel.size() == 1:
+            return
+        places = {
+            id(module): (number, path)
+            for number, block in enumerate(self.blocks)
+            for path, module in block.module.named_modules()
+        }
+        entered = {places[module] for module in self._entered if module in places}
+        parts = parallel.gather((self.tokens, self.input_dim, self.inputs_seen, self.other_uses, entered))
+        self.tokens, self.input_dim, self.inputs_seen, self.other_uses = {}, {}, {}, {}
+        for rank, (tokens, input_dim, inputs_seen, other_uses, its_entered) in enumerate(parts):
+            self.input_dim |= input_dim
+            for name, count in tokens.items():
+                self.tokens[name] = self.tokens.get(name, 0) + count
+            for name, inputs in inputs_seen.items():
+                self.inputs_seen.setdefault(name, []).extend((rank, number) for number in inputs)
+            for name, uses in other_uses.items():
+                self.other_uses.setdefault(name, set()).update(uses)
+            self._entered |= {module for module, place in places.items() if place in its_entered}
+
     def routed(self, padding: Sequence[Tensor | None]) -> frozenset[str]:
         """Experts that saw only some tokens: slices of a 3-D parameter, and elements of a list that differ in theirs.
 
         Cross-attention sees another number of tokens than the rest of its block, but all of them.
         """
-        everything = sum(
+        own = sum(
             (hidden.shape[:-1] if hidden.is_floating_point() else hidden.shape).numel()
             if real is None
             else int(real.sum())
             for hidden, real in zip(self.hidden, padding, strict=True)
         )
+        everything = sum(parallel.gather(own))
         routed: set[str] = set()
         for block in self.blocks:
             alike: dict[str, list[str]] = {}

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur import parallel
 from secateur.capture import InputGroup, Stream, finished_grams
 from secateur.gram import Gram, GramAccumulator
 from secateur.model import Block
@@ -132,6 +133,11 @@ def observe(
             drifts[name].addmm_((dense_inputs[name] - X).T, X)
             if target.kind == "residual" and len(X) == len(error):
                 errors[name].addmm_(error.T, X)
+    counts = parallel.gather({name: each.tokens for name, each in sums.items()})
+    for name, each in sums.items():
+        for tensor in (each.sum, drifts[name], errors[name]):
+            parallel.add_up(tensor)
+        each.tokens = sum(count[name] for count in counts)
     grams = finished_grams(groups, sums)
     residual = target.kind == "residual"
     return {

@@ -1,0 +1,56 @@
+"""What tests/test_parallel.py runs in each of several processes: a few models pruned, and what became of them.
+
+    torchrun --nproc-per-node N tests/ranks.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import tiny_model, tokens
+from safetensors.torch import save_file
+from zoo import tiny
+
+import secateur
+from secateur import parallel
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("llama", {"effort": "best", "pattern": "50%"}),
+    "residual": ("llama", {"method": "sparsegpt", "pattern": "2:4", "target": "residual"}),
+    "owl": ("llama", {"method": "wanda", "pattern": "60%", "allocation": "owl"}),
+    "experts": ("mixtral", {"method": "mrp", "pattern": "50%", "allocation": "curve"}),
+    "mamba": ("mamba", {"method": "admm", "pattern": "2:4", "refit": "block", "refit_passes": 1}),
+}
+
+
+def model_of(family: str) -> Any:
+    torch.manual_seed(0)
+    return tiny(family) if family != "llama" else tiny_model("llama", num_hidden_layers=3)
+
+
+def run(name: str) -> tuple[Any, secateur.Report]:
+    """The pruned model, and the report."""
+    family, settings = RUNS[name]
+    model = model_of(family)
+    return model, secateur.prune(model, calibration=tokens(10), **settings)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    with parallel.joined("cpu"):
+        for name in RUNS:
+            model, report = run(name)
+            if parallel.size() > 1:
+                everybodys = parallel.gather({key: float(value.double().sum()) for key, value in model.state_dict().items()})
+                assert all(sums == everybodys[0] for sums in everybodys), f"{name}: the ranks end with other weights"
+            if parallel.is_first():
+                save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")
+                (out / f"{name}.json").write_text(json.dumps(report.to_dict()))
+
+
+if __name__ == "__main__":
+    main()
