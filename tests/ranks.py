@@ -1,6 +1,6 @@
 """What tests/test_parallel.py runs in each of several processes: a few models pruned, and what became of them.
 
-    torchrun --nproc-per-node N tests/ranks.py OUT
+torchrun --nproc-per-node N tests/ranks.py OUT
 """
 
 from __future__ import annotations
@@ -45,10 +45,15 @@ def main() -> None:
         for name in RUNS:
             model, report = run(name)
             if parallel.size() > 1:
-                everybodys = parallel.gather({key: float(value.double().sum()) for key, value in model.state_dict().items()})
+                everybodys = parallel.gather(
+                    {key: float(value.double().sum()) for key, value in model.state_dict().items()}
+                )
                 assert all(sums == everybodys[0] for sums in everybodys), f"{name}: the ranks end with other weights"
             if parallel.is_first():
-                save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")
+                save_file(
+                    {key: value.contiguous().clone() for key, value in model.state_dict().items()},
+                    out / f"{name}.safetensors",
+                )
                 (out / f"{name}.json").write_text(json.dumps(report.to_dict()))
 
 

@@ -1,0 +1,174 @@
+"""Several processes on one run: what they end with is what one process ends with, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from models import save_checkpoint
+from safetensors.torch import load_file
+
+from secateur import parallel
+from secateur.inspection import inspect_folder
+
+TESTS = Path(__file__).parent
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+FLAGS = ("--effort", "balanced", "--samples", "8", "--seq-len", "32")
+
+
+def torchrun(processes: int, *arguments: object) -> list[str]:
+    """The command of so many processes; `accelerate launch` ends in the same."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [
+        *launcher,
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        *map(str, arguments),
+    ]
+
+
+def in_processes(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        torchrun(processes, *arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each run's pruned model and report, by this process alone."""
+    return {name: ranks.run(name) for name in ranks.RUNS}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_gives_the_same_model(processes, alone, tmp_path):
+    """To the rounding of the sums' order: layer errors within 1e-3, and nearly all weights alike."""
+    done = in_processes(processes, TESTS / "ranks.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, (model, report) in alone.items():
+        theirs = json.loads((tmp_path / f"{name}.json").read_text())
+        assert theirs["environment"]["processes"] == processes
+        for ours, other in zip(report.to_dict()["matrices"], theirs["matrices"], strict=True):
+            assert other["name"] == ours["name"]
+            assert other["tokens"] == ours["tokens"]
+            assert other["zeros"] == ours["zeros"]
+            assert other["relative_error"] == pytest.approx(ours["relative_error"], rel=1e-3), (name, ours["name"])
+        weights = load_file(tmp_path / f"{name}.safetensors")
+        for key, value in model.state_dict().items():
+            close = torch.isclose(weights[key], value, rtol=1e-3, atol=1e-4).double().mean()
+            assert close > 0.98, (name, key, float(close))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    save_checkpoint(folder / "model", num_hidden_layers=3)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def command(source, out, *more):
+    return ["-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS, *more]
+
+
+def test_the_command_by_two_processes_speaks_once_and_is_gone_on_with_by_one(source, tmp_path):
+    out = tmp_path / "out"
+    done = in_processes(2, *command(source, out, "--json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # one JSON, from the first process
+    assert report["environment"]["processes"] == 2
+    assert not inspect_folder(out).problems
+    assert not (out / ".secateur").exists()
+    again = in_processes(2, *command(source, out, "--json", "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["summary"] == report["summary"]
+
+
+def test_too_few_batches_for_the_processes_are_named(source, tmp_path):
+    done = in_processes(2, *command(source, tmp_path / "out", "--samples", "1", "--effort", "fast"))
+    assert done.returncode != 0
+    assert "1 calibration batches can't be dealt out to 2 processes" in done.stderr.replace("\n", " ")
+
+
+def test_a_dead_process_ends_the_run_and_another_number_of_them_goes_on(source, tmp_path):
+    out = tmp_path / "out"
+    one = subprocess.run(
+        [sys.executable, *map(str, command(source, tmp_path / "one"))], capture_output=True, check=True
+    )
+    assert one.returncode == 0
+    arguments = torchrun(2, *command(source, out, "--refit-passes", "30"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        manifest = out / ".secateur" / "manifest.json"
+        wait_for(lambda: manifest.exists() and json.loads(manifest.read_text())["blocks"])
+        os.kill(second_process(run.pid), signal.SIGKILL)
+        died = time.monotonic()
+        errors = run.communicate(timeout=60)[1]  # within a minute, as is promised
+    assert run.returncode != 0
+    assert time.monotonic() - died < 60
+    assert "SIGKILL" in errors or "Signal 9" in errors
+    finished = json.loads(manifest.read_text())["blocks"]
+    assert finished
+    again = subprocess.run(
+        [sys.executable, *map(str, command(source, out, "--refit-passes", "30", "--resume", "--json"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "2 processes began this run and 1 go on with it" in again.stderr.replace("\n", " ")
+    assert not inspect_folder(out).problems
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+def second_process(launcher: int) -> int:
+    """The child of the launcher that is rank 1."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise AssertionError(f"no rank 1 among {children}")
+
+
+def test_work_is_dealt_out_evenly(monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    costs = [3.0, 1.0, 1.0, 3.0, 8.0, 8.0, 8.0]
+    owners = parallel.owners_of(costs)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
+    assert max(loads) == 8.0
+    dealt = []
+    for rank in range(4):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        dealt += parallel.dealt(10)
+    assert sorted(dealt) == list(range(10))
+
+
+def test_a_process_alone_is_the_first_of_one():
+    assert (parallel.size(), parallel.rank(), parallel.is_first()) == (1, 0, True)
+    tensor = torch.ones(2)
+    parallel.add_up(tensor)
+    parallel.send(tensor, 0)
+    assert torch.equal(tensor, torch.ones(2))
+    assert parallel.gather("x") == ["x"]
+    assert parallel.from_first({"a": 1}) == {"a": 1}
