@@ -136,7 +136,7 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
     batches = [{"input_ids": ids} for ids in tokens(4)]
     blocks = find_blocks(model)
     with torch.no_grad():
-        found = output_sensitivity(model, blocks, batches, windows=3, seed=7)
+        found = output_sensitivity(model, blocks, batches, windows=3, seed=7, residence=InMemory())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     seen: dict[str, list[torch.Tensor]] = {}
     for block in blocks:
@@ -163,9 +163,9 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
 
     with torch.no_grad(), _eager_experts(model):
         few = [{"input_ids": torch.tensor([[5]])}]
-        one_token = output_sensitivity(model, blocks, few, windows=1, seed=0)
+        one_token = output_sensitivity(model, blocks, few, windows=1, seed=0, residence=InMemory())
         everyone = [{"input_ids": ids} for ids in tokens(64)]
-        found = output_sensitivity(model, blocks, everyone, windows=64, seed=0)
+        found = output_sensitivity(model, blocks, everyone, windows=64, seed=0, residence=InMemory())
     rows = {name: squares for name, squares in found.items() if "layers.0.mlp.experts.down_proj" in name}
     idle = [squares for name, squares in one_token.items() if "layers.0.mlp.experts.down_proj" in name]
     assert sorted(bool((squares > 0).any()) for squares in idle) == [False, False, False, True]

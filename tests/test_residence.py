@@ -20,7 +20,8 @@ BATCHES = tokens(8)
 
 @pytest.fixture
 def folder(tmp_path):
-    save_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS)
+    """In fp16, which every CPU computes in fp32."""
+    save_checkpoint(tmp_path / "model", dtype=torch.float16, num_hidden_layers=LAYERS)
     return tmp_path / "model"
 
 
@@ -124,7 +125,7 @@ def test_one_block_is_copied_in_at_a_time(folder, tmp_path, monkeypatch, effort)
     assert most[0] == every - (LAYERS - 1) * block
 
 
-def test_sensitivity_through_weights_that_are_copied_again_for_the_backward_pass(folder):
+def test_sensitivity_of_mapped_weights_has_the_bits_of_those_in_memory(folder):
     checkpoint, mapped = load(str(folder)), load(str(folder), mapped=True)
     residence = Mapped("cpu", checkpoint.compute_dtype)
     batches = [{"input_ids": ids} for ids in BATCHES]
@@ -132,10 +133,25 @@ def test_sensitivity_through_weights_that_are_copied_again_for_the_backward_pass
     for model, where in ((checkpoint.model, InMemory()), (mapped.model, residence)):
         with where.running(model):
             structure = find_stacks(model, batches[0])
-            found.append(output_sensitivity(model, structure.blocks, batches, 4, seed=0))
+        found.append(output_sensitivity(model, structure.blocks, batches, 4, 0, where))
     assert not residence._copies
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) and found[0][name].any() for name in found[0])
+
+
+def test_a_backward_pass_through_weights_that_are_copied_again(folder):
+    """As behind an encoder whose outputs a stack of other layers takes: those have run, and their copies are gone."""
+    checkpoint, mapped = load(str(folder)), load(str(folder), mapped=True)
+    gradients = []
+    for model, where in ((checkpoint.model, InMemory()), (mapped.model, Mapped("cpu", checkpoint.compute_dtype))):
+        model.requires_grad_(False)
+        hidden = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0)).to(checkpoint.compute_dtype)
+        with where.running(model), torch.enable_grad():
+            logits = model(inputs_embeds=hidden.requires_grad_(True)).logits
+            logits.float().square().sum().backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].any()
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_a_forward_pass_that_fails_leaves_no_copy(folder):

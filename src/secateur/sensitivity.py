@@ -5,8 +5,9 @@ Shape legend: T tokens, R output rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 
 from secateur import parallel
 from secateur.capture import Batch
-from secateur.model import Block, Call, run_without_cache
+from secateur.model import Block, Call, hidden_of, run_without_cache
 from secateur.observe import Use, WeightWatcher
+from secateur.residence import Residence
 
 
 def output_sensitivity(
-    model: Any, blocks: Sequence[Block], batches: Sequence[Batch], windows: int, seed: int
+    model: Any, blocks: Sequence[Block], batches: Sequence[Batch], windows: int, seed: int, residence: Residence
 ) -> dict[str, Float[Tensor, " R"]]:
     """The mean over all tokens of `(dL/dy_r)^2` for each output row r of each matrix, by its name.
 
@@ -37,23 +39,28 @@ def output_sensitivity(
     Raises:
         ValueError: a matrix that saw none of the sequences.
 
-    Cost: a forward and a backward pass of the whole model (no weight gradients) for each sequence.
+    Cost: for each sequence a forward pass of the whole model, and one more and a backward pass (no weight gradients) of
+    each block in turn. Only one block's activations are held at a time, with the hidden states in front of the others.
     """
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
-    with _activation_gradients(model, blocks[0]), torch.enable_grad():
+    with _no_weight_gradients(model), torch.enable_grad():
         for number, sequence in _own_sequences(batches, windows):
             generator.manual_seed(seed + number)  # whoever takes a sequence draws the same labels for it
             inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
-            with _watching(blocks, sums.watch):
+            with residence.running(model), _recorded(blocks) as record:
                 logits = _logits(run_without_cache(model, model, **inputs)).float()
-            real = inputs.get("attention_mask")
-            logits = logits if real is None else logits[real[0].bool()]
-            tokens, done = tokens + len(logits), done + 1
-            odds = logits.detach().softmax(-1).cpu()
-            labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
-            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                real = inputs.get("attention_mask")
+                logits = logits if real is None else logits[real[0].bool()]
+                tokens, done = tokens + len(logits), done + 1
+                odds = logits.detach().softmax(-1).cpu()
+                labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
+                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            gradient = record.last.grad
+            for block, hidden, call in reversed(record.calls):
+                with residence.using(block):
+                    gradient = _backward(block, hidden, call, gradient, sums)
     totals: dict[str, Tensor] = {}
     for part in parallel.gather({name: total.cpu() for name, total in sums.totals.items()}):
         for name, total in part.items():
@@ -71,6 +78,48 @@ def output_sensitivity(
         )
     device = next(model.parameters()).device
     return {name: (total / tokens).to(device) for name, total in totals.items()}
+
+
+@dataclass(eq=False)
+class _Record:
+    """A forward pass: the hidden states in front of each block, its call, and what the last block gave, where
+    gradients begin."""
+
+    calls: list[tuple[Block, Tensor, Call]] = field(default_factory=list)
+    last: Any = None
+
+
+@contextmanager
+def _recorded(blocks: Sequence[Block]) -> Iterator[_Record]:
+    """Record the forward pass; what comes behind the blocks can be differentiated by what the last one gives."""
+    record = _Record()
+
+    def begins(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, call = Call.split(block, args, kwargs)
+        record.calls.append((block, hidden.detach().clone(), call))
+
+    def last_ends(_module: nn.Module, _args: Any, output: Any) -> Any:
+        record.last = hidden_of(output, blocks[-1]).detach().requires_grad_(True)
+        return record.last if isinstance(output, Tensor) else (record.last, *output[1:])
+
+    with ExitStack() as stack:
+        for block in blocks:
+            hook = block.module.register_forward_pre_hook(
+                lambda _module, args, kwargs, block=block: begins(block, args, kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        stack.callback(blocks[-1].module.register_forward_hook(last_ends).remove)
+        yield record
+
+
+def _backward(block: Block, hidden: Tensor, call: Call, gradient: Tensor | None, sums: _GradientSquares) -> Tensor:
+    """From the gradient of a block's output to that of its input; the gradients of its products are noted."""
+    start = hidden.requires_grad_(True)
+    with WeightWatcher(block.matrices, lambda _use: None, sums.watch):
+        output = call.replay(block, start.clone())  # a block may change its input in place
+    output.backward(gradient)
+    assert start.grad is not None
+    return start.grad
 
 
 def _logits(output: Any) -> Float[Tensor, "T V"]:
@@ -96,30 +145,6 @@ def _own_sequences(batches: Sequence[Batch], windows: int) -> Iterator[tuple[int
             number += 1
 
 
-@contextmanager
-def _watching(blocks: Sequence[Block], on_output: Callable[[Use, Tensor], None]) -> Iterator[None]:
-    """Calls `on_output` for the products of each block while it runs."""
-    watcher = WeightWatcher([], lambda _use: None, on_output)
-    with ExitStack() as stack:
-        for block in blocks:
-            for hook in _looking(watcher, block):
-                stack.callback(hook.remove)
-        stack.enter_context(watcher)
-        yield
-
-
-def _looking(watcher: WeightWatcher, block: Block) -> Sequence[Any]:
-    """Hooks that let the watcher look for the block's matrices, where they then lie, while the block runs."""
-
-    def begins(_module: nn.Module, _args: Any) -> None:
-        watcher.look_for(block.matrices)
-
-    def ends(_module: nn.Module, _args: Any, _output: Any) -> None:
-        watcher.look_for([])
-
-    return block.module.register_forward_pre_hook(begins), block.module.register_forward_hook(ends)
-
-
 class _GradientSquares:
     """Sums squared gradients of products over tokens, row by row."""
 
@@ -143,20 +168,13 @@ class _GradientSquares:
 
 
 @contextmanager
-def _activation_gradients(model: nn.Module, first: Block) -> Iterator[None]:
-    """Gradients begin at the hidden states in front of the first block; no weight gets one."""
+def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """No weight gets a gradient."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:
         parameter.requires_grad_(False)
-
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, call = Call.split(first, args, kwargs)
-        return call.with_hidden(hidden.detach().requires_grad_(True))
-
-    hook = first.module.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         yield
     finally:
-        hook.remove()
         for parameter in required:
             parameter.requires_grad_(True)
