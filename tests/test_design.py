@@ -20,8 +20,8 @@ LONG_FUNCTIONS = {
 
 # Each module may import only modules of its own layer's left: mathematics, model, engine, files, interface.
 LAYERS = (
-    ("pattern", "linalg", "gram", "solvers"),
-    ("parallel", "observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
+    ("workspace", "pattern", "linalg", "gram", "solvers"),
+    ("parallel", "memory", "observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
     (
         "sensitivity",
         "allocation",

@@ -12,7 +12,7 @@ from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import nn
 
 import secateur
-from secateur import api, engine
+from secateur import api, engine, memory
 from secateur.engine import Plan, relative_error
 from secateur.model import UnsupportedModelError
 from secateur.pattern import NM, Unstructured
@@ -444,7 +444,7 @@ def test_experts_with_few_tokens_borrow_those_of_all():
 
 def test_gram_matrices_that_do_not_fit_are_observed_in_passes(monkeypatch):
     whole = secateur.prune(mixtral(), pattern="2:4", method="mrp", calibration=tokens(32))
-    monkeypatch.setattr(engine, "GRAM_BYTES", 4 * 5 * 64**2)
+    monkeypatch.setattr(memory, "GRAM_BYTES", 4 * 5 * 64**2)
     model = mixtral()
     parts = secateur.prune(model, pattern="2:4", method="mrp", calibration=tokens(32))
     assert {matrix.name for matrix in parts.matrices} == {matrix.name for matrix in whole.matrices}

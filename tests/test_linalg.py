@@ -18,6 +18,7 @@ from secateur.linalg import (
     refit_rows,
 )
 from secateur.solvers.sweep import estimate_pruned, solve_pruned
+from secateur.workspace import limited
 
 
 def random_keep(rows: int, columns: int, seed: int = 1, share: float = 0.5) -> torch.Tensor:
@@ -92,12 +93,12 @@ def test_refit_stops_at_the_iteration_limit_and_says_so():
     assert not info["converged"]
 
 
-def test_refit_in_row_chunks_gives_the_same_weights(monkeypatch):
+def test_refit_in_row_chunks_gives_the_same_weights():
     W, H = problem()
     keep = random_keep(20, 48)
     whole, _ = refit_rows(W, keep, Damped(H, 0.01), 1e-10, 200)
-    monkeypatch.setattr("secateur.linalg.CHUNK_ELEMENTS", {"cpu": 48 * 48})
-    parts, _ = refit_rows(W, keep, Damped(H, 0.01), 1e-10, 200)
+    with limited(4 * 48 * 48):
+        parts, _ = refit_rows(W, keep, Damped(H, 0.01), 1e-10, 200)
     assert torch.allclose(whole, parts, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ from helpers import damp, loss, problem, refit_oracle
 import secateur
 from secateur.pattern import NM, Unstructured
 from secateur.solvers import swap
+from secateur.workspace import limited
 
 cases = pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(3, 8)], ids=str)
 
@@ -91,11 +92,11 @@ def test_fewer_exchanges_than_needed_are_reported():
     assert loss(many.weight, W, H) < loss(few.weight, W, H)
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch):
+def test_chunks_of_rows_change_nothing():
     W, H = problem(rows=12, columns=48)
     whole = refined(W, H, "2:4")
-    monkeypatch.setitem(swap.CHUNK_BYTES, "cpu", 9 * 8 * 48**2 * 5)
-    assert torch.equal(refined(W, H, "2:4").keep, whole.keep)
+    with limited(5 * swap.ARRAYS_A_ROW * 8 * 48**2 // swap.ARRAYS_AT_ONCE):
+        assert torch.equal(refined(W, H, "2:4").keep, whole.keep)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])

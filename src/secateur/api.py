@@ -17,6 +17,7 @@ from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
+from secateur.memory import parse_memory
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
@@ -52,6 +53,8 @@ def prune(
     overwrite: bool = False,
     resume: bool = False,
     max_shard_size: str = "5GB",
+    max_memory: str | int | None = None,
+    offload_dir: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -83,6 +86,9 @@ def prune(
         overwrite: replace an earlier model in `out`.
         resume: go on with the unfinished run in `out`, to the bits that it would have given; start where there is none,
             and change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
+        max_memory: cap on what is held beside one block's weights (`8GB`): Gram matrices are then gathered in several
+            passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: `out/.secateur`).
+        offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
         progress: called with (stage, done, total).
         options: the method's own options, such as `block=128`, and settings of the steps: `target_strength`,
             `max_swaps`, `refit_passes`, `refit_rate`, `refit_held_out`, `allocation_spread`, `allocation_windows`.
@@ -101,6 +107,7 @@ def prune(
         exclude=list(exclude),
         true_sequential=true_sequential,
         seed=seed,
+        memory=parse_memory(max_memory, offload_dir),
     )
     texts = Texts(calibration, samples, seq_len, seed)
     if isinstance(model, nn.Module | Checkpoint):

@@ -7,7 +7,7 @@ Shape legend: B sequences, T positions, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur import parallel
 from secateur.experts import borrowed_share, owner_of, recorded_calls, run_all_tokens
 from secateur.gram import Gram, GramAccumulator
+from secateur.memory import HiddenStates, Memory
 from secateur.model import Block, Call, UnsupportedModelError
 from secateur.observe import Matrix, Use, WeightWatcher
 
@@ -48,19 +49,21 @@ class Stream:
     names the matrices that don't see every token (experts).
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     calls: dict[str, list[Call]]
     padding: list[Tensor | None]  # True = a real token, None = all are
     groups: dict[str, list[InputGroup]]
     routed: frozenset[str] = frozenset()
-    dense: list[Tensor] | None = None
+    dense: MutableSequence[Tensor] | None = None
+    memory: Memory = field(default_factory=Memory)
 
-    def outputs(self, block: Block, of_dense: bool = False) -> list[Tensor]:
+    def outputs(self, block: Block, of_dense: bool = False) -> HiddenStates:
         """What the block gives on the stream, or on the dense one. Cost: one forward of the block on all batches."""
         stream = self.dense if of_dense else self.hidden
         assert stream is not None
         calls = self.calls[block.name]
-        return [call.replay(block, hidden.clone()) for call, hidden in zip(calls, stream, strict=True)]
+        outputs = (call.replay(block, hidden.clone()) for call, hidden in zip(calls, stream, strict=True))
+        return HiddenStates.of(outputs, self.memory, len(calls))
 
     def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Gram]:
         """Gram matrices by the name of each group's leader.
@@ -139,7 +142,7 @@ class Stream:
     def advance(self, block: Block) -> None:
         """Replace the hidden states by the block's output. Cost: one forward of the block on all batches."""
         for index, call in enumerate(self.calls[block.name]):
-            self.hidden[index] = call.replay(block, self.hidden[index])
+            self.hidden[index] = call.replay(block, self.hidden[index].clone())
         del self.calls[block.name]
 
 

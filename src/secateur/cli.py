@@ -28,8 +28,8 @@ _API_FLAGS = (
     "pattern", "effort", "method", "calibration", "samples", "seq_len", "seed", "target", "target_strength", "refine",
     "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "allocation", "allocation_spread",
     "allocation_windows", "mask", "compensation", "search_iterations", "penalty_start", "penalty_end", "damping",
-    "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size", "device",
-    "trust_remote_code", "allow_pickle",
+    "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size", "max_memory", "offload_dir",
+    "device", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 
 app = typer.Typer(
@@ -118,6 +118,10 @@ def prune(
         bool, typer.Option("--resume", help="Go on with the unfinished run in OUT; start where there is none.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Cap on what is held beside one block's weights, such as 8GB.")
+    ] = None,
+    offload_dir: Annotated[Path | None, typer.Option(help="Folder for hidden states instead of memory.")] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     allow_pickle: Pickle = False,

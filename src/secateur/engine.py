@@ -2,7 +2,7 @@
 
 Inputs inside a block are those of the block before its own pruning (SparseGPT's protocol); with `true_sequential`
 the block is observed again after each group of matrices that share an input, and where the Gram matrices of all its
-matrices would take more than 4 GiB (many experts), after as many as fit.
+matrices don't fit into memory together (many experts), after as many as do.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from secateur.allocation import Allocation, Allotment, allocate
 from secateur.capture import Batch, InputGroup, Progress, Stream
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
+from secateur.memory import HiddenStates, Memory, Workspace
 from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable, observable
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
@@ -32,8 +33,7 @@ from secateur.stacks import Stack, Structure, find_stacks
 from secateur.survey import survey
 from secateur.target import DenseWeights, Moments, Target, aim, check_all_tokens, write_gain
 from secateur.target import observe as observe_both
-
-GRAM_BYTES = 4 << 30  # Gram matrices of a block held at a time
+from secateur.workspace import limited
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,7 @@ class Plan:
         refit: the block refit, or None.
         allocation: how zeros are spread over the matrices.
         storage_dtype: the dtype a parameter is saved in, by name (default: its own).
+        memory: what may be held in it.
     """
 
     pattern: Pattern
@@ -62,6 +63,7 @@ class Plan:
     allocation: Allocation = field(default_factory=Allocation)
     storage_dtype: dict[str, torch.dtype] | None = None
     seed: int = 0
+    memory: Memory = field(default_factory=Memory)
 
     def storage_of(self, name: str, own: torch.dtype) -> torch.dtype:
         """The dtype that a matrix (or an expert's parameter) is saved in."""
@@ -135,7 +137,7 @@ def _survey(
 ) -> Stream:
     """The stream in front of a stack, checked against the plan."""
     with store.using(stack.blocks[0]) if stack.whole else store.running(model):
-        stream = survey(model, stack.blocks, batches, progress)
+        stream = survey(model, stack.blocks, batches, progress, memory=plan.memory)
     _check_widths(stream, plan)
     if plan.target.kind != "pruned":
         check_all_tokens(stream)
@@ -154,16 +156,19 @@ def _prune_stack(
 ) -> None:
     """Prune a stack (of `everything`, all blocks) block by block, each on what the pruned ones before it give."""
     if plan.refit is not None or plan.target.kind != "pruned":
-        stream.dense = list(stream.hidden)
+        assert isinstance(stream.hidden, HiddenStates)
+        stream.dense = stream.hidden.shared()
+    workspace = Workspace(plan.memory.chunk_bytes)
     for number, block in enumerate(stack.blocks, everything.index(stack.blocks[0])):
         with store.using(block):
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
             figures = store.finished(block)
             if figures is None:
-                matrices = _prune_block(block, stream, dense_outputs, allotment, plan)
+                matrices = _prune_block(block, stream, dense_outputs, allotment, plan, workspace)
                 refit = _refit(block, stream, dense_outputs, plan, seed=plan.seed + number)
-                figures = BlockFigures(matrices, refit)
+                figures = BlockFigures(matrices, refit, workspace.limit)
                 store.commit(block, figures)
+        workspace.limit = figures.chunk
         outcome.matrices += figures.matrices
         outcome.blocks += [figures.refit] if figures.refit is not None else []
         if block is not stack.blocks[-1]:
@@ -174,12 +179,17 @@ def _prune_stack(
 
 
 def _prune_block(
-    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, allotment: Allotment, plan: Plan
+    block: Block,
+    stream: Stream,
+    dense_outputs: HiddenStates | None,
+    allotment: Allotment,
+    plan: Plan,
+    workspace: Workspace,
 ) -> list[MatrixReport]:
     one_by_one = plan.true_sequential or plan.target.kind == "residual"
     originals = DenseWeights(block) if plan.target.kind != "pruned" else None
     reports: list[MatrixReport] = []
-    for observed in _passes(stream.groups[block.name], one_by_one):
+    for observed in _passes(stream.groups[block.name], one_by_one, plan.memory.gram_bytes):
         if originals is None:
             moments = {name: Moments(gram) for name, gram in stream.observe(block, observed).items()}
         else:
@@ -194,10 +204,11 @@ def _prune_block(
                 if owners[matrix] == parallel.rank():
                     pattern, scale = allotment.patterns[matrix.name], allotment.row_scales.get(matrix.name)
                     gain = gains.get(matrix.name)
-                    solved[matrix.name] = _prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan)
+                    solved[matrix.name] = _prune_matrix(matrix, input_dim, mine, gain, pattern, scale, plan, workspace)
         for matrix, owner in owners.items():
             parallel.send(matrix.stored, owner)
         everybodys = parallel.gather_items(solved)
+        workspace.agree()
         reports += [everybodys[matrix.name] for matrix in owners]
     return reports
 
@@ -217,7 +228,7 @@ def _write_gains(block: Block, stream: Stream, groups: Sequence[InputGroup]) -> 
     )
 
 
-def _passes(groups: Sequence[InputGroup], one_by_one: bool) -> list[list[InputGroup]]:
+def _passes(groups: Sequence[InputGroup], one_by_one: bool, gram_bytes: int) -> list[list[InputGroup]]:
     """The groups that are observed at a time: all of a block's, unless their Gram matrices would not fit."""
     passes: list[list[InputGroup]] = []
     room = 0
@@ -225,7 +236,7 @@ def _passes(groups: Sequence[InputGroup], one_by_one: bool) -> list[list[InputGr
         needed = 4 * group.columns**2
         if one_by_one or not passes or needed > room:
             passes.append([])
-            room = GRAM_BYTES
+            room = gram_bytes
         passes[-1].append(group)
         room -= needed
     return passes
@@ -239,6 +250,7 @@ def _prune_matrix(
     pattern: Pattern,
     row_scale: Tensor | None,
     plan: Plan,
+    workspace: Workspace,
 ) -> MatrixReport:
     """Solve one matrix, round to the dtype it is saved in, mask once more, write back, and measure."""
     started = time.perf_counter()
@@ -246,7 +258,8 @@ def _prune_matrix(
     W = view.to(torch.float32, copy=True)  # in an fp32 model .float() would alias what is overwritten below
     try:
         aimed = aim(W, moments, plan.target, gain)
-        solved = _solve(aimed, gram, pattern, row_scale, plan)
+        while (solved := _solve(aimed, gram, pattern, row_scale, plan, workspace.limit)) is None:
+            workspace.halve(f"solving {matrix.name}", W.device)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
     saved = solved.weight.to(plan.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
@@ -271,18 +284,30 @@ def _prune_matrix(
 
 
 def _solve(
-    W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern, row_scale: Float[Tensor, " R"] | None, plan: Plan
-) -> Solved:
-    """The solver's answer, refined where asked for; rows are scaled for the choice among them, and back."""
+    W: Float[Tensor, "R C"],
+    gram: Gram,
+    pattern: Pattern,
+    row_scale: Float[Tensor, " R"] | None,
+    plan: Plan,
+    chunk: int | None,
+) -> Solved | None:
+    """The solver's answer, refined where asked for; rows are scaled for the choice among them, and back.
+
+    None where a GPU's memory is too small for it at this chunk.
+    """
     scale = 1.0 if row_scale is None else row_scale[:, None]
-    solved = plan.solver(W * scale, gram, pattern)
-    if plan.swaps is not None:
-        solved = plan.swaps(W * scale, solved, gram, pattern)
+    try:
+        with limited(chunk):
+            solved = plan.solver(W * scale, gram, pattern)
+            if plan.swaps is not None:
+                solved = plan.swaps(W * scale, solved, gram, pattern)
+    except torch.OutOfMemoryError:
+        return None
     return replace(solved, weight=solved.weight / scale)
 
 
 def _refit(
-    block: Block, stream: Stream, dense_outputs: list[Tensor] | None, plan: Plan, seed: int
+    block: Block, stream: Stream, dense_outputs: HiddenStates | None, plan: Plan, seed: int
 ) -> BlockReport | None:
     """Refit a block, where that is asked for, and time it."""
     if plan.refit is None or not block.matrices:

@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.workspace import chunk_bytes
+
 DAMPING_GROWTH = 10.0
 MAX_DAMPING_RETRIES = 3
 MAX_PRECONDITIONER_RANK = 64
 SUBSPACE_ITERATIONS = 2
-# Elements of the largest temporary. On a CPU 16 MB, which malloc recycles without new page faults and caches hold.
-CHUNK_ELEMENTS = {"cpu": 1 << 22}
-DEVICE_CHUNK_ELEMENTS = 1 << 26
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -149,8 +148,7 @@ def refit_rows(
         `gap_bound` (the certified relative gap; None where it was never formed), `converged`.
     """
     F, d = damped.low_rank
-    elements = CHUNK_ELEMENTS.get(W.device.type, DEVICE_CHUNK_ELEMENTS)
-    rows_at_once = max(1, elements // max(F.shape[1] ** 2, W.shape[1]))
+    rows_at_once = max(1, chunk_bytes(W.device) // 4 // max(F.shape[1] ** 2, W.shape[1]))
     weights, solutions, scale_sq = [], [], 0.0
     for rows in torch.arange(W.shape[0], device=W.device).split(rows_at_once):
         kept = keep[rows].to(W.dtype)

@@ -103,6 +103,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     recipe: dict[str, Any] = {"pattern": str(plan.pattern), "method": plan.method, "options": _fields(plan.solver)}
     recipe |= {name: list(getattr(plan, name)) for name in ("include", "exclude")}
     recipe["effort"] = plan.effort
+    recipe["max_memory"] = plan.memory.limit  # it sets the chunks, and they the last bits
     recipe |= {"true_sequential": plan.true_sequential, "target": plan.target.kind}
     if plan.target.kind != "pruned":
         recipe["target_strength"] = plan.target.strength

@@ -47,10 +47,14 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """What pruning one block gave: figures of its matrices, and of its refit where there was one."""
+    """What pruning one block gave: figures of its matrices, and of its refit where there was one.
+
+    `chunk` is the number of bytes that solvers' temporaries were limited to at its end; None = the usual one.
+    """
 
     matrices: list[MatrixReport]
     refit: BlockReport | None
+    chunk: int | None = None
 
 
 @dataclass

@@ -135,6 +135,8 @@ def prune_to_folder(
         if finished := parallel.from_first(finished):
             return finished
         checkpoint = source.load()
+        if plan.memory.limit is not None and plan.memory.folder is None:
+            plan = replace(plan, memory=replace(plan.memory, folder=journal.folder))
         journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
         report = prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)

@@ -127,7 +127,7 @@ class Journal:
             refit = figures["refit"]
             matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
             self._done.add(block.name)
-            return BlockFigures(matrices, None if refit is None else BlockReport(**refit))
+            return BlockFigures(matrices, None if refit is None else BlockReport(**refit), figures["chunk"])
 
     def _adopt(self, block: Block) -> None:
         """Let the block's parameters be those of its file, mapped.

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from secateur import parallel
 from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
+from secateur.memory import HiddenStates, Memory
 from secateur.model import Block, Call, UnsupportedModelError, body_of, hidden_of, run_without_cache
 from secateur.observe import Matrix, Use, WeightWatcher
 from secateur.stacks import same_tensor
@@ -33,6 +34,7 @@ def survey(
     batches: Sequence[Batch],
     progress: Progress,
     missed: dict[str, ValueError] | None = None,
+    memory: Memory | None = None,
 ) -> Stream:
     """Run the dense model once over the calibration batches and record how its blocks are called.
 
@@ -41,15 +43,17 @@ def survey(
     Args:
         missed: takes the matrices that should be pruned but can't be observed, with the error of each. Without it, the
             first is raised.
+        memory: where hidden states go; None = they are held, whatever their size.
 
     Raises:
         UnsupportedModelError: blocks that are skipped, run twice, or not chained one after another.
         ValueError: NaN or infinity in an activation, or a prunable matrix that saw no token.
     """
-    recorder = _Recorder(blocks)
+    memory = memory or Memory()
     device = next(model.parameters()).device
     padding: list[Tensor | None] = []
     dealt = parallel.dealt(len(batches))
+    recorder = _Recorder(blocks, HiddenStates(memory, len(dealt)))
     for done, index in enumerate(dealt, 1):
         batch = batches[index]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -65,15 +69,14 @@ def survey(
         missed |= recorder.missed
     elif recorder.missed:
         raise next(iter(recorder.missed.values()))
-    return Stream(recorder.hidden, recorder.calls, padding, groups, recorder.routed(padding))
+    return Stream(recorder.hidden, recorder.calls, padding, groups, recorder.routed(padding), memory=memory)
 
 
 class _Recorder:
     """Records calls, products and shared inputs over the batches of a dense pass."""
 
-    def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
-        self.hidden: list[Tensor] = []
+    def __init__(self, blocks: list[Block], hidden: HiddenStates) -> None:
+        self.blocks, self.hidden = blocks, hidden
         self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
         self.tokens: dict[str, int] = {}
         self.input_dim: dict[str, int] = {}

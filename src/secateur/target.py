@@ -14,7 +14,7 @@ Shape legend: T tokens, R output rows, C input columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -105,7 +105,7 @@ def observe(
     block: Block,
     stream: Stream,
     groups: list[InputGroup],
-    dense_outputs: list[Tensor],
+    dense_outputs: Sequence[Tensor],
     originals: DenseWeights,
     target: Target,
 ) -> dict[str, Moments]:

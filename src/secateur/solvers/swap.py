@@ -25,11 +25,11 @@ from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern
 from secateur.solvers.contract import Solved, check_refit
+from secateur.workspace import chunk_bytes
 
 MAX_COLUMNS = {"cpu": 2048}  # above, a matrix takes hours
 MAX_COLUMNS_ON_DEVICE = 8192
-CHUNK_BYTES = {"cpu": 1 << 30}  # all arrays of a chunk of rows together
-CHUNK_BYTES_ON_DEVICE = 1 << 33
+ARRAYS_AT_ONCE = 32  # all arrays of a chunk of rows together, in largest temporaries: 0.5 GB on a CPU
 ARRAYS_A_ROW = 9  # C x C numbers that live at once while a chunk is set up
 MIN_GAIN = 1e-9  # of the row's loss: below it an exchange is rounding
 
@@ -70,7 +70,7 @@ class Swaps:
         damped = gram.damped(self.damping)
         dtype = torch.float32 if W.device.type == "mps" else torch.float64
         H, precise = damped.matrix.to(dtype), W.to(dtype)
-        size = max(1, CHUNK_BYTES.get(W.device.type, CHUNK_BYTES_ON_DEVICE) // (ARRAYS_A_ROW * 8 * W.shape[1] ** 2))
+        size = max(1, ARRAYS_AT_ONCE * chunk_bytes(W.device) // (ARRAYS_A_ROW * 8 * W.shape[1] ** 2))
         keep = solved.keep.clone()
         swaps = at_optimum = 0
         for rows in torch.arange(len(W), device=W.device).split(size):

@@ -23,9 +23,9 @@ from torch import Tensor
 from secateur.linalg import Damped, Stop, masked_cg
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.solvers.group_search import GroupSearch
+from secateur.workspace import chunk_bytes
 
 COLUMNS_AT_ONCE = 16
-SOLVE_CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32: the batch of small systems stays in cache
 
 
 def sweep(
@@ -140,7 +140,7 @@ def solve_pruned(
     front = pruned.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :longest]
     real = torch.arange(longest, device=U.device) < counts[:, None]
     identity = torch.eye(longest, dtype=U.dtype, device=U.device)
-    for rows in torch.arange(len(removed), device=U.device).split(max(1, SOLVE_CHUNK_ELEMENTS // longest**2)):
+    for rows in torch.arange(len(removed), device=U.device).split(max(1, chunk_bytes(U.device) // 4 // longest**2)):
         index, valid = front[rows], real[rows]
         system = torch.where(valid[:, :, None] & valid[:, None, :], G[index[:, :, None], index[:, None, :]], identity)
         target = removed[rows].gather(1, index) * valid

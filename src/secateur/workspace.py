@@ -1,0 +1,35 @@
+"""How much memory the temporaries of the mathematics may take: rows are worked on in chunks that fit.
+
+A chunk's size decides when its conjugate gradients stop, and so the last bits of a result; a run records it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+# Bytes of the largest temporary. On a CPU malloc recycles so much without new page faults, and caches hold it.
+DEFAULT = {"cpu": 16 << 20}
+DEFAULT_ON_DEVICE = 256 << 20
+LEAST = 1 << 16
+
+_limit: ContextVar[int | None] = ContextVar("limit", default=None)
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes that the largest temporary may take."""
+    usual, limit = DEFAULT.get(device.type, DEFAULT_ON_DEVICE), _limit.get()
+    return usual if limit is None else min(usual, limit)
+
+
+@contextmanager
+def limited(limit: int | None) -> Iterator[None]:
+    """Meanwhile the largest temporary takes at most so many bytes, where it can be cut; None = the usual number."""
+    token = _limit.set(limit)
+    try:
+        yield
+    finally:
+        _limit.reset(token)

@@ -1,0 +1,161 @@
+"""Caps on memory: hidden states in files, Gram matrices in passes, smaller chunks where a GPU's memory is too small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import problem
+from models import save_checkpoint, tiny_model, tokens
+from safetensors.torch import load_file
+
+import secateur
+from secateur import memory, solvers
+from secateur.memory import HiddenStates, Memory, Workspace, parse_memory
+from secateur.solvers import Solved
+from secateur.solvers.magnitude import Magnitude
+from secateur.workspace import DEFAULT, LEAST, chunk_bytes, limited
+
+SETTINGS = {"pattern": "50%", "effort": "balanced", "calibration": tokens(8)}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def in_files(monkeypatch):
+    """How many hidden states went to files, by folder."""
+    seen = {}
+    original = memory._in_file
+
+    def counted(tensor, folder):
+        seen[folder] = seen.get(folder, 0) + 1
+        return original(tensor, folder)
+
+    monkeypatch.setattr(memory, "_in_file", counted)
+    return seen
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_files_give_the_same_bits_and_leave_nothing(tmp_path, in_files, dtype):
+    inside, outside = tiny_model("llama", dtype), tiny_model("llama", dtype)
+    secateur.prune(inside, **SETTINGS)
+    assert not in_files
+    secateur.prune(outside, **SETTINGS, offload_dir=tmp_path)
+    # four batches: in front of the first block, and what each of two blocks gives of both streams, where it is used
+    assert in_files[tmp_path] >= 4 * 4
+    assert all(torch.equal(value, weights_of(outside)[name]) for name, value in weights_of(inside).items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cap_sends_hidden_states_to_the_folder_of_the_run_and_gathers_in_passes(tmp_path, in_files, monkeypatch):
+    save_checkpoint(tmp_path / "model", hidden_size=64)
+    passes = []
+    observe = secateur.engine.Stream.observe
+    monkeypatch.setattr(
+        secateur.engine.Stream,
+        "observe",
+        lambda self, block, groups: passes.append(len(groups)) or observe(self, block, groups),
+    )
+    free = secateur.prune(tmp_path / "model", tmp_path / "free", **SETTINGS | {"effort": "fast"})
+    assert passes == [4, 4]
+    passes.clear()
+    capped = secateur.prune(tmp_path / "model", tmp_path / "out", **SETTINGS | {"effort": "fast"}, max_memory="40KB")
+    assert passes == [1] * 8  # 64 x 64 fp32 are 16 KB, and half of the cap is 20
+    assert set(in_files) == {tmp_path / "out" / ".secateur"}
+    assert not (tmp_path / "out" / ".secateur").exists()
+    first, their_first = capped.matrices[0], free.matrices[0]  # later ones are observed behind pruned matrices
+    assert first.relative_error == pytest.approx(their_first.relative_error, rel=1e-2)
+    assert capped.recipe["max_memory"] == 40_000
+
+
+def test_a_cap_without_a_folder_says_what_does_not_fit():
+    model = tiny_model("llama")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"hidden states .* more than a quarter of --max-memory .*--offload-dir"):
+        secateur.prune(model, **SETTINGS, max_memory="10KB")
+    assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
+
+
+def test_sizes_and_folders_are_checked(tmp_path):
+    assert parse_memory("8GB", None).limit == 8 * 10**9
+    assert parse_memory("500MiB", tmp_path) == Memory(500 << 20, tmp_path)
+    assert parse_memory(None, None) == Memory()
+    for wrong in ("much", "0GB", "-1GB", "8 apples"):
+        with pytest.raises(ValueError, match="max-memory is"):
+            parse_memory(wrong, None)
+    with pytest.raises(ValueError, match="no folder that can be written"):
+        parse_memory(None, tmp_path / "absent")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory.tempfile, "TemporaryFile", full)
+    with pytest.raises(ValueError, match="hidden states could not be written .*No space left"):
+        HiddenStates.of([torch.ones(2, 3)], Memory(folder=tmp_path), 1)
+
+
+def test_smaller_chunks_give_the_same_solution():
+    W, H = problem(rows=300, columns=48, dtype=torch.float32)
+    whole = secateur.solve(W, H, "50%", tolerance=1e-6)
+    with limited(LEAST):
+        assert chunk_bytes(CPU) == LEAST < DEFAULT["cpu"]
+        chunked = secateur.solve(W, H, "50%", tolerance=1e-6)
+    assert torch.equal(whole.keep, chunked.keep)
+    assert torch.allclose(whole.weight, chunked.weight, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A solver that takes as much memory as it may; a stand-in for a small GPU, since CPUs raise no such error."""
+
+    needs_at_most: int = 1 << 20
+
+    def __call__(self, W, gram, pattern) -> Solved:
+        if chunk_bytes(W.device) > self.needs_at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Magnitude()(W, gram, pattern)
+
+
+def test_too_little_memory_halves_the_chunk_which_is_journalled_and_used_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(solvers.SOLVERS, "greedy", Greedy)
+    save_checkpoint(tmp_path / "model", num_hidden_layers=3)
+    settings = {"pattern": "50%", "method": "greedy", "calibration": tokens(8)}
+    stop = secateur.store.Journal.commit
+    limits = []
+    halve = Workspace.halve
+
+    def halved(self, what, device):
+        halve(self, what, device)
+        limits.append(self.limit)
+
+    def stopped(self, block, figures):
+        stop(self, block, figures)
+        if len(self.blocks) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workspace, "halve", halved)
+    with monkeypatch.context() as patched:
+        patched.setattr(secateur.store.Journal, "commit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
+    assert limits == [8 << 20, 4 << 20, 2 << 20, 1 << 20]  # from 16 MB on, once for all matrices
+    limits.clear()
+    secateur.prune(tmp_path / "model", tmp_path / "out", **settings, resume=True)
+    assert limits == []
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.mlp.up_proj.weight"] == 0
+    ).float().mean() == 0.5
+    assert json.loads((tmp_path / "out" / "secateur.json").read_text())["recipe"]["method"] == "greedy"
+
+
+def test_memory_too_small_for_any_chunk_is_named(monkeypatch):
+    monkeypatch.setitem(solvers.SOLVERS, "greedy", Greedy)
+    with pytest.raises(ValueError, match=r"solving model\.layers\.0\S* does not fit into the memory of cpu"):
+        secateur.prune(tiny_model("llama"), pattern="50%", method="greedy", needs_at_most=1, calibration=tokens(8))
