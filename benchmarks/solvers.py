@@ -3,8 +3,9 @@
     python benchmarks/solvers.py --out benchmarks/results/solvers.json
 
 Every time includes the factorisation of the Gram matrix. Each method runs `--repeats` times in turn with the others
-and the median counts. Inputs are random with a decaying spectrum and a few strong channels; where golden matrices are
-beside the checkout, their 576-wide Gram matrix is measured too.
+and the median counts; wide matrices run once. Inputs are random with a decaying spectrum and a few strong channels.
+Flops are those of the products that torch counts, plus C^3 for the factor; the machine's peak is that of the largest
+product of the same run. `--sizes` is square matrices from 512 to 4096 and Llama-2-7B's widest one, 4096 x 11008.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from secateur import solve
 from secateur.engine import relative_error
 from secateur.export import environment
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 4096)]
+SIZES = [(512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008)]
+WIDE = 2048  # from here on one repeat
 CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "mrp block 128": {"method": "mrp", "block": 128},
     "mrp full row": {"method": "mrp"},
     "mrp full row, tolerance 1e-4": {"method": "mrp", "tolerance": 1e-4},
+}
+SIZE_CASES: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "mrp": {"method": "mrp"},
+    "admm": {"method": "admm"},
 }
 
 
@@ -38,15 +49,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--largest", type=int, default=4096, help="skip shapes with a larger side")
+    parser.add_argument("--largest", type=int, default=11008, help="skip shapes with a larger side")
+    parser.add_argument("--sizes", action="store_true", help="every method against the size of the matrix")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    for shape in SHAPES:
+    for shape in SIZES if args.sizes else SHAPES:
         if max(shape) <= args.largest:
             W, H = random_problem(*shape, args.device)
-            rows += [measure(W, H, pattern, args.repeats) for pattern in args.patterns]
+            cases = SIZE_CASES if args.sizes else CASES
+            repeats = 1 if args.sizes and max(shape) >= WIDE else args.repeats
+            rows += [measure(W, H, pattern, repeats, cases) for pattern in args.patterns]
             print(json.dumps(rows[-len(args.patterns) :], indent=1), flush=True)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     result = {"environment": environment() | {"device": args.device, "card": card}, "rows": rows}
@@ -66,12 +80,12 @@ def random_problem(rows: int, columns: int, device: str) -> tuple[Tensor, Tensor
     return W.to(device), (X.T @ X / len(X)).to(device)
 
 
-def measure(W: Tensor, H: Tensor, pattern: str, repeats: int) -> dict[str, Any]:
-    """Median seconds, time and error relative to SparseGPT, for every case."""
-    seconds: dict[str, list[float]] = {name: [] for name in CASES}
+def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Median seconds, flops, time and error relative to SparseGPT, for every case."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     errors, infos = {}, {}
     for _ in range(repeats):
-        for name, options in CASES.items():
+        for name, options in cases.items():
             started = clock(W)
             solved = solve(W, H, pattern, **options)
             seconds[name].append(clock(W) - started)
@@ -84,16 +98,27 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int) -> dict[str, Any]:
         "columns": W.shape[1],
         "pattern": pattern,
         "seconds_of_one_product": product,
+        "flops_of_one_product": 2 * W.shape[0] * W.shape[1] ** 2,
         "cases": {
             name: {
                 "seconds": median[name],
+                "flops": count_flops(W, H, pattern, cases[name]),
                 "time_to_sparsegpt": median[name] / median["sparsegpt"],
                 "error_to_sparsegpt": errors[name] / errors["sparsegpt"],
                 "iterations": infos[name].get("iterations"),
             }
-            for name in CASES
+            for name in cases
         },
     }
+
+
+def count_flops(W: Tensor, H: Tensor, pattern: str, options: dict[str, Any]) -> int | None:
+    """In a run of its own, as counting slows small products down; None for the widest, whose run takes minutes."""
+    if len(H) > WIDE:
+        return None
+    with FlopCounterMode(display=False) as counter:
+        solved = solve(W, H, pattern, **options)
+    return counter.get_total_flops() + (len(H) ** 3 if "damping" in solved.info else 0)
 
 
 def time_product(W: Tensor, H: Tensor) -> float:

@@ -23,7 +23,8 @@ from secateur.capture import Batch
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 512  # small, as the block refit takes one step a batch
+BATCH_TOKENS = 2048  # of a forward pass; wider ones are no faster, but scans over positions (Mamba) get fewer
+STEP_TOKENS = 512  # the same where the block refit takes a step each batch
 MIN_BATCHES = 8  # where there are as many windows
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template
@@ -52,6 +53,7 @@ def calibrate(
     samples: int = DEFAULT_SAMPLES,
     seq_len: int | None = None,
     seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Calibration:
     """Calibration batches from a text source, or from the caller's own token tensors or batches.
 
@@ -60,6 +62,7 @@ def calibrate(
         samples: windows wanted; fewer are taken, with a notice, where the text holds fewer.
         seq_len: tokens a window; by default 2048 or the model's positions, whichever is less.
         seed: fixes which windows are drawn, and in which order.
+        batch_tokens: tokens a batch, in whole windows, at least one.
 
     Raises:
         ValueError: nothing to read, a text shorter than one window, or a window longer than the model's positions.
@@ -77,7 +80,7 @@ def calibrate(
     notices = []
     if len(drawn) < samples:
         notices.append(f"{_name(source)} holds {len(drawn)} windows of {length} tokens; {samples} were asked for")
-    size = max(1, min(BATCH_TOKENS // length, len(drawn) // MIN_BATCHES))
+    size = max(1, min(batch_tokens // length, len(drawn) // MIN_BATCHES))
     batches: list[Batch] = [{"input_ids": part} for part in drawn.split(size)]
     origin = {"source": _name(source), "samples": len(drawn), "seq_len": length, "seed": seed}
     return Calibration(batches, origin | {"sha256": _digest(batches)}, notices)

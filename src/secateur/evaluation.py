@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from secateur.calibration import cut_windows, encode, read_documents, window_length
+from secateur.calibration import BATCH_TOKENS, cut_windows, encode, read_documents, window_length
 from secateur.capture import Progress
 from secateur.model import body_of, run_without_cache
 
@@ -45,13 +45,15 @@ def perplexity(
     windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
     device = next(model.parameters()).device
     total, targets = 0.0, 0
-    for index, window in enumerate(windows):
-        losses = token_losses(model, window[None].to(device))
+    for part in torch.arange(len(windows)).split(max(1, BATCH_TOKENS // windows.shape[1])):
+        losses = token_losses(model, windows[part].to(device))
         if not bool(torch.isfinite(losses).all()):
-            raise ValueError(f"the loss of window {index} of {name} is not finite: the model is damaged")
+            raise ValueError(
+                f"the loss of windows {int(part[0])} to {int(part[-1])} of {name} is not finite: the model is damaged"
+            )
         total += float(losses.cpu().double().sum())
         targets += losses.numel()
-        progress("evaluate", index + 1, len(windows))
+        progress("evaluate", int(part[-1]) + 1, len(windows))
     loss = total / targets
     return {
         "perplexity": math.exp(loss),

@@ -135,7 +135,7 @@ def _in_file(tensor: Tensor, folder: Path | None) -> Tensor:
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             file.flush()
             mapped = mmap.mmap(file.fileno(), tensor.nbytes)
     except OSError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import engine, export, parallel
-from secateur.calibration import calibrate
+from secateur.calibration import BATCH_TOKENS, STEP_TOKENS, Calibration, calibrate
 from secateur.capture import Batch, Progress
 from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
 from secateur.model import parameters_of
@@ -31,6 +31,11 @@ class Texts:
     samples: int
     seq_len: int | None
     seed: int
+
+    def calibration(self, tokenizer: Any, config: Any, plan: engine.Plan) -> Calibration:
+        """Batches of the size that the plan works best with."""
+        size = BATCH_TOKENS if plan.refit is None else STEP_TOKENS
+        return calibrate(self.source, tokenizer, config, self.samples, self.seq_len, self.seed, size)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def prune_in_place(
     else:
         module, name = model, type(model).__name__
     config: Any = module.config
-    data = calibrate(texts.source, tokenizer, config, texts.samples, texts.seq_len, texts.seed)
+    data = texts.calibration(tokenizer, config, plan)
     parameter = next(module.parameters())
     device, dtype = str(parameter.device), parameter.dtype
     if isinstance(model, Checkpoint):
@@ -157,7 +162,7 @@ def _finished(
     if not path.is_file():
         return None
     config, words = load_words(folder, source.trust_remote_code)
-    data = calibrate(texts.source, words, config, texts.samples, texts.seq_len, texts.seed)
+    data = texts.calibration(words, config, plan)
     wanted = _identity(source.name, folder, plan, data.origin, {})
     try:
         report = Report.from_dict(read_json(path, ""))
