@@ -27,6 +27,8 @@ LAYERS = (8, 16, 32, 64)
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
 LARGE_LAYERS = 40  # 4.1 GB in bf16
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+LLAMA_7B_LAYERS = 32  # 13 GB
 EFFORTS = {
     "sparsegpt": ("--method", "sparsegpt"),
     "balanced": ("--effort", "balanced"),
@@ -39,9 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--large", action="store_true", help="The 4 GB model too: 9 GB of disk, and an hour.")
+    parser.add_argument("--llama-7b", action="store_true", help="Llama-2-7B's shape alone: 26 GB of disk; for a GPU.")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        if arguments.llama_7b:
+            model = write_model(Path(scratch) / "llama", LLAMA_7B_LAYERS, LLAMA_7B)
+            for name, flags in EFFORTS.items():
+                flags = (*flags, "--device", arguments.device)
+                runs[f"{name}, Llama-2-7B"] = measure(model, Path(scratch) / "out", flags)
+                save(arguments.out, runs)
+            return
         for layers in LAYERS:
             model = write_model(Path(scratch) / f"layers-{layers}", layers, WIDE)
             for name, flags in EFFORTS.items():

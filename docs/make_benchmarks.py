@@ -25,7 +25,20 @@ PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perple
 NOTES = ROOT / "docs" / "benchmarks-notes.md"
 BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
-MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "mamba": "mamba-tiny (3M parameters, a trained Mamba)",
+    "gemma3": "Gemma 3 270M",
+}
+PAPER = "paper-"  # folders with single methods
+VARIANTS = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SS (SparseGPT)",
+    "mrp+mask=S+compensation=M": "SM",
+    "mrp+mask=M+compensation=S": "MS",
+    "mrp+mask=M+compensation=M": "MM",
+}
 TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
     "sparsegpt": "sparsegpt",
@@ -127,6 +140,38 @@ def section(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def paper_section(name: str) -> str:
+    """Single methods, a row each, against patterns: the layout of the paper's tables."""
+    comparison = read(name)
+    parts = [f"### {MODELS[name.removeprefix(PAPER)]}", settings_line(comparison)]
+    patterns = patterns_of(comparison)
+    for text, dense in comparison.cells["dense"]["perplexity"].items():
+        rows = [["dense", *[f"{dense:.2f}"] * len(patterns)]]
+        for recipe, label in VARIANTS.items():
+            found = [[c["perplexity"][text] for c in cells(comparison, recipe, p).values()] for p in patterns]
+            if any(found):
+                rows.append([label, *(spread(values) for values in found)])
+        parts.append(table([f"perplexity on {text}", *patterns], rows))
+    parts.append(commands(name, comparison))
+    return "\n\n".join(parts)
+
+
+def paper_part() -> str:
+    if not (papers := [name for name in names() if name.startswith(PAPER)]):
+        return ""
+    return (
+        """## Single methods, in the paper's layout
+
+Two letters name a variant of the paper: how the mask is chosen and how the rest compensates, each by single (S) or multiple (M)
+removal; SS is SparseGPT. Joint choice of a mask (M) enumerates the patterns of a group, so it is for n:m. No refit of blocks, no
+allocation. The paper's own tables are of other models and of raw WikiText-2: nothing here compares with them.
+
+"""
+        + "\n\n".join(paper_section(name) for name in papers)
+        + "\n\n"
+    )
+
+
 def commands(name: str, comparison: Comparison) -> str:
     """The commands that make every cell of a comparison: one for each set of recipes that some patterns share."""
     alike: dict[tuple[str, ...], list[str]] = {}
@@ -179,8 +224,9 @@ of a quiet machine.
 ![perplexity](perplexity.svg)
 
 """
-        + "\n\n".join(section(name) for name in names())
+        + "\n\n".join(section(name) for name in names() if not name.startswith(PAPER))
         + "\n\n"
+        + paper_part()
         + NOTES.read_text(encoding="utf-8")
     )
 

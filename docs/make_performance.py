@@ -16,10 +16,15 @@ from pages import table, write_or_check
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+# A recipe of llm-compressor's, and ours that are held against it.
+PEERS = (
+    ("llmcompressor-sparsegpt", ("sparsegpt", "fast", "balanced", "best")),
+    ("llmcompressor-wanda", ("wanda",)),
+)
 
 
 def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / name).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def memory_table() -> str:
@@ -66,6 +71,84 @@ def kills_line() -> str:
     )
 
 
+def peer_table() -> str:
+    """Seconds and memory of a run against llm-compressor's, from the comparison that was timed."""
+    cells = read("compare/timing/compare.json")["cells"]
+    by_name = {key.rsplit(" ", 2)[0]: cell for key, cell in cells.items() if key.endswith(" 50% 0")}
+    rows = []
+    for peer, ours in PEERS:
+        if peer not in by_name:
+            return "Not measured."
+        for name in (peer, *ours):
+            cell, base = by_name[name], by_name[peer]
+            rows.append(
+                [
+                    name,
+                    f"{cell['seconds']:.0f}",
+                    f"{cell['seconds'] / base['seconds']:.2f}",
+                    f"{cell['peak_memory'] / 1e9:.2f}",
+                    f"{cell['perplexity']['wikitext2-test.txt']:.2f}",
+                ]
+            )
+    return table(["50%", "seconds", "time / peer's", "peak GB", "perplexity"], rows)
+
+
+def parts_table() -> str:
+    if not (RESULTS / "parts.json").is_file():
+        return "Not measured."
+    runs = read("parts")["runs"]
+    names = list(next(iter(runs.values()))["parts"])
+    rows = [
+        [method, *(f"{run['parts'][name]:.1f}" for name in names), f"{run['whole']:.1f}", f"{run['ratio']:.2f}"]
+        for method, run in runs.items()
+    ]
+    return table(["seconds", *names, "whole run", "whole / sum"], rows)
+
+
+def sizes_table() -> str:
+    if not (RESULTS / "sizes.json").is_file():
+        return "Not measured."
+    rows = []
+    for row in read("sizes")["rows"]:
+        peak = max(each["flops_of_one_product"] / each["seconds_of_one_product"] for each in read("sizes")["rows"])
+        for method, case in row["cases"].items():
+            share = f"{case['flops'] / case['seconds'] / peak:.0%}" if case["flops"] else ""
+            rows.append(
+                [
+                    f"{row['rows']} x {row['columns']}",
+                    method,
+                    f"{case['seconds']:.2f}",
+                    f"{case['time_to_sparsegpt']:.2f}",
+                    f"{case['error_to_sparsegpt']:.3f}",
+                    share,
+                ]
+            )
+    return table(["matrix, 50%", "method", "seconds", "time / sparsegpt", "error / sparsegpt", "of the peak"], rows)
+
+
+def processes_table() -> str:
+    if not (RESULTS / "processes.json").is_file():
+        return "Not measured."
+    found = read("processes")
+    rows = []
+    for name, run in found["runs"].items():
+        recipe, number = name.rsplit(", ", 1)
+        alone = max(found["runs"][f"{recipe}, 1"]["cpu_seconds"])
+        rows.append(
+            [
+                recipe,
+                number,
+                " + ".join(map(str, run["batches"])),
+                f"{max(run['cpu_seconds']):.0f}",
+                f"{max(run['cpu_seconds']) / alone:.2f}",
+                f"{run['wall_seconds']:.0f}",
+                f"{run['largest_difference_of_a_layer_error']:.0e}",
+            ]
+        )
+    head = ["recipe", "processes", "batches of each", "CPU seconds of the busiest", "of one alone", "wall seconds"]
+    return table([*head, "layer errors apart"], rows)
+
+
 def page() -> str:
     """docs/performance.md."""
     return f"""# Performance
@@ -81,8 +164,6 @@ the model's mapped files are not in it, the imports of torch and transformers ar
 
 {memory_table()}
 
-`balanced` keeps one sequence's activations of all layers while it allocates.
-
 {large_line()}
 
     python benchmarks/memory.py --large --out benchmarks/results/memory.json
@@ -95,10 +176,45 @@ kill -9 at random moments, and `--resume`:
 
     python benchmarks/resume.py --out benchmarks/results/resume.json
 
-## Not measured yet
+## Several processes
 
-End to end against llm-compressor; solver time against matrix size beyond [results.md](results.md#solver-time); several processes;
-any GPU.
+`torchrun --nproc-per-node N -m secateur prune ...` deals the calibration batches and the matrices of a block out to N processes.
+Here each has one thread, on a machine of two cores: with four the wall time can't fall, the CPU time of each can. What every
+process does for itself stays (loading, the steps of the refit, rounding what it was sent).
+
+{processes_table()}
+
+    python benchmarks/processes.py --out benchmarks/results/processes.json
+
+## End to end against llm-compressor
+
+SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in an environment of its own
+([how](benchmarks.md#timing)); its time is that of `oneshot`, ours that of the whole run.
+
+{peer_table()}
+
+## A run against its parts
+
+SmolLM2-135M at 50%, 32 x 512 tokens: three forward passes of every block, the Gram updates, and the solver calls, each timed
+alone in the process of the run.
+
+{parts_table()}
+
+    python benchmarks/parts.py --text TEXT --out benchmarks/results/parts.json
+
+## Solvers against the size of the matrix
+
+Factorisation of the Gram matrix included. *Of the peak* is flops a second over the rate of the fastest product of the run; flops
+are counted up to 2048 columns.
+
+{sizes_table()}
+
+    python benchmarks/solvers.py --sizes --patterns 50% --out benchmarks/results/sizes.json
+
+## On a GPU
+
+Not measured: `python benchmarks/solvers.py --device cuda`, with `--sizes` too, runs the solvers there, and
+`python benchmarks/memory.py --llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.
 """
 
 

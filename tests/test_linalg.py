@@ -192,6 +192,16 @@ def test_gram_accumulates_batches():
     assert gram.damped(0.01) is gram.damped(0.01)
 
 
+def test_a_gram_matrix_wider_than_a_band_is_whole_and_symmetric():
+    X = torch.randn(60, 401, generator=torch.Generator().manual_seed(0))
+    total = GramAccumulator(401, X.device)
+    for part in X.split(25):
+        total.add(part)
+    found = total.finish().xx
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found.double(), X.double().T @ X.double() / 60, rtol=1e-5, atol=1e-6)
+
+
 def test_empty_gram_is_refused():
     with pytest.raises(ValueError, match="no token"):
         GramAccumulator(3, torch.device("cpu")).finish()

@@ -164,7 +164,7 @@ class _Sums:
         for group in groups:
             if group.leader.name not in self.by_name:
                 self.by_name[group.leader.name] = GramAccumulator(group.columns, group.leader.stored.device)
-            parallel.add_up(self.by_name[group.leader.name].sum)
+            parallel.add_up(self.by_name[group.leader.name].upper)
         counts = parallel.gather({group.leader.name: self.tokens(group.leader.name) for group in groups})
         for group in groups:
             self.by_name[group.leader.name].tokens = sum(count[group.leader.name] for count in counts)

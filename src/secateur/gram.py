@@ -13,6 +13,9 @@ from torch import Tensor
 
 from secateur.linalg import Damped
 
+BAND = {"cpu": 192}  # rows: 0.6 of a whole product's time from 576 to 4096 columns on a Zen 4
+BAND_ON_DEVICE = 2048
+
 
 @dataclass(eq=False)
 class Gram:
@@ -40,20 +43,29 @@ class Gram:
 
 
 class GramAccumulator:
-    """Sums `x x^T` over tokens; `finish` divides by their number."""
+    """Sums `x x^T` over tokens; `finish` divides by their number.
+
+    Only the upper triangle is summed, in bands of rows, as torch has no product for a symmetric result; what lies below
+    the diagonal of `upper` is not meant.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, X: Float[Tensor, "T C"]) -> None:
-        """Add a batch of inputs, one token a row, in any floating dtype. Cost: T C^2 multiply-adds."""
+        """Add a batch of inputs, one token a row, in any floating dtype. Cost: about T C^2 / 2 multiply-adds."""
         X = X.float()
-        self.sum.addmm_(X.T, X)
+        columns = X.shape[1]
+        band = BAND.get(X.device.type, BAND_ON_DEVICE)
+        for start in range(0, columns, band):
+            end = min(start + band, columns)
+            self.upper[start:end, start:].addmm_(X[:, start:end].T, X[:, start:])
         self.tokens += len(X)
 
     def finish(self) -> Gram:
         """The Gram matrix of all tokens added."""
         if self.tokens == 0:
             raise ValueError("no token was observed: there is no Gram matrix to form")
-        return Gram(self.sum / self.tokens, self.tokens)
+        upper = self.upper.triu().div_(self.tokens)
+        return Gram(upper + upper.triu(1).T, self.tokens)

@@ -127,7 +127,7 @@ def observe(
         for name, X in inputs.items():
             if name not in sums:
                 sums[name] = GramAccumulator(X.shape[1], X.device)
-                drifts[name] = torch.zeros_like(sums[name].sum)
+                drifts[name] = torch.zeros_like(sums[name].upper)
                 errors[name] = X.new_zeros(error.shape[1], X.shape[1])
             sums[name].add(X)
             drifts[name].addmm_((dense_inputs[name] - X).T, X)
@@ -135,7 +135,7 @@ def observe(
                 errors[name].addmm_(error.T, X)
     counts = parallel.gather({name: each.tokens for name, each in sums.items()})
     for name, each in sums.items():
-        for tensor in (each.sum, drifts[name], errors[name]):
+        for tensor in (each.upper, drifts[name], errors[name]):
             parallel.add_up(tensor)
         each.tokens = sum(count[name] for count in counts)
     grams = finished_grams(groups, sums)
