@@ -23,6 +23,7 @@ from typing import Any
 
 from memory import WIDE, write_model
 
+from secateur.calibration import BATCH_TOKENS, STEP_TOKENS
 from secateur.export import environment
 
 LAYERS, SAMPLES, LENGTH = 4, 64, 256
@@ -52,7 +53,7 @@ def main() -> None:
                 runs[f"{name}, {number}"] = {
                     "wall_seconds": time.perf_counter() - began,
                     "cpu_seconds": seconds,
-                    "batches": [len(range(rank, SAMPLES // 2, number)) for rank in range(number)],
+                    "tokens": [LENGTH * windows for windows in dealt(report, number)],
                     "largest_difference_of_a_layer_error": max(apart),
                 }
                 print(name, number, runs[f"{name}, {number}"], flush=True)
@@ -65,6 +66,12 @@ def main() -> None:
 def command(model: Path, out: Path, flags: tuple[str, ...]) -> list[str]:
     given = [sys.executable, "-m", "secateur", "prune", str(model), str(out), *flags]
     return [*given, "--samples", str(SAMPLES), "--seq-len", str(LENGTH)]
+
+
+def dealt(report: dict[str, Any], number: int) -> list[int]:
+    """How many calibration windows each process had."""
+    size = (BATCH_TOKENS if report["recipe"]["refit"] == "none" else STEP_TOKENS) // LENGTH
+    return [size * len(range(rank, SAMPLES // size, number)) for rank in range(number)]
 
 
 def cpu_seconds(commands: list[list[str]]) -> list[float]:

@@ -108,9 +108,9 @@ def parts_table() -> str:
 def sizes_table() -> str:
     if not (RESULTS / "sizes.json").is_file():
         return "Not measured."
-    rows = []
-    for row in read("sizes")["rows"]:
-        peak = max(each["flops_of_one_product"] / each["seconds_of_one_product"] for each in read("sizes")["rows"])
+    rows, sizes = [], read("sizes")["rows"]
+    peak = max(row["flops_of_one_product"] / row["seconds_of_one_product"] for row in sizes)
+    for row in sizes:
         for method, case in row["cases"].items():
             share = f"{case['flops'] / case['seconds'] / peak:.0%}" if case["flops"] else ""
             rows.append(
@@ -138,14 +138,14 @@ def processes_table() -> str:
             [
                 recipe,
                 number,
-                " + ".join(map(str, run["batches"])),
+                " + ".join(map(str, run["tokens"])),
                 f"{max(run['cpu_seconds']):.0f}",
                 f"{max(run['cpu_seconds']) / alone:.2f}",
                 f"{run['wall_seconds']:.0f}",
                 f"{run['largest_difference_of_a_layer_error']:.0e}",
             ]
         )
-    head = ["recipe", "processes", "batches of each", "CPU seconds of the busiest", "of one alone", "wall seconds"]
+    head = ["recipe", "processes", "tokens of each", "CPU seconds of the busiest", "of one alone", "wall seconds"]
     return table([*head, "layer errors apart"], rows)
 
 

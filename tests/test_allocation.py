@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,3 +200,30 @@ def test_row_scales_are_exact_powers_of_two():
     W = torch.randn(100, 8)
     assert torch.equal((W * scale[:, None]) / scale[:, None], W)
     assert 1 / 8 <= float(scale.min()) < float(scale.max()) <= 8
+
+
+class SeveralExits(torch.nn.Module):
+    """A language model whose head takes the sum of all layers' hidden states, as speech models do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, input_ids, use_cache=False):
+        states = self.inner.model(input_ids, output_hidden_states=True, use_cache=use_cache).hidden_states
+        return SimpleNamespace(logits=self.inner.lm_head(sum(states[1:])))
+
+
+def test_sensitivity_counts_every_use_of_a_blocks_output():
+    model = SeveralExits(tiny_model("llama").eval())
+    ids = tokens(2)[0]
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        found = output_sensitivity(model, blocks, [{"input_ids": ids}], windows=1, seed=0, residence=InMemory())
+    seen: list[torch.Tensor] = []
+    name = "inner.model.layers.0.mlp.down_proj"
+    model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: seen.append(out[0]))
+    logits = model(ids[:1]).logits[0]
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    assert torch.allclose(found[name], seen[0].flatten(0, -2).square().mean(0), rtol=1e-3)

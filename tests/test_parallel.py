@@ -84,7 +84,7 @@ def command(source, out, *more):
     return ["-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS, *more]
 
 
-def test_the_command_by_two_processes_speaks_once_and_is_gone_on_with_by_one(source, tmp_path):
+def test_the_command_by_two_processes_speaks_once_and_knows_when_it_is_done(source, tmp_path):
     out = tmp_path / "out"
     done = in_processes(2, *command(source, out, "--json"))
     assert done.returncode == 0, done.stderr
@@ -103,12 +103,9 @@ def test_too_few_batches_for_the_processes_are_named(source, tmp_path):
     assert "1 calibration batches can't be dealt out to 2 processes" in done.stderr.replace("\n", " ")
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc")
 def test_a_dead_process_ends_the_run_and_another_number_of_them_goes_on(source, tmp_path):
     out = tmp_path / "out"
-    one = subprocess.run(
-        [sys.executable, *map(str, command(source, tmp_path / "one"))], capture_output=True, check=True
-    )
-    assert one.returncode == 0
     arguments = torchrun(2, *command(source, out, "--refit-passes", "30"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

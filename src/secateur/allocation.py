@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur import parallel
-from secateur.capture import Batch, Progress, Stream
+from secateur.capture import Batch, Progress, Stream, passes
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError, refit_rows
 from secateur.model import Block
+from secateur.observe import Matrix
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.residence import Residence
 from secateur.sensitivity import output_sensitivity
@@ -144,21 +145,25 @@ def _over_dense_blocks(
     measured: dict[str, Any] = {}
     for index, block in enumerate(blocks):
         with residence.using(block):
-            grams = stream.observe(block, stream.groups[block.name])
-            own = parallel.dealt(len(block.matrices))
-            for group in stream.groups[block.name]:
-                gram = grams.pop(group.leader.name)
-                for matrix, input_dim in group.members:
-                    if block.matrices.index(matrix) not in own:
-                        continue
-                    try:
-                        measured[matrix.name] = measure(matrix.name, matrix.weight(input_dim).float(), gram)
-                    except NotPositiveDefiniteError as error:
-                        raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
+            for groups in passes(stream.groups[block.name], stream.memory.gram_bytes):
+                grams = stream.observe(block, groups)
+                own = {block.matrices[number] for number in parallel.dealt(len(block.matrices))}
+                for group in groups:
+                    gram = grams.pop(group.leader.name)
+                    for matrix, input_dim in group.members:
+                        if matrix in own:
+                            measured[matrix.name] = _measured(measure, matrix, input_dim, gram)
             stream.hidden = stream.outputs(block)
         progress("allocation", index + 1, len(blocks))
     found = parallel.gather_items(measured)
     return {matrix.name: found[matrix.name] for block in blocks for matrix in block.matrices}
+
+
+def _measured(measure: Callable[[str, Tensor, Gram], Any], matrix: Matrix, input_dim: int, gram: Gram) -> Any:
+    try:
+        return measure(matrix.name, matrix.weight(input_dim).float(), gram)
+    except NotPositiveDefiniteError as error:
+        raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
 
 
 def _first_sequences(stream: Stream, sizes: Sequence[int], windows: int) -> Stream:
@@ -181,7 +186,7 @@ def loss_curve(
     Measured on at most 32 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
-    sample = W[rows] * sensitivity[rows].sqrt()[:, None].to(W.dtype)
+    sample = W[rows] * sensitivity.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
     damped = gram.damped(damping)
     score = sample.square() / damped.U.square().sum(0)
     sparsities, losses = [], []

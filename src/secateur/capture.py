@@ -39,6 +39,20 @@ class InputGroup:
         return matrix.weight(input_dim).shape[1]
 
 
+def passes(groups: Sequence[InputGroup], gram_bytes: int) -> list[list[InputGroup]]:
+    """The groups that are observed at a time: as many as their Gram matrices fit into so many bytes, at least one."""
+    found: list[list[InputGroup]] = []
+    room = 0
+    for group in groups:
+        needed = 4 * group.columns**2
+        if not found or needed > room:
+            found.append([])
+            room = gram_bytes
+        found[-1].append(group)
+        room -= needed
+    return found
+
+
 @dataclass(eq=False)
 class Stream:
     """Hidden states of every batch in front of one block, and how to run each block on them.
@@ -181,7 +195,7 @@ def _shrunk(routed: Gram | None, everything: Gram, share: float) -> Gram:
 
 
 def finished_grams(groups: Sequence[InputGroup], sums: dict[str, GramAccumulator]) -> dict[str, Gram]:
-    """The Gram matrix of each group.
+    """The Gram matrix of each group; the sums are used up.
 
     Raises:
         ValueError: a group that saw no token, or inputs that are not finite.
@@ -192,7 +206,7 @@ def finished_grams(groups: Sequence[InputGroup], sums: dict[str, GramAccumulator
             f"{silent[0]} saw tokens in the whole dense pass, but none here (a router sends pruned hidden states "
             f"elsewhere): use more calibration text, or leave it dense with --exclude '{silent[0]}'"
         )
-    grams = {name: sums[name].finish() for name in names}
+    grams = {name: sums.pop(name).finish() for name in names}
     for name, gram in grams.items():
         if not bool(torch.isfinite(gram.xx).all()):
             raise ValueError(

@@ -324,7 +324,9 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        process = os.environ.get("RANK", "0")
+        where = "" if process == "0" else f" in process {process}"
+        stderr.print(f"error{where}: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         stderr.print("stopped")

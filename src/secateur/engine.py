@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur import parallel
 from secateur.allocation import Allocation, Allotment, allocate
-from secateur.capture import Batch, InputGroup, Progress, Stream
+from secateur.capture import Batch, InputGroup, Progress, Stream, passes
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
 from secateur.memory import HiddenStates, Memory, Workspace
@@ -189,7 +189,9 @@ def _prune_block(
     one_by_one = plan.true_sequential or plan.target.kind == "residual"
     originals = DenseWeights(block) if plan.target.kind != "pruned" else None
     reports: list[MatrixReport] = []
-    for observed in _passes(stream.groups[block.name], one_by_one, plan.memory.gram_bytes):
+    moments_a_group = 1 if originals is None else 3
+    gram_bytes = 0 if one_by_one else plan.memory.gram_bytes // moments_a_group
+    for observed in passes(stream.groups[block.name], gram_bytes):
         if originals is None:
             moments = {name: Moments(gram) for name, gram in stream.observe(block, observed).items()}
         else:
@@ -226,20 +228,6 @@ def _write_gains(block: Block, stream: Stream, groups: Sequence[InputGroup]) -> 
     return parallel.from_first(
         {matrix.name: write_gain(block, stream, matrix, input_dim) for matrix, input_dim in members}
     )
-
-
-def _passes(groups: Sequence[InputGroup], one_by_one: bool, gram_bytes: int) -> list[list[InputGroup]]:
-    """The groups that are observed at a time: all of a block's, unless their Gram matrices would not fit."""
-    passes: list[list[InputGroup]] = []
-    room = 0
-    for group in groups:
-        needed = 4 * group.columns**2
-        if one_by_one or not passes or needed > room:
-            passes.append([])
-            room = gram_bytes
-        passes[-1].append(group)
-        room -= needed
-    return passes
 
 
 def _prune_matrix(
@@ -295,7 +283,7 @@ def _solve(
 
     None where a GPU's memory is too small for it at this chunk.
     """
-    scale = 1.0 if row_scale is None else row_scale[:, None]
+    scale = 1.0 if row_scale is None else row_scale.to(W.device)[:, None]
     try:
         with limited(chunk):
             solved = plan.solver(W * scale, gram, pattern)

@@ -64,8 +64,8 @@ class GramAccumulator:
         self.tokens += len(X)
 
     def finish(self) -> Gram:
-        """The Gram matrix of all tokens added."""
+        """The Gram matrix of all tokens added. It takes the sum's place: nothing can be added any more."""
         if self.tokens == 0:
             raise ValueError("no token was observed: there is no Gram matrix to form")
-        upper = self.upper.triu().div_(self.tokens)
-        return Gram(upper + upper.triu(1).T, self.tokens)
+        upper = self.upper.triu_().div_(self.tokens)
+        return Gram(upper.add_(upper.triu(1).T), self.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import tempfile
@@ -24,11 +23,13 @@ HIDDEN_SETS = 3  # of the pruned stream, the dense one, and what a block gives o
 
 @dataclass(frozen=True)
 class Memory:
-    """A cap on what a run adds to one block's weights: half for Gram matrices, a quarter for hidden states, an eighth
-    for a solver's largest temporary, which has a few of like size beside it.
+    """A cap on what grows with the texts and the width of matrices: half for Gram matrices, a quarter for hidden
+    states, a 64th for a solver's largest temporary, which has up to 32 of like size beside it.
+
+    Not in it are a block's weights with a refit's 30 bytes for each, and what an allocation holds of one sequence.
 
     Args:
-        limit: bytes; None = no cap on hidden states, and the usual chunks.
+        limit: bytes in each process; None = no cap on hidden states, and the usual chunks.
         folder: where hidden states go that don't fit; without a limit, all do.
     """
 
@@ -43,7 +44,7 @@ class Memory:
     @property
     def chunk_bytes(self) -> int | None:
         """Bytes of a solver's largest temporary; None = as it is usual."""
-        return None if self.limit is None else max(LEAST, self.limit // 8)
+        return None if self.limit is None else max(LEAST, self.limit // 64)
 
     def fits(self, hidden: int) -> bool:
         """Whether hidden states of so many bytes, of one set of batches, are held in memory.
@@ -68,7 +69,8 @@ def parse_memory(max_memory: str | int | None, folder: str | Path | None) -> Mem
     Raises:
         ValueError: no size, or no folder that can be written.
     """
-    found = None if max_memory is None else re.fullmatch(r"(\d+)\s*([KMGT]?I?)B?", str(max_memory).strip().upper())
+    size = str(max_memory).strip().upper()
+    found = None if max_memory is None else re.fullmatch(r"(\d+)\s*((?:[KMGT]I?)?)B?", size)
     if max_memory is not None and (found is None or int(found[1]) == 0):
         raise ValueError(f"max-memory is {max_memory!r}; write a size such as 8GB or 500MB")
     path = None if folder is None else Path(folder).expanduser().resolve()
@@ -79,13 +81,15 @@ def parse_memory(max_memory: str | int | None, folder: str | Path | None) -> Mem
 
 @dataclass(eq=False)
 class HiddenStates(MutableSequence[Tensor]):
-    """Hidden states of the batches, in their order: in memory, or in files that are mapped where memory says so.
+    """Hidden states of the batches, in their order: in memory, or in files that are mapped where memory says so. The
+    first one's size stands for all in this.
 
     What is read from a file comes to the device it was on; it must not be changed in place.
     """
 
     memory: Memory = field(default_factory=Memory)
     number: int = 0
+    inside: bool | None = None
     _held: list[tuple[Tensor, torch.device]] = field(default_factory=list)
 
     @classmethod
@@ -93,7 +97,7 @@ class HiddenStates(MutableSequence[Tensor]):
         """Take in tensors one by one.
 
         Args:
-            number: how many there will be; the first one's size stands for all.
+            number: how many there will be.
         """
         states = cls(memory, number)
         states.extend(tensors)
@@ -101,11 +105,11 @@ class HiddenStates(MutableSequence[Tensor]):
 
     def shared(self) -> HiddenStates:
         """The same tensors in a sequence of its own."""
-        return HiddenStates(self.memory, self.number, list(self._held))
+        return HiddenStates(self.memory, self.number, self.inside, list(self._held))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return HiddenStates(self.memory, self.number, self._held[index])
+            return HiddenStates(self.memory, self.number, self.inside, self._held[index])
         tensor, device = self._held[index]
         return tensor.to(device)
 
@@ -123,24 +127,25 @@ class HiddenStates(MutableSequence[Tensor]):
         self._held.insert(index, self._kept(value))
 
     def _kept(self, tensor: Tensor) -> tuple[Tensor, torch.device]:
-        inside = self.memory.fits(tensor.nbytes * max(1, self.number))
-        return (tensor if inside else _in_file(tensor, self.memory.folder)), tensor.device
+        if self.inside is None:
+            self.inside = self.memory.fits(tensor.nbytes * max(1, self.number))
+        return (tensor if self.inside else _in_file(tensor, self.memory.folder)), tensor.device
 
 
 def _in_file(tensor: Tensor, folder: Path | None) -> Tensor:
-    """A copy in a file without a name, which is gone with its last tensor, or with the process whatever ends it.
+    """A copy in a file that is mapped and has no name any more: it is gone with its last tensor, whatever ends the run.
 
     Raises:
         ValueError: the disk is full.
     """
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             file.flush()
-            mapped = mmap.mmap(file.fileno(), tensor.nbytes)
+            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise ValueError(f"hidden states could not be written to {folder} ({error.strerror})") from error
-    return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+    return mapped.view(tensor.shape)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class LostProcessError(ValueError):
-    """Another process of the run has died or failed."""
+    """The processes of the run can't exchange data any more: most likely one has died or failed."""
 
 
 def size() -> int:
@@ -45,18 +46,33 @@ def joined(device: str | None) -> Iterator[None]:
     """Meanwhile this process is in the group that torchrun (or `accelerate launch`) has started, if it has.
 
     A group that is initialised already is used as it is. gloo sums on CPUs, nccl on GPUs.
+
+    Raises:
+        ValueError: fewer GPUs than processes on this machine, or one GPU for all of them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    on_gpu = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
+    on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(own_gpu())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        _take_own_gpu(device)
+    # Ranks wait for one that loads, solves or writes; a dead one is noticed by its closed connection.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _take_own_gpu(device: str | None) -> None:
+    if ":" in (device or ""):
+        raise ValueError(f"device is {device}, for each of several processes: say cuda, and each takes one of its own")
+    if own_gpu() >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {own_gpu()} of this machine has no GPU of its own among {torch.cuda.device_count()}: start one "
+            f"process a GPU, or use --device cpu"
+        )
+    torch.cuda.set_device(own_gpu())
 
 
 def own_gpu() -> int:
@@ -127,9 +143,16 @@ def wait() -> None:
 def _all_alive() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo's and nccl's one way to say so
         first_line = str(error).strip().partition("\n")[0]
+        if "No backend type" in first_line:
+            raise ValueError(
+                f"the processes can't exchange tensors of this device ({first_line}): initialise torch.distributed "
+                f"with cpu:gloo,cuda:nccl, or use --device cpu"
+            ) from error
         raise LostProcessError(
-            f"process {rank()} of {size()} has lost another one, which has died or failed ({first_line}): look for its "
-            f"own message; --resume goes on from the last finished block"
+            f"process {rank()} of {size()} could not exchange data with the others ({first_line}). Where one of them "
+            f"has died or failed, look for its own message; --resume goes on from the last finished block"
         ) from error

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,7 +39,9 @@ def output_sensitivity(
         ValueError: a matrix that saw none of the sequences.
 
     Cost: for each sequence a forward pass of the whole model, and one more and a backward pass (no weight gradients) of
-    each block in turn. Only one block's activations are held at a time, with the hidden states in front of the others.
+    each block in turn. Of the blocks' activations those of one are held at a time, with the hidden states around the
+    others. What a block hands to a later one beside its hidden states (Gemma 3n's shared keys and values) carries no
+    gradient.
     """
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator()
@@ -48,8 +49,8 @@ def output_sensitivity(
     with _no_weight_gradients(model), torch.enable_grad():
         for number, sequence in _own_sequences(batches, windows):
             generator.manual_seed(seed + number)  # whoever takes a sequence draws the same labels for it
-            inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
             with residence.running(model), _recorded(blocks) as record:
+                inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
                 logits = _logits(run_without_cache(model, model, **inputs)).float()
                 real = inputs.get("attention_mask")
                 logits = logits if real is None else logits[real[0].bool()]
@@ -57,8 +58,9 @@ def output_sensitivity(
                 odds = logits.detach().softmax(-1).cpu()
                 labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
                 nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            gradient = record.last.grad
-            for block, hidden, call in reversed(record.calls):
+            gradient: Tensor | None = None
+            for block, hidden, call, output in reversed(record):
+                gradient = _sum(gradient, output.grad)
                 with residence.using(block):
                     gradient = _backward(block, hidden, call, gradient, sums)
     totals: dict[str, Tensor] = {}
@@ -76,49 +78,67 @@ def output_sensitivity(
             f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
             f"--allocation-windows, or use --allocation uniform"
         )
-    device = next(model.parameters()).device
-    return {name: (total / tokens).to(device) for name, total in totals.items()}
+    return {name: total / tokens for name, total in totals.items()}
 
 
-@dataclass(eq=False)
-class _Record:
-    """A forward pass: the hidden states in front of each block, its call, and what the last block gave, where
-    gradients begin."""
+class _Ran(NamedTuple):
+    """One block in a forward pass: hidden states in front of it, its call, and its output, where gradients begin."""
 
-    calls: list[tuple[Block, Tensor, Call]] = field(default_factory=list)
-    last: Any = None
+    block: Block
+    hidden: Tensor
+    call: Call
+    output: Tensor
 
 
 @contextmanager
-def _recorded(blocks: Sequence[Block]) -> Iterator[_Record]:
-    """Record the forward pass; what comes behind the blocks can be differentiated by what the last one gives."""
-    record = _Record()
+def _recorded(blocks: Sequence[Block]) -> Iterator[list[_Ran]]:
+    """Record the blocks of a forward pass, in order. Each runs without gradients, and what it gives begins new ones, so
+    that whatever else in the model uses its output tells how it is felt there."""
+    entered: dict[str, tuple[Tensor, Call]] = {}
+    record: list[_Ran] = []
 
     def begins(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = Call.split(block, args, kwargs)
-        record.calls.append((block, hidden.detach().clone(), call))
+        entered[block.name] = (hidden.detach().clone(), call)
+        torch.set_grad_enabled(False)
 
-    def last_ends(_module: nn.Module, _args: Any, output: Any) -> Any:
-        record.last = hidden_of(output, blocks[-1]).detach().requires_grad_(True)
-        return record.last if isinstance(output, Tensor) else (record.last, *output[1:])
+    def ends(block: Block, output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        begun = hidden_of(output, block).detach().requires_grad_(True)
+        record.append(_Ran(block, *entered.pop(block.name), begun))
+        return begun if isinstance(output, Tensor) else (begun, *output[1:])
 
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # restored where a block fails
         for block in blocks:
-            hook = block.module.register_forward_pre_hook(
+            before = block.module.register_forward_pre_hook(
                 lambda _module, args, kwargs, block=block: begins(block, args, kwargs), with_kwargs=True
             )
-            stack.callback(hook.remove)
-        stack.callback(blocks[-1].module.register_forward_hook(last_ends).remove)
+            # In front of transformers' own hooks, which keep hidden states that a head may use.
+            after = block.module.register_forward_hook(
+                lambda _module, _args, output, block=block: ends(block, output), prepend=True
+            )
+            stack.callback(before.remove)
+            stack.callback(after.remove)
         yield record
 
 
-def _backward(block: Block, hidden: Tensor, call: Call, gradient: Tensor | None, sums: _GradientSquares) -> Tensor:
-    """From the gradient of a block's output to that of its input; the gradients of its products are noted."""
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _backward(
+    block: Block, hidden: Tensor, call: Call, gradient: Tensor | None, sums: _GradientSquares
+) -> Tensor | None:
+    """From the gradient of a block's output to that of its input; the gradients of its products are noted.
+
+    None = nothing behind the block depends on it.
+    """
     start = hidden.requires_grad_(True)
     with WeightWatcher(block.matrices, lambda _use: None, sums.watch):
         output = call.replay(block, start.clone())  # a block may change its input in place
-    output.backward(gradient)
-    assert start.grad is not None
+    if gradient is not None:
+        output.backward(gradient)
     return start.grad
 
 

@@ -85,6 +85,7 @@ class Journal:
         if self.identity and begun_by != go_on:  # torchrun gives each process other threads than one alone has
             apart = ("environment processes ", "environment threads ")
             differences = [difference for difference in differences if not difference.startswith(apart)]
+        if self.identity and begun_by != go_on and not differences:
             self.notices.append(
                 f"{begun_by} processes began this run and {go_on} go on with it: the model is that of an uninterrupted "
                 f"run to the rounding of sums, not to the bit"
@@ -96,7 +97,7 @@ class Journal:
             )
         if differences or not self.identity:
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            self.blocks, self.files, self.seconds = {}, [], 0.0
+            self.blocks, self.files, self.seconds, self.notices = {}, [], 0.0, []
             self.replaces = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
         self.identity = identity
 
@@ -150,6 +151,8 @@ class Journal:
     @contextmanager
     def _file(self, block: Block) -> Iterator[Any]:
         path = self._path(block)
+        if not parallel.is_first() and not path.exists():
+            raise ValueError(f"{path} is not here: OUT must lie on a disk that all processes share")
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -245,6 +248,7 @@ class Journal:
             "seconds": self.spent,
             "replaces": self.replaces,
             "files": self.files,
+            "notices": self.notices,
         }
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -316,7 +320,7 @@ def _take_over(journal: Journal, resume: bool) -> None:
             raise
         return
     if resume:
-        for name in ("identity", "blocks", "seconds", "replaces", "files"):
+        for name in ("identity", "blocks", "seconds", "replaces", "files", "notices"):
             setattr(journal, name, getattr(earlier, name))
 
 
@@ -348,6 +352,7 @@ def _read_manifest(journal: Journal) -> None:
         journal.identity, journal.seconds = dict(found["identity"]), float(found["seconds"])
         journal.blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
         journal.replaces, journal.files = ([str(name) for name in found[key]] for key in ("replaces", "files"))
+        journal.notices = [str(notice) for notice in found["notices"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
     if foreign := [

@@ -288,8 +288,3 @@ class _Recorder:
 def _stem(matrix: Matrix) -> str:
     """The path of the parameter that an expert is a slice of."""
     return matrix.name.partition("[")[0]
-
-
-def _positions(hidden: Tensor) -> int:
-    """Tokens in hidden states; in front of a model as a whole they are the token ids."""
-    return hidden.shape[:-1].numel() if hidden.is_floating_point() else hidden.numel()
