@@ -129,9 +129,9 @@ def gather_items(items: Mapping[K, T]) -> dict[K, T]:
     return {key: value for part in gather(dict(items)) for key, value in part.items()}
 
 
-def from_first(value: T | None) -> T:
+def from_first(value: T) -> T:
     """The first process's value (plain data)."""
-    return gather(value)[0]  # type: ignore[return-value]
+    return gather(value)[0]
 
 
 def wait() -> None:
