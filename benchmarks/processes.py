@@ -23,7 +23,7 @@ from typing import Any
 
 from memory import WIDE, write_model
 
-from secateur.calibration import BATCH_TOKENS, STEP_TOKENS
+from secateur.calibration import BATCH_TOKENS
 from secateur.export import environment
 
 LAYERS, SAMPLES, LENGTH = 4, 64, 256
@@ -70,7 +70,8 @@ def command(model: Path, out: Path, flags: tuple[str, ...]) -> list[str]:
 
 def dealt(report: dict[str, Any], number: int) -> list[int]:
     """How many calibration windows each process had."""
-    size = (BATCH_TOKENS if report["recipe"]["refit"] == "none" else STEP_TOKENS) // LENGTH
+    refit = report["recipe"]["refit"]
+    size = (BATCH_TOKENS if refit == "none" else refit["step_tokens"]) // LENGTH
     return [size * len(range(rank, SAMPLES // size, number)) for rank in range(number)]
 
 

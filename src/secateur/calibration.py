@@ -24,7 +24,6 @@ from secateur.capture import Batch
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are no faster, but scans over positions (Mamba) get fewer
-STEP_TOKENS = 512  # the same where the block refit takes a step each batch
 MIN_BATCHES = 8  # where there are as many windows
 
 Document = str | list[dict[str, str]]  # a text, or a conversation for the chat template

@@ -39,12 +39,19 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 # An allocation is for unstructured patterns: to mix n:m patterns, which hardware for one of them can't run, has to be
 # asked for. The time goes to the search and the refit there, which n:m patterns need more.
-EFFORTS_AT_NM: dict[str, dict[str, Any]] = {"best": {"search_iterations": 40, "refit_passes": 4}}
+EFFORTS_AT_NM: dict[str, dict[str, Any]] = {
+    "best": {"search_iterations": 40, "refit_passes": 4, "refit_step_tokens": 1024, "refit_held_out": 0.125},
+}
 # Setting -> (choice that turns its step on, field of the step's dataclass).
 _STEP_FIELDS: dict[str, dict[str, str]] = {
     "target": {"target_strength": "strength"},
     "refine": {"max_swaps": "max_swaps"},
-    "refit": {"refit_passes": "passes", "refit_rate": "rate", "refit_held_out": "held_out"},
+    "refit": {
+        "refit_passes": "passes",
+        "refit_rate": "rate",
+        "refit_held_out": "held_out",
+        "refit_step_tokens": "step_tokens",
+    },
     "allocation": {"allocation_spread": "spread", "allocation_windows": "windows"},
 }
 SETTINGS = {"method", *_STEP_FIELDS, *(name for fields in _STEP_FIELDS.values() for name in fields)}

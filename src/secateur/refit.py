@@ -39,11 +39,14 @@ class BlockRefit:
             first tenth of the steps and falls to zero as a cosine.
         held_out: share of the batches that is never trained on. After each pass they decide which weights are kept,
             the solver's own among them, so a block never ends worse on them than it began.
+        step_tokens: tokens of the texts behind each step, in whole windows, at least one; the caller's own batches are
+            taken as they are.
     """
 
     passes: int = 4
     rate: float = 0.025
     held_out: float = 0.0625
+    step_tokens: int = 512
 
     def __post_init__(self) -> None:
         if self.passes < 0:
@@ -52,6 +55,8 @@ class BlockRefit:
             raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.025)")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.0625)")
+        if self.step_tokens < 1:
+            raise ValueError(f"the refit's tokens a step are {self.step_tokens}; at least 1 is needed (default 512)")
 
     def check_batches(self, batches: int) -> None:
         """Raise ValueError unless there are batches to train on and to hold out."""

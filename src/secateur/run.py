@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import engine, export, parallel
-from secateur.calibration import BATCH_TOKENS, STEP_TOKENS, Calibration, calibrate
+from secateur.calibration import BATCH_TOKENS, Calibration, calibrate
 from secateur.capture import Batch, Progress
 from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
 from secateur.model import parameters_of
@@ -34,7 +34,7 @@ class Texts:
 
     def calibration(self, tokenizer: Any, config: Any, plan: engine.Plan) -> Calibration:
         """Batches of the size that the plan works best with."""
-        size = BATCH_TOKENS if plan.refit is None else STEP_TOKENS
+        size = BATCH_TOKENS if plan.refit is None else plan.refit.step_tokens
         return calibrate(self.source, tokenizer, config, self.samples, self.seq_len, self.seed, size)
 
 
