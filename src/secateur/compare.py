@@ -27,7 +27,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from secateur.api import evaluate, prune
-from secateur.checkpoint import default_device, load, read_json
+from secateur.calibration import calibrate
+from secateur.checkpoint import Checkpoint, default_device, load, read_json
 from secateur.export import environment
 from secateur.pattern import parse_pattern
 from secateur.peer_llmcompressor import peak_of_process
@@ -263,29 +264,8 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
     device = settings.device or default_device()
-    found: dict[str, Any] = {}
-    if cell.recipe in PEERS:
-        assert peer_python is not None
-        checkpoint, found = prune_by_llmcompressor(settings, cell, peer_python, device)
-    else:
-        checkpoint = load(settings.model, device)
-        if cell.recipe != DENSE:
-            report = prune(
-                checkpoint,
-                pattern=str(cell.pattern),
-                calibration=settings.calibration,
-                samples=settings.samples,
-                seq_len=settings.seq_len,
-                seed=cell.seed or 0,
-                **parse_recipe(cell.recipe),
-            )
-            found = {
-                "layer_error": report.mean_relative_error,
-                "sparsity": report.sparsity,
-                "seconds": report.seconds,
-                "peak_memory": _peak_memory(device),
-                "environment": report.environment,
-            }
+    checkpoint = load(settings.model, device)
+    found = {} if cell.recipe == DENSE else _pruned(checkpoint, settings, cell, peer_python, device)
     started = time.perf_counter()
     found["perplexity"] = {
         _short(text): evaluate(
@@ -301,6 +281,32 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
         found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
     return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
+
+
+def _pruned(
+    checkpoint: Checkpoint, settings: Settings, cell: Cell, peer_python: Path | None, device: str
+) -> dict[str, Any]:
+    """The figures of pruning a loaded model in place."""
+    texts: dict[str, Any] = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": cell.seed or 0}
+    if cell.recipe in PEERS:
+        assert peer_python is not None
+        data = calibrate(settings.calibration, checkpoint.tokenizer, checkpoint.model.config, **texts)
+        method = cell.recipe.removeprefix("llmcompressor-")
+        return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
+    report = prune(
+        checkpoint,
+        pattern=str(cell.pattern),
+        calibration=settings.calibration,
+        **texts,
+        **parse_recipe(cell.recipe),
+    )
+    return {
+        "layer_error": report.mean_relative_error,
+        "sparsity": report.sparsity,
+        "seconds": report.seconds,
+        "peak_memory": _peak_memory(device),
+        "environment": report.environment,
+    }
 
 
 def _peak_memory(device: str) -> int:

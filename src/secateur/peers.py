@@ -6,56 +6,45 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import peer_llmcompressor
-from secateur.calibration import calibrate
-from secateur.checkpoint import Checkpoint, load
-
-if TYPE_CHECKING:
-    from secateur.compare import Cell, Settings
+from secateur.capture import Batch
+from secateur.checkpoint import Checkpoint
 
 
 def prune_by_llmcompressor(
-    settings: Settings, cell: Cell, python: Path, device: str
-) -> tuple[Checkpoint, dict[str, Any]]:
-    """The model as llm-compressor prunes it, and `seconds`, `peak_memory`, `sparsity` and the peer's `versions`.
+    checkpoint: Checkpoint, batches: Sequence[Batch], method: str, pattern: str, python: Path
+) -> dict[str, Any]:
+    """Prune a loaded model in place by llm-compressor; `seconds`, `peak_memory`, `sparsity` and the peer's `versions`.
 
     Args:
+        method: `sparsegpt` or `wanda`.
         python: the interpreter of an environment with llm-compressor.
 
     Raises:
         ValueError: the peer fails; its last words are in the message.
     """
-    checkpoint = load(settings.model, device)
-    data = calibrate(
-        settings.calibration,
-        checkpoint.tokenizer,
-        checkpoint.model.config,
-        settings.samples,
-        settings.seq_len,
-        cell.seed or 0,
-    )
-    method = cell.recipe.removeprefix("llmcompressor-")
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "pruned.safetensors"
-        save_file({"input_ids": torch.cat([batch["input_ids"] for batch in data.batches])}, tokens)
+        save_file({"input_ids": torch.cat([batch["input_ids"] for batch in batches])}, tokens)
         script = shutil.copy(peer_llmcompressor.__file__, Path(scratch) / "peer.py")  # away from our modules' names
-        arguments = [str(checkpoint.folder.absolute()), str(tokens), str(out), method, str(cell.pattern)]
+        arguments = [str(checkpoint.folder.absolute()), str(tokens), str(out), method, pattern]
         done = subprocess.run(
             [str(python.absolute()), script, *arguments], capture_output=True, text=True, cwd=scratch, check=False
         )
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise ValueError(f"{cell.key}: llm-compressor failed (exit code {done.returncode}):\n{last}")
+            raise ValueError(f"llm-compressor failed (exit code {done.returncode}):\n{last}")
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         pruned = load_file(out)
     before = {name: value for name, value in checkpoint.model.state_dict().items() if name in pruned}
     changed = [name for name, value in before.items() if not torch.equal(value.cpu(), pruned[name])]
     zeros = sum(int((pruned[name] == 0).sum()) for name in changed)
     checkpoint.model.load_state_dict(pruned, strict=False)
-    return checkpoint, figures | {"sparsity": zeros / max(1, sum(pruned[name].numel() for name in changed))}
+    return figures | {"sparsity": zeros / max(1, sum(pruned[name].numel() for name in changed))}
