@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from secateur.pattern import Unstructured, parse_pattern
 from secateur.recipe import EFFORTS, describe, make_plan
+from secateur.run import Texts
 
 HALF = Unstructured(0.5)
 
@@ -64,3 +67,21 @@ def test_best_searches_further_where_there_is_no_allocation_to_pay_for():
     assert make_plan(parse_pattern("50%"), "best").refit.passes == 3
     assert make_plan(parse_pattern("2:4"), "best").refit.passes == 4
     assert make_plan(parse_pattern("2:4"), "best", {"search_iterations": 7}).solver.search_iterations == 7
+
+
+def test_batches_are_as_large_as_the_steps_of_a_refit(tmp_path):
+    from models import character_tokenizer
+
+    (tmp_path / "text.txt").write_text("a text of some length, to be cut into windows.\n" * 400)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
+    texts = Texts(tmp_path / "text.txt", samples=256, seq_len=64, seed=0)
+    for settings, windows in (
+        ({"method": "mrp"}, 32),  # 2048 tokens
+        ({"method": "mrp", "refit": "block"}, 8),
+        ({"method": "mrp", "refit": "block", "refit_step_tokens": 1024}, 16),
+    ):
+        plan = make_plan(parse_pattern("50%"), settings=settings)
+        batches = texts.calibration(character_tokenizer(), config, plan).batches
+        assert {len(batch["input_ids"]) for batch in batches[:-1]} == {windows}
+    with pytest.raises(ValueError, match="tokens a step are 0"):
+        make_plan(parse_pattern("50%"), settings={"method": "mrp", "refit": "block", "refit_step_tokens": 0})
