@@ -55,7 +55,7 @@ def alone():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_model(processes, alone, tmp_path):
-    """To the rounding of the sums' order: layer errors within 1e-3, and nearly all weights alike."""
+    """Sums are in fp64, so that their order hardly ever reaches fp32: layer errors to 1e-6, and nearly all weights."""
     done = in_processes(processes, TESTS / "ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr
     for name, (model, report) in alone.items():
@@ -65,11 +65,11 @@ def test_any_number_of_processes_gives_the_same_model(processes, alone, tmp_path
             assert other["name"] == ours["name"]
             assert other["tokens"] == ours["tokens"]
             assert other["zeros"] == ours["zeros"]
-            assert other["relative_error"] == pytest.approx(ours["relative_error"], rel=1e-3), (name, ours["name"])
+            assert other["relative_error"] == pytest.approx(ours["relative_error"], rel=1e-6), (name, ours["name"])
         weights = load_file(tmp_path / f"{name}.safetensors")
         for key, value in model.state_dict().items():
             close = torch.isclose(weights[key], value, rtol=1e-3, atol=1e-4).double().mean()
-            assert close > 0.98, (name, key, float(close))
+            assert close > 0.999, (name, key, float(close))
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,11 @@ class InputGroup:
 
 
 def passes(groups: Sequence[InputGroup], gram_bytes: int) -> list[list[InputGroup]]:
-    """The groups that are observed at a time: as many as their Gram matrices fit into so many bytes, at least one."""
+    """The groups that are observed at a time: as many as the sums of their Gram matrices fit into so many bytes."""
     found: list[list[InputGroup]] = []
     room = 0
     for group in groups:
-        needed = 4 * group.columns**2
+        needed = 8 * group.columns**2
         if not found or needed > room:
             found.append([])
             room = gram_bytes

@@ -1,4 +1,7 @@
-"""Second moments of a layer's inputs: the Gram matrix `H = X X^T / T`, accumulated batch by batch in fp32.
+"""Second moments of a layer's inputs: the Gram matrix `H = X X^T / T`, products in fp32, summed over batches in fp64.
+
+So the sum depends on the batches, and hardly ever on the order in which they came: fp32 holds none of what an order
+changes in fp64. Processes that share the batches end with the bits of one.
 
 Shape legend: T tokens, C input columns.
 """
@@ -42,6 +45,11 @@ class Gram:
         return self.xx.diagonal()
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over batches are kept in; Metal has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class GramAccumulator:
     """Sums `x x^T` over tokens; `finish` divides by their number.
 
@@ -50,7 +58,7 @@ class GramAccumulator:
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.upper = torch.zeros(columns, columns, dtype=sum_dtype(device), device=device)
         self.tokens = 0
 
     def add(self, X: Float[Tensor, "T C"]) -> None:
@@ -60,12 +68,12 @@ class GramAccumulator:
         band = BAND.get(X.device.type, BAND_ON_DEVICE)
         for start in range(0, columns, band):
             end = min(start + band, columns)
-            self.upper[start:end, start:].addmm_(X[:, start:end].T, X[:, start:])
+            self.upper[start:end, start:] += X[:, start:end].T @ X[:, start:]
         self.tokens += len(X)
 
     def finish(self) -> Gram:
         """The Gram matrix of all tokens added. It takes the sum's place: nothing can be added any more."""
         if self.tokens == 0:
             raise ValueError("no token was observed: there is no Gram matrix to form")
-        upper = self.upper.triu_().div_(self.tokens)
+        upper = self.upper.div_(self.tokens).float().triu_()
         return Gram(upper.add_(upper.triu(1).T), self.tokens)

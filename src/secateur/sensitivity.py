@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur import parallel
 from secateur.capture import Batch
+from secateur.gram import sum_dtype
 from secateur.model import Block, Call, hidden_of, run_without_cache
 from secateur.observe import Use, WeightWatcher
 from secateur.residence import Residence
@@ -78,7 +79,7 @@ def output_sensitivity(
             f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
             f"--allocation-windows, or use --allocation uniform"
         )
-    return {name: total / tokens for name, total in totals.items()}
+    return {name: (total / tokens).float() for name, total in totals.items()}
 
 
 class _Ran(NamedTuple):
@@ -175,7 +176,7 @@ class _GradientSquares:
         """Note a product's output; its gradient is added when it is known."""
         name = use.matrix.name
         rows = output.shape[-2 if use.output_is_transposed else -1]
-        self.totals.setdefault(name, torch.zeros(rows, device=output.device))
+        self.totals.setdefault(name, torch.zeros(rows, dtype=sum_dtype(output.device), device=output.device))
         if not output.requires_grad:  # nothing of the hidden states is in it, and the allocation is about their blocks
             return
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from secateur import parallel
 from secateur.capture import InputGroup, Stream, finished_grams
-from secateur.gram import Gram, GramAccumulator
+from secateur.gram import Gram, GramAccumulator, sum_dtype
 from secateur.model import Block
 from secateur.observe import Matrix
 
@@ -128,11 +128,11 @@ def observe(
             if name not in sums:
                 sums[name] = GramAccumulator(X.shape[1], X.device)
                 drifts[name] = torch.zeros_like(sums[name].upper)
-                errors[name] = X.new_zeros(error.shape[1], X.shape[1])
+                errors[name] = torch.zeros(error.shape[1], X.shape[1], dtype=sum_dtype(X.device), device=X.device)
             sums[name].add(X)
-            drifts[name].addmm_((dense_inputs[name] - X).T, X)
+            drifts[name] += (dense_inputs[name] - X).T @ X
             if target.kind == "residual" and len(X) == len(error):
-                errors[name].addmm_(error.T, X)
+                errors[name] += error.T @ X
     counts = parallel.gather({name: each.tokens for name, each in sums.items()})
     for name, each in sums.items():
         for tensor in (each.upper, drifts[name], errors[name]):
@@ -141,7 +141,9 @@ def observe(
     grams = finished_grams(groups, sums)
     residual = target.kind == "residual"
     return {
-        name: Moments(gram, drifts[name] / gram.tokens, errors[name] / gram.tokens if residual else None)
+        name: Moments(
+            gram, (drifts[name] / gram.tokens).float(), (errors[name] / gram.tokens).float() if residual else None
+        )
         for name, gram in grams.items()
     }
 
