@@ -3,7 +3,7 @@
 Calibration batches are dealt out to the ranks, which sum what they see of them (Gram matrices, in fp64, so that the
 order hardly ever changes a bit of the rounded sum). The matrices of a block are dealt out too: each is solved whole by
 one rank, so that no rule that looks across its rows has to be agreed on, and sent to the others. The first rank alone
-writes. What is said here of a process alone, where no group of processes is initialised, is that it is the first of one.
+writes. A process alone, where no group of processes is initialised, is the first of one.
 """
 
 from __future__ import annotations
