@@ -33,15 +33,15 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "method": "admm",
         "search_iterations": 12,
         "refit": "block",
-        "refit_passes": 3,
+        "refit_passes": 4,
+        "refit_step_tokens": 1024,
+        "refit_held_out": 0.125,
         "allocation": "curve",
     },
 }
 # An allocation is for unstructured patterns: to mix n:m patterns, which hardware for one of them can't run, has to be
-# asked for. The time goes to the search and the refit there, which n:m patterns need more.
-EFFORTS_AT_NM: dict[str, dict[str, Any]] = {
-    "best": {"search_iterations": 40, "refit_passes": 4, "refit_step_tokens": 1024, "refit_held_out": 0.125},
-}
+# asked for. The time goes to the search there, which n:m patterns need more.
+EFFORTS_AT_NM: dict[str, dict[str, Any]] = {"best": {"search_iterations": 40}}
 # Setting -> (choice that turns its step on, field of the step's dataclass).
 _STEP_FIELDS: dict[str, dict[str, str]] = {
     "target": {"target_strength": "strength"},
