@@ -64,8 +64,6 @@ def test_bad_settings_are_named(effort, settings, message):
 def test_best_searches_further_where_there_is_no_allocation_to_pay_for():
     assert make_plan(parse_pattern("50%"), "best").solver.search_iterations == 12
     assert make_plan(parse_pattern("2:4"), "best").solver.search_iterations == 40
-    assert make_plan(parse_pattern("50%"), "best").refit.passes == 3
-    assert make_plan(parse_pattern("2:4"), "best").refit.passes == 4
     assert make_plan(parse_pattern("2:4"), "best", {"search_iterations": 7}).solver.search_iterations == 7
 
 
