@@ -164,6 +164,8 @@ the model's mapped files are not in it, the imports of torch and transformers ar
 
 {memory_table()}
 
+`balanced` was measured when its allocation still kept one sequence's activations of all layers; it goes block by block since.
+
 {large_line()}
 
     python benchmarks/memory.py --large --out benchmarks/results/memory.json
