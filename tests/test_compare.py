@@ -16,7 +16,7 @@ from filelock import FileLock
 from models import save_checkpoint
 
 from secateur import cli
-from secateur.compare import Comparison, Settings, compare, parse_recipe
+from secateur.compare import Comparison, Settings, check_recipe, compare, parse_recipe
 from secateur.table import tables, to_csv, to_html
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
@@ -117,6 +117,7 @@ def test_csv_has_every_cell_and_html_is_escaped():
 def test_recipes():
     assert parse_recipe("best") == {"effort": "best"}
     assert parse_recipe("mrp+refit=block+refit_passes=2") == {"method": "mrp", "refit": "block", "refit_passes": 2}
+    check_recipe("best+true_sequential=true", "2:4", None)
 
 
 @pytest.mark.parametrize(

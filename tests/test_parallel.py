@@ -25,25 +25,24 @@ FLAGS = ("--effort", "balanced", "--samples", "8", "--seq-len", "32")
 
 
 def torchrun(processes: int, *arguments: object) -> list[str]:
-    """The command of so many processes; `accelerate launch` ends in the same."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [
-        *launcher,
-        "--master-port",
-        "0",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        *map(str, arguments),
-    ]
+    """The command of so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
+    port = ["--master-port", 0, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [str(part) for part in [*launcher, *port, *arguments]]
 
 
-def in_processes(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def accelerate_launch(processes: int, *arguments: object) -> list[str]:
+    """The same by accelerate's launcher, which starts several on one machine with --multi_gpu alone, GPUs or not."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    settings = ["--main_process_port", 0, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [str(part) for part in [*launcher, *settings, *arguments]]
+
+
+def in_processes(processes: int, *arguments: object, launcher=torchrun) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        torchrun(processes, *arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
+        launcher(processes, *arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -84,15 +83,16 @@ def command(source, out, *more):
     return ["-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS, *more]
 
 
-def test_the_command_by_two_processes_speaks_once_and_knows_when_it_is_done(source, tmp_path):
+@pytest.mark.parametrize("launcher", [torchrun, accelerate_launch])
+def test_the_command_by_two_processes_speaks_once_and_knows_when_it_is_done(launcher, source, tmp_path):
     out = tmp_path / "out"
-    done = in_processes(2, *command(source, out, "--json"))
+    done = in_processes(2, *command(source, out, "--json"), launcher=launcher)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one JSON, from the first process
     assert report["environment"]["processes"] == 2
     assert not inspect_folder(out).problems
     assert not (out / ".secateur").exists()
-    again = in_processes(2, *command(source, out, "--json", "--resume"))
+    again = in_processes(2, *command(source, out, "--json", "--resume"), launcher=launcher)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["summary"] == report["summary"]
 

@@ -212,8 +212,9 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
             )
         return
     arguments = parse_recipe(recipe)
+    sequential = {name: arguments.pop(name) for name in ("true_sequential",) if name in arguments}
     try:
-        make_plan(parse_pattern(pattern), arguments.pop("effort", None), arguments)
+        make_plan(parse_pattern(pattern), arguments.pop("effort", None), arguments, **sequential)
     except ValueError as error:
         raise ValueError(f"{recipe} at {pattern}: {error}") from error
 
