@@ -50,6 +50,7 @@ def test_what_is_given_wins_over_the_effort():
         (None, {"method": "mrp", "max_swaps": 2}, "max_swaps is given, but refine is off"),
         (None, {"method": "mrp", "refit": "block", "refit_rate": 3.0}, "refit rate is 3"),
         (None, {"method": "mrp", "refit": "block", "refit_passes": -1}, "refit passes are -1"),
+        (None, {"method": "mrp", "refit": "block", "refit_strength": 1.5}, "refit strength is 1.5"),
         (None, {"method": "mrp", "refine": "swap", "max_swaps": 0}, "max swaps are 0"),
         (None, {"method": "mrp", "search_iterations": 3}, "method mrp has no option 'search_iterations'"),
         (None, {"method": "admm", "penalty_start": 2.0}, "penalties run from 2 to 0.7"),

@@ -14,7 +14,7 @@ from secateur import api
 from secateur.engine import run
 from secateur.pattern import parse_pattern
 from secateur.recipe import make_plan
-from secateur.refit import BlockRefit, refit_block
+from secateur.refit import BlockRefit, refit_block, refit_targets
 from secateur.survey import survey
 
 
@@ -48,6 +48,30 @@ def test_no_block_is_worse_on_held_out_batches_and_some_are_better():
         assert block.held_out_after <= block.held_out_before
         assert (block.held_out_after < block.held_out_before) == (block.best_pass > 0)
     assert report.blocks[0].held_out_after < 0.99 * report.blocks[0].held_out_before
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_targets_lie_between_the_dense_block_on_either_stream(strength):
+    """Against two plain calls of the layer."""
+    model = tiny_model("llama").eval()
+    first, second = find_blocks(model)
+    with torch.no_grad():
+        stream = survey(model, [first, second], [{"input_ids": ids} for ids in tokens(6)], api.no_progress)
+        stream.dense = stream.hidden.shared()
+        dense_outputs = stream.outputs(second, of_dense=True)
+        stream.hidden[1] = stream.hidden[1] + torch.randn(stream.hidden[1].shape)
+        targets = refit_targets(second, stream, dense_outputs, strength)
+        expected = strength * dense_outputs[1] + (1 - strength) * stream.outputs(second)[1]
+    assert len(targets) == len(dense_outputs)
+    assert torch.allclose(targets[1], expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(targets[0], dense_outputs[0], rtol=1e-5, atol=1e-5)  # the streams agree there
+
+
+def test_the_targets_of_a_run_are_those_of_the_block_before_it_is_pruned():
+    """The first block's two targets agree, so its refit does whatever the strength; the second's don't."""
+    reports = [pruned(refit_strength=strength)[1].blocks for strength in (0.5, 1.0)]
+    assert reports[0][0].held_out_before == pytest.approx(reports[1][0].held_out_before, rel=1e-4)
+    assert reports[0][1].held_out_before < 0.9 * reports[1][1].held_out_before
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])

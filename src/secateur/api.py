@@ -92,7 +92,7 @@ def prune(
         progress: called with (stage, done, total).
         options: the method's own options, such as `block=128`, and settings of the steps: `target_strength`,
             `max_swaps`, `refit_passes`, `refit_rate`, `refit_held_out`, `refit_step_tokens`,
-            `allocation_spread`, `allocation_windows`.
+            `refit_strength`, `allocation_spread`, `allocation_windows`.
 
     Raises:
         ValueError: anything wrong with the request, the model or the texts. A model object is unchanged where the

@@ -26,9 +26,9 @@ from secateur.console import (
 # What `prune` hands to the API under its own name, where it is given.
 _API_FLAGS = (
     "pattern", "effort", "method", "calibration", "samples", "seq_len", "seed", "target", "target_strength", "refine",
-    "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "refit_step_tokens", "allocation",
-    "allocation_spread", "allocation_windows", "mask", "compensation", "search_iterations", "penalty_start",
-    "penalty_end", "damping", "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size",
+    "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "refit_step_tokens", "refit_strength",
+    "allocation", "allocation_spread", "allocation_windows", "mask", "compensation", "search_iterations",
+    "penalty_start", "penalty_end", "damping", "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size",
     "max_memory", "offload_dir", "device", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 
@@ -90,6 +90,9 @@ def prune(
     refit_rate: Annotated[float | None, typer.Option(help="refit: step, relative to a matrix's weights.")] = None,
     refit_held_out: Annotated[float | None, typer.Option(help="refit: share of batches that decides (0.0625).")] = None,
     refit_step_tokens: Annotated[int | None, typer.Option(help="refit: tokens behind each step (512).")] = None,
+    refit_strength: Annotated[
+        float | None, typer.Option(help="refit: how far to correct errors of earlier blocks, 0 to 1 (0.8).")
+    ] = None,
     allocation: Annotated[str | None, typer.Option(help="Zeros over matrices: uniform, owl or curve.")] = None,
     allocation_spread: Annotated[float | None, typer.Option(help="allocation: largest deviation of sparsity.")] = None,
     allocation_windows: Annotated[

@@ -24,7 +24,7 @@ from secateur.memory import HiddenStates, Memory, Workspace
 from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable, observable
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
-from secateur.refit import BlockRefit, refit_block
+from secateur.refit import BlockRefit, refit_block, refit_targets
 from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Store
 from secateur.solvers import Solved, Solver
@@ -164,8 +164,9 @@ def _prune_stack(
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
             figures = store.finished(block)
             if figures is None:
+                targets = _refit_targets(block, stream, dense_outputs, plan)  # while the block is dense
                 matrices = _prune_block(block, stream, dense_outputs, allotment, plan, workspace)
-                refit = _refit(block, stream, dense_outputs, plan, seed=plan.seed + number)
+                refit = _refit(block, stream, targets, plan, seed=plan.seed + number)
                 figures = BlockFigures(matrices, refit, workspace.limit)
                 store.commit(block, figures)
         workspace.limit = figures.chunk
@@ -294,15 +295,20 @@ def _solve(
     return replace(solved, weight=solved.weight / scale)
 
 
-def _refit(
-    block: Block, stream: Stream, dense_outputs: HiddenStates | None, plan: Plan, seed: int
-) -> BlockReport | None:
-    """Refit a block, where that is asked for, and time it."""
+def _refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates | None, plan: Plan) -> HiddenStates | None:
+    """What a block is refit to, where that is asked for and it has something to refit."""
     if plan.refit is None or not block.matrices:
         return None
     assert dense_outputs is not None
+    return refit_targets(block, stream, dense_outputs, plan.refit.strength)
+
+
+def _refit(block: Block, stream: Stream, targets: HiddenStates | None, plan: Plan, seed: int) -> BlockReport | None:
+    """Refit a block to its targets, where it has any, and time it."""
+    if plan.refit is None or targets is None:
+        return None
     started = time.perf_counter()
-    figures = refit_block(block, stream, dense_outputs, plan.refit, seed, plan.storage_of)
+    figures = refit_block(block, stream, targets, plan.refit, seed, plan.storage_of)
     return BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)
 
 

@@ -51,6 +51,7 @@ _STEP_FIELDS: dict[str, dict[str, str]] = {
         "refit_rate": "rate",
         "refit_held_out": "held_out",
         "refit_step_tokens": "step_tokens",
+        "refit_strength": "strength",
     },
     "allocation": {"allocation_spread": "spread", "allocation_windows": "windows"},
 }

@@ -1,10 +1,13 @@
-"""Block refit: hold the masks of a pruned block and move its kept weights until its output is the dense model's.
+"""Block refit: hold the masks of a pruned block and move its kept weights until its output is near the dense model's.
 
 The layer-wise solvers see one matrix at a time, with inputs from before the block's own pruning. What counts is what
 leaves the block: on the *pruned* stream of hidden states it should give what the dense block gives on the *dense*
 stream, so that errors of earlier blocks are corrected too. That is a local regression on calibration data, without
 labels and without the rest of the model (BRECQ, arXiv 2102.05426, and OmniQuant, arXiv 2308.13137, do it for
 quantisation; EBFT, arXiv 2402.12419, for pruning).
+
+Errors of earlier blocks are in part beyond correction, and a refit that tries all the same fits the calibration text
+and little else. So it aims between that and what the dense block gives on the pruned stream.
 
 Shape legend: B sequences, T positions, C channels, R x C a matrix.
 """
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from secateur import parallel
 from secateur.capture import Stream
+from secateur.memory import HiddenStates
 from secateur.model import Block
 
 BETAS = (0.9, 0.95)
@@ -41,12 +45,15 @@ class BlockRefit:
             the solver's own among them, so a block never ends worse on them than it began.
         step_tokens: tokens of the texts behind each step, in whole windows, at least one; the caller's own batches are
             taken as they are.
+        strength: from 0, the dense block on the pruned stream, to 1, the dense block on the dense stream, how far the
+            target goes in correcting the errors of earlier blocks.
     """
 
     passes: int = 4
     rate: float = 0.025
     held_out: float = 0.0625
     step_tokens: int = 512
+    strength: float = 0.8
 
     def __post_init__(self) -> None:
         if self.passes < 0:
@@ -57,6 +64,8 @@ class BlockRefit:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.0625)")
         if self.step_tokens < 1:
             raise ValueError(f"the refit's tokens a step are {self.step_tokens}; at least 1 is needed (default 512)")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"the refit strength is {self.strength:g}; it must lie between 0 and 1 (default 0.8)")
 
     def check_batches(self, batches: int) -> None:
         """Raise ValueError unless there are batches to train on and to hold out."""
@@ -67,26 +76,41 @@ class BlockRefit:
             )
 
 
+def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, strength: float) -> HiddenStates:
+    """What a block is refit to, batch by batch: `y = s y_d + (1 - s) f(x_p)`, f the block while it is dense.
+
+    Args:
+        dense_outputs: y_d, what it gives on the dense stream.
+
+    Cost: one forward pass of the block over the batches, where s < 1.
+    """
+    if strength == 1:
+        return dense_outputs
+    pairs = zip(dense_outputs, stream.outputs(block), strict=True)
+    blends = (pruned.float().lerp_(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
+    return HiddenStates.of(blends, stream.memory, len(dense_outputs))
+
+
 def refit_block(
     block: Block,
     stream: Stream,
-    dense_outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
     options: BlockRefit,
     seed: int = 0,
     storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own,
 ) -> dict[str, Any]:
     """Refine a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
 
-    Minimises the mean over tokens of `|f(x_p) - y_d|^2 / |y_d|^2`, x_p the pruned stream's hidden states, y_d the
-    dense block's output on the dense stream. Each token counts alike whatever its norm, as it does for the next
-    block's normalisation layer. Master weights and Adam's moments are fp32, products run in the model's dtype.
+    Minimises the mean over tokens of `|f(x_p) - y|^2 / |y|^2`, x_p the pruned stream's hidden states, y the target.
+    Each token counts alike whatever its norm, as it does for the next block's normalisation layer. Master weights and
+    Adam's moments are fp32, products run in the model's dtype.
 
     Where several processes share the batches, each step's gradient comes from the one that has its batch, and all take
     the step: the steps, and so the bits, are those of one process. They come one after another, so this divides work
     and memory but not the time.
 
     Args:
-        dense_outputs: y_d of every batch.
+        targets: y of every batch (`refit_targets`).
         seed: fixes which batches are held out and the order of the others.
         storage_of: from a matrix's name and its own dtype to the one it is saved in; every weight that is tried is
             rounded to it, so that what the held-out batches choose is what is saved.
@@ -98,7 +122,7 @@ def refit_block(
     gradients, Adam's moments, the best weights so far), and the activations of one batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    objective = _Objective(block, stream, dense_outputs)
+    objective = _Objective(block, stream, targets)
     order = torch.randperm(objective.batches, generator=generator).tolist()
     num_held_out = min(max(1, round(options.held_out * len(order))), len(order) - 1)
     held_out, trained = order[:num_held_out], order[num_held_out:]
@@ -142,9 +166,9 @@ class _Objective:
     size `error / (|y|^2 T)`, underflows in fp16. Adam's steps don't depend on it.
     """
 
-    def __init__(self, block: Block, stream: Stream, dense_outputs: Sequence[Tensor]) -> None:
-        self.block, self.stream, self.targets = block, stream, dense_outputs
-        norms = dense_outputs[0].float().norm(dim=-1)
+    def __init__(self, block: Block, stream: Stream, targets: Sequence[Tensor]) -> None:
+        self.block, self.stream, self.targets = block, stream, targets
+        norms = targets[0].float().norm(dim=-1)
         self.gradient_scale = parallel.from_first(float(norms.mean()) * norms.numel())
         self.batches = sum(parallel.gather(len(stream.hidden)))
 
