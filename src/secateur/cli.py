@@ -28,8 +28,8 @@ _API_FLAGS = (
     "pattern", "effort", "method", "calibration", "samples", "seq_len", "seed", "target", "target_strength", "refine",
     "max_swaps", "refit", "refit_passes", "refit_rate", "refit_held_out", "refit_step_tokens", "refit_strength",
     "allocation", "allocation_spread", "allocation_windows", "mask", "compensation", "search_iterations",
-    "penalty_start", "penalty_end", "damping", "tolerance", "iterations", "true_sequential", "overwrite", "resume", "max_shard_size",
-    "max_memory", "offload_dir", "device", "trust_remote_code", "allow_pickle",
+    "penalty_start", "penalty_end", "damping", "tolerance", "iterations", "true_sequential", "overwrite", "resume",
+    "max_shard_size", "max_memory", "offload_dir", "device", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 
 app = typer.Typer(
