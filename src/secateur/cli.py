@@ -91,7 +91,7 @@ def prune(
     refit_held_out: Annotated[float | None, typer.Option(help="refit: share of batches that decides (0.0625).")] = None,
     refit_step_tokens: Annotated[int | None, typer.Option(help="refit: tokens behind each step (512).")] = None,
     refit_strength: Annotated[
-        float | None, typer.Option(help="refit: how far to correct errors of earlier blocks, 0 to 1 (0.8).")
+        float | None, typer.Option(help="refit: how far to correct errors of earlier blocks, 0 to 1 (1).")
     ] = None,
     allocation: Annotated[str | None, typer.Option(help="Zeros over matrices: uniform, owl or curve.")] = None,
     allocation_spread: Annotated[float | None, typer.Option(help="allocation: largest deviation of sparsity.")] = None,

@@ -41,7 +41,10 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 # An allocation is for unstructured patterns: to mix n:m patterns, which hardware for one of them can't run, has to be
 # asked for. The time goes to the search there, which n:m patterns need more.
-EFFORTS_AT_NM: dict[str, dict[str, Any]] = {"best": {"search_iterations": 40}}
+EFFORTS_AT_NM: dict[str, dict[str, Any]] = {
+    "balanced": {"refit_strength": 0.6},
+    "best": {"refit_strength": 0.6, "search_iterations": 40},
+}
 # Setting -> (choice that turns its step on, field of the step's dataclass).
 _STEP_FIELDS: dict[str, dict[str, str]] = {
     "target": {"target_strength": "strength"},

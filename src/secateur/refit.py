@@ -53,7 +53,7 @@ class BlockRefit:
     rate: float = 0.025
     held_out: float = 0.0625
     step_tokens: int = 512
-    strength: float = 0.8
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if self.passes < 0:
@@ -65,7 +65,7 @@ class BlockRefit:
         if self.step_tokens < 1:
             raise ValueError(f"the refit's tokens a step are {self.step_tokens}; at least 1 is needed (default 512)")
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"the refit strength is {self.strength:g}; it must lie between 0 and 1 (default 0.8)")
+            raise ValueError(f"the refit strength is {self.strength:g}; it must lie between 0 and 1 (default 1)")
 
     def check_batches(self, batches: int) -> None:
         """Raise ValueError unless there are batches to train on and to hold out."""
