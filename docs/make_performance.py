@@ -126,6 +126,26 @@ def sizes_table() -> str:
     return table(["matrix, 50%", "method", "seconds", "time / sparsegpt", "error / sparsegpt", "of the peak"], rows)
 
 
+def reference_table() -> str:
+    if not (RESULTS / "reference.json").is_file():
+        return "Not measured."
+    found = read("reference")
+    rows = [
+        [
+            row["pattern"],
+            name,
+            f"{case['seconds']:.1f}",
+            f"{case['time_to_reference']:.2f}",
+            f"{case['error_to_reference']:.3f}",
+        ]
+        for row in found["rows"]
+        for name, case in row["cases"].items()
+    ]
+    size, where = found["size"], found["environment"]
+    head = [f"{size} x {size}", "method", "seconds", "time / reference", "error / reference"]
+    return f"{table(head, rows)}\n\ntorch {where['torch']}, {where['device']}, {where['threads']} threads."
+
+
 def processes_table() -> str:
     if not (RESULTS / "processes.json").is_file():
         return "Not measured."
@@ -212,6 +232,15 @@ are counted up to 2048 columns.
 {sizes_table()}
 
     python benchmarks/solvers.py --sizes --patterns 50% --out benchmarks/results/sizes.json
+
+## Solvers against the SparseGPT authors' code
+
+Their `fasterprune` on the same weights and Gram matrix, in the same run.
+
+{reference_table()}
+
+    git clone https://github.com/IST-DASLab/sparsegpt CLONE
+    python benchmarks/reference.py --sparsegpt CLONE --out benchmarks/results/reference.json
 
 ## On a GPU
 

@@ -1,0 +1,105 @@
+"""Solver time on one matrix against the SparseGPT authors' code, in the same run.
+
+    git clone https://github.com/IST-DASLab/sparsegpt CLONE
+    python benchmarks/reference.py --sparsegpt CLONE --out benchmarks/results/reference.json
+
+Their `fasterprune` is called as it is, but for `torch.cuda.synchronize`, which fails without a GPU and is left out
+there. Ours is `secateur.solve`; both factor the Gram matrix within the time. Each runs `--repeats` times in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from solvers import clock, random_problem
+from torch import Tensor, nn
+
+from secateur import solve
+from secateur.engine import relative_error
+from secateur.export import environment
+from secateur.pattern import NM, parse_pattern
+
+REFERENCE = "reference sparsegpt"
+OURS: dict[str, dict[str, Any]] = {"sparsegpt": {"method": "sparsegpt"}, "mrp full row": {"method": "mrp"}}
+
+
+def main() -> None:
+    """Measure every pattern and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsegpt", type=Path, required=True, help="clone of IST-DASLab/sparsegpt")
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    reference = load_reference(args.sparsegpt)
+    W, H = random_problem(args.size, args.size, args.device)
+    rows = [measure(W, H, pattern, args.repeats, reference) for pattern in args.patterns]
+    print(json.dumps(rows, indent=1))
+    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    where = environment() | {"device": args.device, "card": card}
+    args.out.write_text(json.dumps({"environment": where, "size": args.size, "rows": rows}, indent=1) + "\n")
+
+
+def load_reference(clone: Path) -> type:
+    """The class SparseGPT of the clone."""
+    sys.path.insert(0, str(clone))
+    import sparsegpt
+
+    return sparsegpt.SparseGPT
+
+
+def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, reference: type) -> dict[str, Any]:
+    """Median seconds and relative layer error of every case, and both as ratios to the reference's."""
+    cases: dict[str, Callable[[], Tensor]] = {REFERENCE: lambda: theirs(reference, W, H, pattern)}
+    cases |= {name: lambda o=options: solve(W, H, pattern, **o).weight for name, options in OURS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    errors: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, run in cases.items():
+            started = clock(W)
+            pruned = run()
+            seconds[name].append(clock(W) - started)
+            errors[name] = relative_error(pruned, W, H)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "pattern": pattern,
+        "cases": {
+            name: {
+                "seconds": median[name],
+                "time_to_reference": median[name] / median[REFERENCE],
+                "error_to_reference": errors[name] / errors[REFERENCE],
+            }
+            for name in cases
+        },
+    }
+
+
+def theirs(reference: type, W: Tensor, H: Tensor, pattern: str) -> Tensor:
+    """The weights that the authors' code gives."""
+    parsed = parse_pattern(pattern)
+    n_m = {"prunen": parsed.m - parsed.n, "prunem": parsed.m} if isinstance(parsed, NM) else {}
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device=W.device)
+    layer.weight.data = W.clone()
+    pruner = reference(layer)
+    pruner.H = H.clone()
+    silent = contextlib.redirect_stdout(io.StringIO())
+    no_gpu = contextlib.nullcontext() if W.is_cuda else mock.patch("torch.cuda.synchronize")
+    with torch.no_grad(), silent, no_gpu:
+        pruner.fasterprune(0.5 if n_m else parsed.sparsity, **n_m)
+    return layer.weight.data
+
+
+if __name__ == "__main__":
+    main()
