@@ -10,7 +10,7 @@ from helpers import find_blocks
 from models import tiny_model, tokens
 
 import secateur
-from secateur import api
+from secateur import api, refit
 from secateur.engine import run
 from secateur.pattern import parse_pattern
 from secateur.recipe import make_plan
@@ -123,7 +123,11 @@ def test_the_scale_of_hidden_states_does_not_matter():
     assert gains[1] == pytest.approx(gains[0], rel=0.05)
 
 
-def test_a_rate_that_ruins_every_pass_leaves_the_weights_as_solved():
+def test_a_rate_that_ruins_every_pass_is_lowered(monkeypatch):
+    """Without the lower ones the weights stay as solved; with them the block gains."""
+    _, report = pruned(refit_rate=0.9, refit_passes=2)
+    assert all(block.held_out_after < block.held_out_before for block in report.blocks)
+    monkeypatch.setattr(refit, "ATTEMPTS", 1)
     plain, _ = pruned(refit="none", refit_passes=None)
     ruined, report = pruned(refit_rate=0.9, refit_passes=2)
     assert [block.best_pass for block in report.blocks] == [0, 0]

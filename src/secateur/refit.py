@@ -30,6 +30,7 @@ from secateur.memory import HiddenStates
 from secateur.model import Block
 
 BETAS = (0.9, 0.95)
+ATTEMPTS, NEXT_RATE = 3, 0.25  # where no pass is better on held-out batches than the weights as solved
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 
@@ -40,7 +41,8 @@ class BlockRefit:
     Args:
         passes: passes over the calibration batches; 0 leaves the weights as the solver gave them.
         rate: Adam's step at its peak, relative to the root mean square of a matrix's kept weights; it rises over the
-            first tenth of the steps and falls to zero as a cosine.
+            first tenth of the steps and falls to zero as a cosine. Where no pass helps, a quarter of it is tried, and a
+            sixteenth.
         held_out: share of the batches that is never trained on. After each pass they decide which weights are kept,
             the solver's own among them, so a block never ends worse on them than it began.
         step_tokens: tokens of the texts behind each step, in whole windows, at least one; the caller's own batches are
@@ -118,8 +120,9 @@ def refit_block(
     Returns:
         `held_out_before`, `held_out_after` (the objective on held-out batches) and `best_pass` (0 = as solved).
 
-    Cost: 3 forward passes of the block a pass over the batches; about 30 bytes a weight of the block (fp32 master,
-    gradients, Adam's moments, the best weights so far), and the activations of one batch.
+    Cost: 3 forward passes of the block a pass over the batches, up to three times where none helps; about 30 bytes a
+    weight of the block (fp32 master, gradients, Adam's moments, the best weights so far), and the activations of one
+    batch.
     """
     generator = torch.Generator().manual_seed(seed)
     objective = _Objective(block, stream, targets)
@@ -127,16 +130,46 @@ def refit_block(
     num_held_out = min(max(1, round(options.held_out * len(order))), len(order) - 1)
     held_out, trained = order[:num_held_out], order[num_held_out:]
     weights = KeptWeights(block, storage_of)
-    before = best_loss = objective.mean(held_out)
-    best, best_pass = weights.snapshot(), 0
-    steps = options.passes * len(trained)
+    as_solved, before = weights.snapshot(), objective.mean(held_out)
+    best = _Best(as_solved, before)
+    rate = options.rate
+    for _ in range(ATTEMPTS):
+        best = _descend(weights, objective, trained, held_out, options.passes, rate, generator, best)
+        if best.number > 0:
+            break
+        weights.begin_again(as_solved)
+        rate *= NEXT_RATE
+    weights.restore(best.weights)
+    return {"held_out_before": before, "held_out_after": best.loss, "best_pass": best.number}
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The weights that did best on the held-out batches so far, and the pass they are from (0 = as solved)."""
+
+    weights: list[Tensor]
+    loss: float
+    number: int = 0
+
+
+def _descend(
+    weights: KeptWeights,
+    objective: _Objective,
+    trained: Sequence[int],
+    held_out: Sequence[int],
+    passes: int,
+    rate: float,
+    generator: torch.Generator,
+    best: _Best,
+) -> _Best:
+    """Adam over the trained batches from the weights as they are; the best of what was known and of all passes."""
     groups = [{"params": [master]} for master in weights.masters]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=ADAM_EPS, fused=True)
-    step = 0
-    for number in range(1, options.passes + 1):
+    steps, step = passes * len(trained), 0
+    for number in range(1, passes + 1):
         for index in torch.randperm(len(trained), generator=generator).tolist():
             for group, scale in zip(optimizer.param_groups, weights.scales, strict=True):
-                group["lr"] = options.rate * scale * _schedule(step, steps)
+                group["lr"] = rate * scale * _schedule(step, steps)
             with weights.trainable(), torch.enable_grad():
                 if objective.has(trained[index]):
                     (objective.gradient_scale * objective(trained[index])).backward()
@@ -145,10 +178,9 @@ def refit_block(
             weights.write_back()
             step += 1
         loss = objective.mean(held_out)
-        if loss < best_loss:
-            best, best_loss, best_pass = weights.snapshot(), loss, number
-    weights.restore(best)
-    return {"held_out_before": before, "held_out_after": best_loss, "best_pass": best_pass}
+        if loss < best.loss:
+            best = _Best(weights.snapshot(), loss, number)
+    return best
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -242,6 +274,12 @@ class KeptWeights:
 
     def snapshot(self) -> list[Tensor]:
         return [parameter.data.clone() for parameter in self.parameters]
+
+    def begin_again(self, snapshot: list[Tensor]) -> None:
+        """Masters and parameters from a snapshot."""
+        self.restore(snapshot)
+        for master, saved in zip(self.masters, snapshot, strict=True):
+            master.copy_(saved)
 
     def restore(self, snapshot: list[Tensor]) -> None:
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
