@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from helpers import find_blocks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -175,6 +176,30 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
     assert all(bool((squares > 0).any()) for squares in rows.values())
     report = secateur.prune(mixtral(), pattern="50%", method="mrp", allocation="curve", calibration=tokens(64))
     assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+
+
+def test_experts_that_see_few_tokens_or_none_are_measured():
+    from test_engine import mixtral
+
+    model, few = mixtral(num_local_experts=8), [ids[:1, :6] for ids in tokens(4)]
+    report = secateur.prune(model, pattern="50%", method="mrp", allocation="curve", calibration=few)
+    assert min(matrix.tokens for matrix in report.matrices) == 0
+    assert report.sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_predictions_are_not_always_one_a_token_of_the_mask():
+    """A classifier gives one row a text, a decoder one for each of its own tokens."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=128, **small))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=128, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    )
+    whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens(16)]
+    pairs = [batch | {"decoder_input_ids": batch["input_ids"][:, :7]} for batch in whole]
+    for model, batches in ((classifier, whole), (t5, pairs)):
+        report = secateur.prune(model, pattern="50%", method="mrp", allocation="curve", calibration=batches)
+        assert report.sparsity == pytest.approx(0.5, abs=1e-4)
+        assert len({matrix.sparsity for matrix in report.matrices}) > 2
 
 
 @pytest.mark.parametrize("rule", ["owl", "curve"])

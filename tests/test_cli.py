@@ -214,6 +214,13 @@ def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
     assert code == 1
     assert "broken: model.layers.0.self_attn.q_proj breaks its pattern 2:4" in errors.replace("\n", " ")
     assert "broken" in stdout
+    tensors[name] = torch.zeros(4, 6)  # no groups of 4 in its rows
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    recorded = json.loads((out / "secateur.json").read_text())
+    promise = next(matrix for matrix in recorded["matrices"] if matrix["name"] == name.removesuffix(".weight"))
+    promise |= {"rows": 4, "columns": 6, "zeros": 12}
+    (out / "secateur.json").write_text(json.dumps(recorded))
+    assert main("inspect", out)[0] == 1
     (out / "secateur.json").write_text('{"matrices": [{"name": 3}], "dense": {}}')
     assert main("inspect", out)[0] == 2
 
@@ -312,6 +319,10 @@ def index_outside(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
 
 
+def index_of_lists(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"], "b": 3}}')
+
+
 def put_nan(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
@@ -335,6 +346,11 @@ def encoder(folder):
     character_tokenizer().save_pretrained(folder)
 
 
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
 DAMAGE = {
     drop_shard: "holds no model.safetensors",
     cut_shard: "is damaged or incomplete",
@@ -343,6 +359,9 @@ DAMAGE = {
     index_outside: "not a plain file name",
     put_nan: "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite",
     quantise: "is quantised (gptq)",
+    lambda folder: edit_config(folder, quantization_config="int8"): "is quantised (int8)",
+    lambda folder: edit_config(folder, intermediate_size=24): "can't be loaded",
+    index_of_lists: "names the shard ['x'], which is not a plain file name",
     only_pickle: "--allow-pickle",
     encoder: "can't be loaded as a causal language model",
     lambda folder: (folder / "config.json").unlink(): "config.json is missing",

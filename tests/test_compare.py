@@ -125,6 +125,8 @@ def test_recipes():
     [
         (["sparsegtp"], ["50%"], "unknown method 'sparsegtp'"),
         (["mrp+refit"], ["50%"], "'refit' is no NAME=VALUE"),
+        (["mrp+true_sequential=False"], ["50%"], "true_sequential is 'False'; it must be true or false"),
+        (["mrp+damping=O.1"], ["50%"], "mrp\\+damping=O.1 at 50%: "),
         (["mrp+colour=red"], ["50%"], "mrp\\+colour=red at 50%: method mrp has no option 'colour'"),
         (["mrp", "mrp+allocation=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
         (["mrp+mask=M"], ["2:4", "50%"], "mask M enumerates"),
@@ -135,6 +137,14 @@ def test_recipes():
 def test_bad_requests_are_named_before_any_work(settings, tmp_path, recipes, patterns, message):
     with pytest.raises(ValueError, match=message):
         compare(settings, recipes, patterns, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_torchrun_are_refused(settings, tmp_path, monkeypatch):
+    """Their cells would exchange matrices of different methods."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without them"):
+        compare(settings, ["mrp"], ["50%"], [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

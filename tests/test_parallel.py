@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from models import save_checkpoint
+from models import save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
+import secateur
 from secateur import parallel
 from secateur.inspection import inspect_folder
 
@@ -159,6 +160,17 @@ def test_work_is_dealt_out_evenly(monkeypatch):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         dealt += parallel.dealt(10)
     assert sorted(dealt) == list(range(10))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"block": 64}])
+def test_processes_with_other_settings_are_refused(other, monkeypatch):
+    """They would wait for each other's gradients, or put together matrices of two methods."""
+    given = []
+    monkeypatch.setattr(parallel, "gather", lambda mine: given.append(mine) or [mine])
+    secateur.prune(tiny_model("llama"), calibration=tokens(), method="mrp")
+    monkeypatch.setattr(parallel, "gather", lambda mine: [given[0], mine])
+    with pytest.raises(ValueError, match="different models, calibration batches, settings or seeds"):
+        secateur.prune(tiny_model("llama"), calibration=tokens(), method="mrp", **other)
 
 
 def test_a_process_alone_is_the_first_of_one():

@@ -116,7 +116,12 @@ def test_padding_that_is_not_the_decoders_is_refused():
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, 20:] = 0
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match=r"attention mask .* in front of decoder.block.0.*without padding"):
+    with pytest.raises(UnsupportedModelError, match=r"attention_mask .* beside decoder inputs.*without padding"):
+        secateur.prune(model.eval(), pattern="2:4", method="wanda", calibration=batches)
+    for batch in batches:
+        batch["decoder_attention_mask"] = batch.pop("attention_mask")[:, : batch["decoder_input_ids"].shape[1]]
+        batch["decoder_attention_mask"][0, 12:] = 0
+    with pytest.raises(UnsupportedModelError, match=r"decoder_attention_mask leaves tokens out"):
         secateur.prune(model.eval(), pattern="2:4", method="wanda", calibration=batches)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -250,8 +250,23 @@ def test_another_run_in_place_of_one_that_was_cut_off_when_all_was_moved(source,
         stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, overwrite=True)
-    assert "2 finished blocks" in store.unfinished(out)
+    assert "2 finished blocks" in store.unfinished(out).progress
     prune(source, out)
+    check_as_if_never_stopped(source, out)
+
+
+def test_overwriting_an_unfinished_run_takes_no_file_that_is_none_of_its(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out)
+    (out / "notes.txt").write_text("of today")
+    with pytest.raises(ValueError, match="so it is no model: it is not overwritten"):
+        prune(source, out, seed=7, resume=False, overwrite=True)
+    assert (out / "notes.txt").read_text() == "of today"
+    (out / "notes.txt").unlink()
+    prune(source, out, resume=False, overwrite=True)
     check_as_if_never_stopped(source, out)
 
 
@@ -289,7 +304,7 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
         manifest.write_text(damage)
         with pytest.raises(ValueError, match=r"manifest\.json .*--overwrite"):
             prune(source, out)
-        assert "a damaged journal" in store.unfinished(out)
+        assert "a damaged journal" in store.unfinished(out).progress
     manifest.write_text(whole)
     block = out / store.FOLDER / "block-00001.safetensors"
     bits = block.read_bytes()

@@ -171,7 +171,9 @@ def _first_sequences(stream: Stream, sizes: Sequence[int], windows: int) -> Stre
     enough = int((torch.tensor(sizes).cumsum(0) < windows).sum()) + 1
     count = len(parallel.dealt(min(enough, len(sizes))))
     calls = {name: calls[:count] for name, calls in stream.calls.items()}
-    return Stream(stream.hidden[:count], calls, stream.padding[:count], stream.groups, memory=stream.memory)
+    return Stream(
+        stream.hidden[:count], calls, stream.padding[:count], stream.groups, stream.routed, memory=stream.memory
+    )
 
 
 def loss_curve(

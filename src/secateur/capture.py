@@ -59,7 +59,9 @@ class Stream:
 
     Where several processes share a run, the batches are those dealt to this one.
 
-    `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it. `routed`
+    `hidden` is the pruned stream; `dense` is the same texts in the dense model, where something aims at it: from the
+    stack's first block on (a decoder's encoder is pruned by then), and but for what blocks hand on beside hidden states
+    (Gemma 3n's shared keys and values are the pruned stream's in both). `routed`
     names the matrices that don't see every token (experts).
     """
 

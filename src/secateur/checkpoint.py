@@ -103,7 +103,7 @@ def load(
             local_files_only=True,
         )
         model, info = loaded
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: tensors of other sizes than config's
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
@@ -190,8 +190,8 @@ def check_device(device: str) -> None:
 def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, torch.dtype], dict[str, Path]]:
     """Check a checkpoint's files without reading weights; returns the dtype and the file of each floating tensor."""
     config = read_json(folder / "config.json", "a model folder needs its config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise ValueError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
     shard_paths = _shard_paths(folder)
     if not shard_paths:
@@ -263,10 +263,11 @@ def _shard_paths(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is not a plain file name")
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing though the index names it: the download is incomplete")
     return [folder / name for name in names]

@@ -126,9 +126,14 @@ def compare(
         say: told of each cell, before and after.
 
     Raises:
-        ValueError: a recipe, pattern or setting that is wrong, results in `out` made with other settings, or a cell
-            that failed; the cells before it are kept.
+        ValueError: a recipe, pattern or setting that is wrong, several processes of torchrun, results in `out` made
+            with other settings, or a cell that failed; the cells before it are kept.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun or accelerate started several processes, and a comparison runs its cells in one each: start it "
+            "without them. The same command run twice shares the cells"
+        )
     names = [str(parse_pattern(pattern)) for pattern in patterns]
     for recipe in recipes:
         for name in names:
@@ -215,7 +220,7 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
     sequential = {name: arguments.pop(name) for name in ("true_sequential",) if name in arguments}
     try:
         make_plan(parse_pattern(pattern), arguments.pop("effort", None), arguments, **sequential)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: text where an option is a number
         raise ValueError(f"{recipe} at {pattern}: {error}") from error
 
 
@@ -302,6 +307,7 @@ def _pruned(
         **parse_recipe(cell.recipe),
     )
     return {
+        "recipe": report.recipe,
         "layer_error": report.mean_relative_error,
         "sparsity": report.sparsity,
         "seconds": report.seconds,

@@ -68,7 +68,7 @@ def telling_of_unfinished(out: Path, speaks: bool = True) -> Iterator[None]:
         yield
     finally:
         if speaks and (kept := unfinished(out.expanduser())) and kept != before:
-            stderr.print(f"{kept}: --resume goes on from there", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(f"{kept.progress}: --resume goes on from there", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:

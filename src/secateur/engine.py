@@ -167,6 +167,7 @@ def _prune_stack(
                 targets = _refit_targets(block, stream, dense_outputs, plan)  # while the block is dense
                 matrices = _prune_block(block, stream, dense_outputs, allotment, plan, workspace)
                 refit = _refit(block, stream, targets, plan, seed=plan.seed + number)
+                targets = None  # not to be held beside the next block's
                 figures = BlockFigures(matrices, refit, workspace.limit)
                 store.commit(block, figures)
         workspace.limit = figures.chunk

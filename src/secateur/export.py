@@ -62,10 +62,10 @@ def _check_content(out: Path, overwrite: bool, resume: bool) -> None:
     kept, finished = unfinished(out), (out / METADATA).is_file()
     if kept and not overwrite and not resume:
         raise ValueError(
-            f"{out} holds an unfinished run ({kept}): go on with --resume, or start again with --overwrite"
+            f"{out} holds an unfinished run ({kept.progress}): go on with --resume, or start again with --overwrite"
         )
-    others = [path for path in out.iterdir() if path.name != FOLDER]
-    if kept or not others:
+    others = [path for path in out.iterdir() if path.name not in {FOLDER, *(kept.files if kept else ())}]
+    if not others or (kept and not overwrite):
         return
     if not overwrite and not (resume and finished):
         raise ValueError(f"{out} exists and is not empty: choose another folder, or pass --overwrite to replace it")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.checkpoint import check_folder, read_json
 from secateur.export import METADATA
-from secateur.pattern import Pattern, parse_pattern
+from secateur.pattern import NM, Pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _keeps(promise: dict[str, Any], stored: Tensor) -> bool:
     pattern: Pattern = parse_pattern(promise["pattern"])
     if tuple(weight.shape) != (promise["rows"], promise["columns"]) or int(zero.sum()) < promise["zeros"]:
         return False
-    return pattern.is_met_by(zero)
+    return not (isinstance(pattern, NM) and weight.shape[1] % pattern.m) and pattern.is_met_by(zero)
 
 
 def _read_metadata(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -18,7 +18,7 @@ from secateur.workspace import LEAST, chunk_bytes
 
 GRAM_BYTES = 4 << 30  # Gram matrices of a block that are held at a time, where nothing else is asked for
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-HIDDEN_SETS = 3  # of the pruned stream, the dense one, and what a block gives of the latter
+HIDDEN_SETS = 4  # of the pruned stream, the dense one, what a block gives of the latter, and what it is refit to
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Memory:
     """A cap on what grows with the texts and the width of matrices: half for Gram matrices, a quarter for hidden
     states, a 64th for a solver's largest temporary, which has up to 32 of like size beside it.
 
-    Not in it are a block's weights with a refit's 30 bytes for each, and what an allocation holds of one sequence.
+    Not in it are a block's weights with a refit's 30 bytes for each, what an allocation holds of one sequence, and what
+    a solver can't cut into chunks: a few matrices as large as the Gram matrix (`admm` about eight) and as the weights.
 
     Args:
         limit: bytes in each process; None = no cap on hidden states, and the usual chunks.

@@ -82,6 +82,8 @@ def make_plan(
     given = {name: value for name, value in (settings or {}).items() if value is not None}
     chosen = _preset(effort, given, pattern) | given
     method = chosen.pop("method")
+    if not isinstance(others.get("true_sequential", False), bool):
+        raise ValueError(f"true_sequential is {others['true_sequential']!r}; it must be true or false")
     _check_pattern(pattern, chosen)
     steps = {step: chosen.pop(step, None) for step in _STEP_FIELDS}
     _check(steps["refine"], "refine", ("none", "swap"))

@@ -88,8 +88,10 @@ def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, str
     """
     if strength == 1:
         return dense_outputs
-    pairs = zip(dense_outputs, stream.outputs(block), strict=True)
-    blends = (pruned.float().lerp_(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
+    calls = zip(stream.calls[block.name], stream.hidden, strict=True)
+    pruned_outputs = (call.replay(block, hidden.clone()) for call, hidden in calls)
+    pairs = zip(dense_outputs, pruned_outputs, strict=True)
+    blends = (pruned.float().lerp(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
     return HiddenStates.of(blends, stream.memory, len(dense_outputs))
 
 

@@ -85,10 +85,11 @@ def prune_in_place(
         module, name = model, type(model).__name__
     config: Any = module.config
     data = texts.calibration(tokenizer, config, plan)
-    if len({*parallel.gather((data.origin["sha256"], parameters_of(module)))}) > 1:
+    given = (data.origin["sha256"], parameters_of(module), plan.seed, json.dumps(describe(plan), sort_keys=True))
+    if len({*parallel.gather(given)}) > 1:
         raise ValueError(
-            "the processes were given different models or calibration batches: give each the same model and all "
-            "batches, which are then dealt out"
+            "the processes were given different models, calibration batches, settings or seeds: give each the same, "
+            "and all batches, which are then dealt out"
         )
     parameter = next(module.parameters())
     device, dtype = str(parameter.device), parameter.dtype

@@ -52,9 +52,7 @@ def output_sensitivity(
             generator.manual_seed(seed + number)  # whoever takes a sequence draws the same labels for it
             with residence.running(model), _recorded(blocks) as record:
                 inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
-                logits = _logits(run_without_cache(model, model, **inputs)).float()
-                real = inputs.get("attention_mask")
-                logits = logits if real is None else logits[real[0].bool()]
+                logits = _logits(run_without_cache(model, model, **inputs), inputs).float()
                 tokens, done = tokens + len(logits), done + 1
                 odds = logits.detach().softmax(-1).cpu()
                 labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
@@ -143,26 +141,35 @@ def _backward(
     return start.grad
 
 
-def _logits(output: Any) -> Float[Tensor, "T V"]:
-    """The model's predictions of one sequence, or of one picture as one row."""
+def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
+    """The model's predictions at the real tokens of one sequence, or of one picture or text as one row."""
     if getattr(output, "logits", None) is None:
         raise ValueError(
             f"allocation curve weighs matrices by their effect on the model's predictions, and the model gives no "
             f"logits (its output is {type(output).__name__}): use --allocation uniform"
         )
-    return output.logits if output.logits.ndim == 2 else output.logits[0]
+    if output.logits.ndim == 2:
+        return output.logits
+    logits = output.logits[0]
+    of_decoder = any(name.startswith("decoder_") for name in inputs)
+    real = inputs.get("decoder_attention_mask" if of_decoder else "attention_mask")
+    return logits if real is None or len(real[0]) != len(logits) else logits[real[0].bool()]
 
 
 def _own_sequences(batches: Sequence[Batch], windows: int) -> Iterator[tuple[int, Batch]]:
-    """Those of the first sequences of the batches that are dealt to this process, each as a batch of one, numbered."""
+    """Those of the first sequences of the batches that are dealt to this process, each as a batch of one, numbered.
+
+    A batch whose inputs aren't all of one length (patches of several pictures) can't be cut: its first sequence counts.
+    """
     dealt = parallel.dealt(len(batches))
     number = 0
     for index, batch in enumerate(batches):
-        for row in range(len(next(iter(batch.values())))):
+        lengths = {len(value) for value in batch.values()}
+        for row in range(lengths.pop()) if len(lengths) == 1 else [None]:
             if number == windows:
                 return
             if index in dealt:
-                yield number, {name: value[row : row + 1] for name, value in batch.items()}
+                yield number, batch if row is None else {name: value[row : row + 1] for name, value in batch.items()}
             number += 1
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,9 +31,7 @@ from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Residence
 
 FOLDER = ".secateur"
-MANIFEST = "manifest.json"
-LOCK = "lock"
-FINISHED = "finished"
+MANIFEST, LOCK, FINISHED = "manifest.json", "lock", "finished"
 LAST_MOVED = "config.json"  # without it a folder is no model, so none is half one
 
 
@@ -324,16 +322,25 @@ def _take_over(journal: Journal, resume: bool) -> None:
             setattr(journal, name, getattr(earlier, name))
 
 
-def unfinished(out: Path) -> str | None:
-    """How far the unfinished run that `out` holds has come, if it holds one."""
+class Unfinished(NamedTuple):
+    """How far a run has come, in words, and the files that it replaces or writes."""
+
+    progress: str
+    files: set[str]
+
+
+def unfinished(out: Path) -> Unfinished | None:
+    """The unfinished run that `out` holds, if it holds one."""
     if not (out / FOLDER / MANIFEST).is_file():
         return None
     journal = Journal(out / FOLDER)
     try:
         _read_manifest(journal)
     except ValueError:  # whoever goes on with it is told why
-        return f"a damaged journal is in {out / FOLDER}"
-    return f"{len(journal.blocks)} finished blocks are in {out / FOLDER}"
+        return Unfinished(f"a damaged journal is in {out / FOLDER}", set())
+    return Unfinished(
+        f"{len(journal.blocks)} finished blocks are in {out / FOLDER}", {*journal.replaces, *journal.files}
+    )
 
 
 def digest_of(path: Path) -> str:
@@ -355,9 +362,8 @@ def _read_manifest(journal: Journal) -> None:
         journal.notices = [str(notice) for notice in found["notices"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
-    if foreign := [
-        name for name in (*journal.files, *journal.replaces) if not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name)
-    ]:
+    plain = re.compile(r"[^/\\]*[^/\\.][^/\\]*")
+    if foreign := [name for name in (*journal.files, *journal.replaces) if not plain.fullmatch(name)]:
         raise ValueError(f"{path} names {foreign[0]!r}, which is no plain file name: start again with --overwrite")
 
 

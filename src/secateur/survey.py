@@ -57,8 +57,7 @@ def survey(
     for done, index in enumerate(dealt, 1):
         batch = batches[index]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-        mask = on_device.get("attention_mask")
-        padding.append(None if mask is None or bool(mask.all()) else mask.bool())
+        padding.append(_real_tokens(on_device))
         if padding[-1] is None:
             on_device.pop("attention_mask", None)
         with recorder.watch(padding[-1]):
@@ -70,6 +69,22 @@ def survey(
     elif recorder.missed:
         raise next(iter(recorder.missed.values()))
     return Stream(recorder.hidden, recorder.calls, padding, groups, recorder.routed(padding), memory=memory)
+
+
+def _real_tokens(batch: Batch) -> Tensor | None:
+    """The batch's attention mask; None where all tokens are real.
+
+    Raises:
+        UnsupportedModelError: padding beside decoder inputs, where one mask doesn't tell of both stacks' tokens.
+    """
+    masks = {name: value for name, value in batch.items() if name.endswith("attention_mask") and not bool(value.all())}
+    if masks and any(name.startswith("decoder_") for name in batch):
+        raise UnsupportedModelError(
+            f"{' and '.join(masks)} leaves tokens out beside decoder inputs: pass encoder-decoders sequences of equal "
+            f"length, without padding"
+        )
+    mask = masks.get("attention_mask")
+    return None if mask is None else mask.bool()
 
 
 class _Recorder:
