@@ -28,6 +28,7 @@ from secateur.export import environment
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 4096)]
 SIZES = [(512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008)]
 WIDE = 2048  # from here on one repeat
+COUNTED = 4096  # above, counting flops would take minutes more
 CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "mrp block 128": {"method": "mrp", "block": 128},
@@ -114,7 +115,7 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, cases: dict[str, d
 
 def count_flops(W: Tensor, H: Tensor, pattern: str, options: dict[str, Any]) -> int | None:
     """In a run of its own, as counting slows small products down; None for the widest, whose run takes minutes."""
-    if len(H) > WIDE:
+    if len(H) > COUNTED:
         return None
     with FlopCounterMode(display=False) as counter:
         solved = solve(W, H, pattern, **options)

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pages import table, write_or_check
+from pages import picture, table, write_or_check
 
 from secateur.compare import Comparison
 from secateur.table import tables, without_members
@@ -259,37 +259,30 @@ def readme() -> str:
 
 
 def draw() -> None:
-    """The picture: perplexity by method, one group of bars a pattern."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "secateur"
-    import matplotlib.pyplot as plt
-
+    """Perplexity by method, one group of bars a pattern."""
     comparison = read(MAIN)
     patterns = patterns_of(comparison)
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     colours = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
-    for offset, (recipe, colour) in enumerate(colours.items()):
-        means = [
-            statistics.mean(c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values())
-            if cells(comparison, recipe, pattern)
-            else 0.0
-            for pattern in patterns
-        ]
-        places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
-        axes.bar(places, means, 0.19, color=colour, label=recipe)
-        for place, height in zip(places, means, strict=True):
-            axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
-    axes.axhline(
-        comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense"
-    )
-    axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
-    axes.set_xticklabels(patterns)
-    axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)
-    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    with picture(PICTURE) as axes:
+        for offset, (recipe, colour) in enumerate(colours.items()):
+            means = [
+                statistics.mean(c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values())
+                if cells(comparison, recipe, pattern)
+                else 0.0
+                for pattern in patterns
+            ]
+            places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
+            axes.bar(places, means, 0.19, color=colour, label=recipe)
+            for place, height in zip(places, means, strict=True):
+                if height:
+                    axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
+        axes.axhline(
+            comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense"
+        )
+        axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
+        axes.set_xticklabels(patterns)
+        axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)
+        axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/performance.md from benchmarks/results; or `--check` that it is current.
+"""Write docs/performance.md and its pictures from benchmarks/results; or `--check` that the page is current.
 
     python docs/make_performance.py
 
@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import table, write_or_check
+from pages import picture, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+MEMORY, PROCESSES, SOLVERS = (ROOT / "docs" / f"{name}.svg" for name in ("memory", "processes", "solvers"))
 # A recipe of llm-compressor's, and ours that are held against it.
 PEERS = (
     ("llmcompressor-sparsegpt", ("sparsegpt", "fast", "balanced", "best")),
@@ -126,6 +127,10 @@ def sizes_table() -> str:
     return table(["matrix, 50%", "method", "seconds", "time / sparsegpt", "error / sparsegpt", "of the peak"], rows)
 
 
+def sizes_picture() -> str:
+    return "![time of a solver](solvers.svg)\n\n" if (RESULTS / "sizes.json").is_file() else ""
+
+
 def reference_table() -> str:
     if not (RESULTS / "reference.json").is_file():
         return "Not measured."
@@ -184,7 +189,7 @@ the model's mapped files are not in it, the imports of torch and transformers ar
 
 {memory_table()}
 
-`balanced` was measured when its allocation still kept one sequence's activations of all layers; it goes block by block since.
+![peak memory](memory.svg)
 
 {large_line()}
 
@@ -205,6 +210,8 @@ Here each has one thread, on a machine of two cores: with four the wall time can
 process does for itself stays (loading, the steps of the refit, rounding what it was sent).
 
 {processes_table()}
+
+![CPU time of a process](processes.svg)
 
     python benchmarks/processes.py --out benchmarks/results/processes.json
 
@@ -227,11 +234,11 @@ alone in the process of the run.
 ## Solvers against the size of the matrix
 
 Factorisation of the Gram matrix included. *Of the peak* is flops a second over the rate of the fastest product of the run; flops
-are counted up to 2048 columns.
+are counted up to 4096 columns.
 
 {sizes_table()}
 
-    python benchmarks/solvers.py --sizes --patterns 50% --out benchmarks/results/sizes.json
+{sizes_picture()}    python benchmarks/solvers.py --sizes --patterns 50% --out benchmarks/results/sizes.json
 
 ## Solvers against the SparseGPT authors' code
 
@@ -249,5 +256,55 @@ Not measured: `python benchmarks/solvers.py --device cuda`, with `--sizes` too, 
 """
 
 
+def draw_memory() -> None:
+    """Peak memory against the number of layers."""
+    with picture(MEMORY) as axes:
+        points: dict[str, list[tuple[int, float]]] = {}
+        for name, run in read("memory")["runs"].items():
+            recipe, size = name.rsplit(", ", 1)
+            if size.endswith(" layers"):
+                points.setdefault(recipe, []).append((int(size.split()[0]), run["peak_anonymous_bytes"] / 1e6))
+        for recipe, line in points.items():
+            axes.plot(*zip(*line, strict=True), marker="o", label=recipe)
+        axes.set(xlabel="layers", ylabel="peak MB", xscale="log")
+        axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+        layers = [number for number, _ in next(iter(points.values()))]
+        axes.set_xticks(layers, map(str, layers))
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+
+
+def draw_processes() -> None:
+    """CPU time of the busiest process against their number, as a share of one alone."""
+    with picture(PROCESSES) as axes:
+        points: dict[str, list[tuple[int, float]]] = {}
+        for name, run in read("processes")["runs"].items():
+            recipe, number = name.rsplit(", ", 1)
+            points.setdefault(recipe, []).append((int(number), max(run["cpu_seconds"])))
+        for recipe, line in points.items():
+            numbers, seconds = zip(*line, strict=True)
+            axes.plot(numbers, [each / seconds[0] for each in seconds], marker="o", label=recipe)
+            axes.set_xticks(numbers)
+        axes.set(xlabel="processes", ylabel="CPU time, of one alone", ylim=(0, 1.1))
+        axes.legend(frameon=False)
+
+
+def draw_sizes() -> None:
+    """Seconds of every solver against the columns of the matrix."""
+    with picture(SOLVERS) as axes:
+        rows = read("sizes")["rows"]
+        for method in rows[0]["cases"]:
+            columns, seconds = [row["columns"] for row in rows], [row["cases"][method]["seconds"] for row in rows]
+            axes.plot(columns, seconds, marker="o", label=method)
+        axes.set(xlabel="columns", ylabel="seconds", xscale="log", yscale="log")
+        axes.set_xticks(columns, map(str, columns))
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+
+
 if __name__ == "__main__":
     write_or_check({PAGE: page()})
+    draw_memory()
+    draw_processes()
+    if (RESULTS / "sizes.json").is_file():
+        draw_sizes()

@@ -1,9 +1,12 @@
-"""What the scripts that write the pages share: Markdown tables, and writing or checking files."""
+"""What the scripts that write the pages share: Markdown tables, pictures, and writing or checking files."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -18,3 +21,19 @@ def write_or_check(pages: dict[Path, str]) -> None:
         sys.exit(f"out of date: {', '.join(stale)}" if stale else 0)
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def picture(path: Path) -> Iterator[Any]:
+    """Axes to draw on, which are then written as SVG: the same bytes for the same drawing."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "secateur"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
