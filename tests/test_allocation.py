@@ -132,6 +132,20 @@ def test_curve_is_the_loss_of_a_real_refit():
     assert found.losses == sorted(found.losses)
 
 
+def test_a_curve_costs_nothing_where_dead_inputs_do():
+    from helpers import problem
+
+    from secateur.gram import Gram
+
+    W, H = problem(rows=24, columns=48)
+    H[:24] = 0
+    H[:, :24] = 0
+    levels = [Unstructured(0.3), Unstructured(0.5), Unstructured(0.6)]
+    losses = al.loss_curve(W, Gram(H, 1), torch.ones(24, dtype=torch.float64), levels).losses
+    assert losses[:2] == [0.0, 0.0]
+    assert losses[2] > 0
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
     model = tiny_model(family).eval()

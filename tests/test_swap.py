@@ -110,3 +110,18 @@ def test_wide_matrices_are_refused_by_name(monkeypatch):
     W, H = problem(rows=4, columns=48)
     with pytest.raises(ValueError, match=r"48 input columns .* limited to 32 columns on cpu"):
         refined(W, H, "50%")
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_dead_inputs_are_not_brought_back(pattern):
+    """No output depends on them: an exchange that keeps one in place of a live weight lowers no true loss."""
+    W, H = problem(16, 40)
+    dead = torch.arange(0, 40, 4)
+    H[dead] = 0
+    H[:, dead] = 0
+    plain = secateur.solve(W, H, pattern, method="mrp")
+    swapped = secateur.solve(W, H, pattern, method="mrp", refine="swap")
+    assert int(swapped.keep[:, dead].sum()) <= int(plain.keep[:, dead].sum())
+    assert loss(swapped.weight, W, H) <= loss(plain.weight, W, H) * 1.001
+    kept = swapped.keep[:, dead]
+    assert torch.equal(swapped.weight[:, dead][kept], W[:, dead][kept])

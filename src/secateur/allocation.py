@@ -23,6 +23,7 @@ from secateur.observe import Matrix
 from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
 from secateur.residence import Residence
 from secateur.sensitivity import output_sensitivity
+from secateur.solvers.contract import live_part
 
 RULES = ("uniform", "owl", "curve")
 OUTLIER = 5.0  # OWL's M: an outlier is a score above so many times its matrix's mean
@@ -188,7 +189,7 @@ def loss_curve(
     Measured on at most 32 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
-    sample = W[rows] * sensitivity.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
+    sample = live_part(W[rows], gram) * sensitivity.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
     damped = gram.damped(damping)
     score = sample.square() / damped.U.square().sum(0)
     sparsities, losses = [], []

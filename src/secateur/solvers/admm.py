@@ -28,7 +28,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern, keep_all_but_lowest, keep_highest_of_groups
-from secateur.solvers.contract import Solved, check_refit
+from secateur.solvers.contract import Solved, check_refit, live_part, with_dead_part
 
 STEPS_A_PENALTY = 4
 
@@ -64,19 +64,18 @@ class ADMM:
             )
 
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
-        damped = gram.damped(self.damping)
-        keep, changed = self.search(W, damped, pattern)
-        weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
+        damped, live = gram.damped(self.damping), live_part(W, gram)
+        keep, changed = self.search(live, damped, pattern)
+        weight, figures = refit_rows(live, keep, damped, self.tolerance, self.iterations)
         info: dict[str, Any] = {"damping": damped.dampings, "search_iterations": self.search_iterations}
-        return Solved(weight, keep, info | {"changed_last": changed} | figures)
+        return with_dead_part(Solved(weight, keep, info | {"changed_last": changed} | figures), W, gram)
 
     def search(self, W: Float[Tensor, "R C"], damped: Damped, pattern: Pattern) -> tuple[Bool[Tensor, "R C"], int]:
         """The keep mask, and how many of its entries the last step still changed."""
         scale = damped.matrix.diagonal().sqrt()
         H = damped.matrix / (scale[:, None] * scale)
-        live = (~damped.dead).to(W.dtype)
         W0 = W * scale
-        keep = _project(W0 * live, pattern)
+        keep = _project(W0, pattern)
         D, U = W0 * keep, torch.zeros_like(W0)
         changed, penalty, resolvent = 0, 0.0, H
         for step in range(self.search_iterations):
@@ -85,7 +84,7 @@ class ADMM:
                 resolvent = _resolvent(H, penalty)
                 U *= before / penalty  # U is the multiplier over rho
             U += W0 + (D - W0 - U) @ resolvent
-            before_step, keep = keep, _project(U * live, pattern)
+            before_step, keep = keep, _project(U, pattern)
             D = U * keep
             U -= D
             changed = int((keep != before_step).sum())

@@ -6,9 +6,10 @@ arguments, sees no `nn.Module`, and works in the dtype it is given: fp32, or fp6
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -33,6 +34,19 @@ class Solver(Protocol):
     """The call every method answers."""
 
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved: ...
+
+
+def live_part(W: Float[Tensor, "R C"], gram: Gram) -> Float[Tensor, "R C"]:
+    """The weights with zeros at dead inputs (`H_jj = 0`), which no output depends on.
+
+    So they cost nothing to prune, and count in no objective, whatever stands for their diagonal in a damped matrix.
+    """
+    return W.masked_fill(gram.xx.diagonal() == 0, 0.0)
+
+
+def with_dead_part(solved: Solved, W: Float[Tensor, "R C"], gram: Gram) -> Solved:
+    """What was solved for the live part of W, with the kept weights of dead inputs as they are in W."""
+    return replace(solved, weight=torch.where(solved.keep & (gram.xx.diagonal() == 0), W, solved.weight))
 
 
 def check_refit(damping: float, tolerance: float, iterations: int) -> None:

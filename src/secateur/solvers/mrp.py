@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import refit_rows
 from secateur.pattern import NM, Pattern
-from secateur.solvers.contract import Solved, check_refit
+from secateur.solvers.contract import Solved, check_refit, live_part, with_dead_part
 from secateur.solvers.group_search import MAX_ENUMERATED
 from secateur.solvers.sweep import sweep
 
@@ -60,14 +60,15 @@ class MRP:
         damped = gram.damped(self.damping)
         full_row = self.compensation == "M" and self.block == "all"
         tile = self.block if isinstance(self.block, int) else SWEEP_TILE
-        weight, keep = sweep(W, damped, pattern, mask, self.compensation, tile, mask_only=full_row)
+        live = live_part(W, gram)
+        weight, keep = sweep(live, damped, pattern, mask, self.compensation, tile, mask_only=full_row)
         info: dict[str, Any] = {"damping": damped.dampings, "mask": mask}
         if isinstance(pattern, NM) and mask == "M":
             info["mask_search"] = "exhaustive" if pattern.num_masks <= MAX_ENUMERATED else "greedy with exchanges"
         if full_row:
-            weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
+            weight, figures = refit_rows(live, keep, damped, self.tolerance, self.iterations)
             info |= figures
-        return Solved(weight, keep, info)
+        return with_dead_part(Solved(weight, keep, info), W, gram)
 
 
 def check_mask(mask: str | None, pattern: Pattern) -> None:

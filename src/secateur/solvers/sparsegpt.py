@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.gram import Gram
 from secateur.pattern import Pattern
-from secateur.solvers.contract import Solved, check_damping
+from secateur.solvers.contract import Solved, check_damping, live_part, with_dead_part
 from secateur.solvers.mrp import check_block
 from secateur.solvers.sweep import sweep
 
@@ -34,5 +34,5 @@ class SparseGPT:
 
     def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
         damped = gram.damped(self.damping)
-        weight, keep = sweep(W, damped, pattern, mask="S", compensation="S", tile=self.block)
-        return Solved(weight, keep, {"damping": damped.dampings})
+        weight, keep = sweep(live_part(W, gram), damped, pattern, mask="S", compensation="S", tile=self.block)
+        return with_dead_part(Solved(weight, keep, {"damping": damped.dampings}), W, gram)

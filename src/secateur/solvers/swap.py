@@ -24,7 +24,7 @@ from torch import Tensor
 from secateur.gram import Gram
 from secateur.linalg import Damped, refit_rows
 from secateur.pattern import NM, Pattern
-from secateur.solvers.contract import Solved, check_refit
+from secateur.solvers.contract import Solved, check_refit, live_part, with_dead_part
 from secateur.workspace import chunk_bytes
 
 MAX_COLUMNS = {"cpu": 2048}  # above, a matrix takes hours
@@ -69,7 +69,8 @@ class Swaps:
         check_columns(W.shape[1], W.device)
         damped = gram.damped(self.damping)
         dtype = torch.float32 if W.device.type == "mps" else torch.float64
-        H, precise = damped.matrix.to(dtype), W.to(dtype)
+        live = live_part(W, gram)
+        H, precise = damped.matrix.to(dtype), live.to(dtype)
         size = max(1, ARRAYS_AT_ONCE * chunk_bytes(W.device) // (ARRAYS_A_ROW * 8 * W.shape[1] ** 2))
         keep = solved.keep.clone()
         swaps = at_optimum = 0
@@ -78,10 +79,12 @@ class Swaps:
             made, finished = state.exchange(self.max_swaps)
             keep[rows] = state.final_keep
             swaps, at_optimum = swaps + made, at_optimum + finished
-        weight, figures = refit_rows(W, keep, damped, self.tolerance, self.iterations)
-        worse = _row_losses(weight, W, damped) > _row_losses(solved.weight, W, damped)
-        weight[worse], keep[worse] = solved.weight[worse], solved.keep[worse]
-        return Solved(weight, keep, solved.info | figures | {"swaps": swaps, "rows_at_optimum": at_optimum})
+        weight, figures = refit_rows(live, keep, damped, self.tolerance, self.iterations)
+        before = live_part(solved.weight, gram)
+        worse = _row_losses(weight, live, damped) > _row_losses(before, live, damped)
+        weight[worse], keep[worse] = before[worse], solved.keep[worse]
+        info = solved.info | figures | {"swaps": swaps, "rows_at_optimum": at_optimum}
+        return with_dead_part(Solved(weight, keep, info), W, gram)
 
 
 def check_columns(columns: int, device: torch.device) -> None:

@@ -41,7 +41,8 @@ def sweep(
 
     Args:
         mask: S = lowest `w^2 / [Hinv]_jj`; M = the n:m pattern of least joint cost (n:m only).
-        compensation: S = column by column; M = jointly over the tile (unstructured) or the group (n:m).
+        compensation: S = column by column; M = jointly over the tile. The groups of an n:m pattern are chosen one after
+            the other, each from weights that made up for the groups before it one by one; then the tile is solved.
         tile: columns among which an unstructured mask is chosen, and after which the rest of the row is updated.
         mask_only: the caller uses the mask alone, so joint updates of a tile need not be exact.
 
@@ -49,15 +50,15 @@ def sweep(
     """
     rows, columns = W.shape
     U = damped.U
-    live = (~damped.dead).to(W.dtype)
     search = GroupSearch(U, pattern) if isinstance(pattern, NM) else None
     Wt = W.T.clone(memory_format=torch.contiguous_format)  # .contiguous() would alias a W stored transposed
     keep = torch.ones_like(W, dtype=torch.bool)
     for i, j in _tiles(columns, tile, pattern):
         errors = torch.zeros_like(Wt[i:j])
+        before = Wt[i:j].clone() if search is not None and compensation == "M" and not mask_only else None
         for a, b in _spans(i, j, pattern):
             span = U[a:b, a:b]
-            current = Wt[a:b].T * live[a:b]  # a dead input costs nothing: it scores zero
+            current = Wt[a:b].T
             if search is None:
                 count = pattern.num_pruned(rows, b) - pattern.num_pruned(rows, a)
                 keep[:, a:b] = keep_all_but_lowest(current.square() / _single_variance(span, compensation), count)
@@ -79,6 +80,10 @@ def sweep(
                 Wt[a:b] -= span.T @ errors[a - i : b - i]
             if b < j:
                 Wt[b:j] -= U[a:b, b:j].T @ errors[a - i : b - i]
+        if before is not None:
+            pruned = ~keep[:, i:j]
+            errors = U[i:j, i:j] @ solve_pruned(U[i:j, i:j], before.T * pruned, pruned).T
+            Wt[i:j] = before - U[i:j, i:j].T @ errors
         if j < columns:
             Wt[j:] -= U[i:j, j:].T @ errors
     return Wt.T.contiguous().masked_fill_(~keep, 0.0), keep
