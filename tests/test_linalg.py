@@ -211,3 +211,12 @@ def test_gram_of_nothing_is_all_dead():
     damped = Gram(torch.zeros(4, 4), 1).damped(0.01)
     assert bool(damped.dead.all())
     assert torch.equal(damped.matrix, torch.eye(4))
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "mrp", "admm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_matrix_of_three_tokens_is_solved_at_any_damping(method, dtype):
+    X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    W, _ = problem(16, 64, dtype=dtype)
+    solved = secateur.solve(W, X.T @ X / 3, "50%", method=method, damping=1e-9)
+    assert bool(torch.isfinite(solved.weight).all())

@@ -121,8 +121,39 @@ def test_one_block_is_copied_in_at_a_time(folder, tmp_path, monkeypatch, effort)
     secateur.prune(folder, tmp_path / "out", effort=effort, calibration=BATCHES)
     model = load(str(folder)).model
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    every = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    part = model if effort == "balanced" else model.model  # whose allocation asks for predictions
+    every = sum(tensor.numel() for tensor in (*part.parameters(), *part.buffers()))
     assert most[0] == every - (LAYERS - 1) * block
+
+
+def test_layers_stay_between_forward_passes_where_there_is_room(folder):
+    model = load(str(folder), mapped=True).model
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    one_a_layer = model.model.layers[0].mlp.down_proj.weight.shape
+    outputs, copies = [], []
+    for room in (0, 2 * 4 * layer, 10**9):
+        residence = Mapped("cpu", torch.float32, room)
+        shapes = []
+        copy = residence._copy
+        residence._copy = lambda data, copy=copy, shapes=shapes: shapes.append(data.shape) or copy(data)
+        with residence.running(model.model), torch.no_grad():
+            outputs.append([model.model(ids).last_hidden_state for ids in BATCHES[:3]])
+        copies.append(shapes.count(one_a_layer))
+        assert not residence._copies
+    assert copies == [3 * LAYERS, 2 + 3 * (LAYERS - 2), LAYERS]
+    for other in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("family", ["bart", "mamba"])
+def test_what_a_mapped_model_leaves_dense_is_what_one_in_memory_does(family, tmp_path):
+    """Copying weights in is no use of them: cross-attention without an encoder stays dense, and so does A_log."""
+    tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"pattern": "50%", "method": "magnitude", "calibration": BATCHES}
+    in_memory = secateur.prune(load(str(tmp_path / "model")), **settings)
+    mapped = secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
+    assert mapped.dense == in_memory.dense != {}
 
 
 def test_sensitivity_of_mapped_weights_has_the_bits_of_those_in_memory(folder):

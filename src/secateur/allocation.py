@@ -102,7 +102,7 @@ def allocate(
         block_of = {matrix.name: block.name for block in blocks for matrix in block.matrices}
         return Allotment(_by_outliers(measured, block_of, pattern, allocation))
     levels = _levels(pattern, allocation.spread)
-    sensitivity = output_sensitivity(model, blocks, batches, sequences, seed, residence)
+    sensitivity = output_sensitivity(model, blocks, batches, sequences, seed, residence, stream.memory)
 
     def measure(name: str, W: Tensor, gram: Gram) -> _Curve:
         return loss_curve(W, gram, sensitivity[name], levels, allocation.damping)

@@ -18,6 +18,7 @@ from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.memory import parse_memory
+from secateur.model import full_precision
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
@@ -247,6 +248,6 @@ def solve(
         check_columns(W.shape[1], W.device)
     dtype = torch.float64 if torch.float64 in (W.dtype, H.dtype) else torch.float32
     weights, gram = W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         solved = plan.solver(weights, gram, plan.pattern)
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)

@@ -21,7 +21,7 @@ from secateur.capture import Batch, InputGroup, Progress, Stream, passes
 from secateur.gram import Gram
 from secateur.linalg import NotPositiveDefiniteError
 from secateur.memory import HiddenStates, Memory, Workspace
-from secateur.model import Block, UnsupportedModelError, check_finite_weights, check_runnable, observable
+from secateur.model import Block, UnsupportedModelError, body_of, check_finite_weights, check_runnable, observable
 from secateur.observe import Matrix
 from secateur.pattern import Pattern
 from secateur.refit import BlockRefit, refit_block, refit_targets
@@ -112,7 +112,8 @@ def run(
     if plan.refit is not None:
         plan.refit.check_batches(len(batches))
     with observable(model):
-        with store.running(model):
+        torch.manual_seed(plan.seed)
+        with store.running(body_of(model)):
             structure = find_stacks(model, batches[0], plan.include, plan.exclude)
         _check_steps(structure, plan)
         first, *later = structure.stacks
@@ -136,7 +137,7 @@ def _survey(
     model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress, store: Store
 ) -> Stream:
     """The stream in front of a stack, checked against the plan."""
-    with store.using(stack.blocks[0]) if stack.whole else store.running(model):
+    with store.using(stack.blocks[0]) if stack.whole else store.running(body_of(model)):
         stream = survey(model, stack.blocks, batches, progress, memory=plan.memory)
     _check_widths(stream, plan)
     if plan.target.kind != "pruned":
@@ -160,6 +161,8 @@ def _prune_stack(
         stream.dense = stream.hidden.shared()
     workspace = Workspace(plan.memory.chunk_bytes)
     for number, block in enumerate(stack.blocks, everything.index(stack.blocks[0])):
+        # A few models draw random numbers even in evaluation (the hashes of an attention): the same, resumed or not.
+        torch.manual_seed(plan.seed + number)
         with store.using(block):
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
             figures = store.finished(block)
@@ -174,6 +177,7 @@ def _prune_stack(
         outcome.matrices += figures.matrices
         outcome.blocks += [figures.refit] if figures.refit is not None else []
         if block is not stack.blocks[-1]:
+            torch.manual_seed(plan.seed + number)
             with store.using(block):
                 stream.advance(block)
             stream.dense = dense_outputs

@@ -113,7 +113,10 @@ def low_rank_plus_diagonal(H: Float[Tensor, "C C"], rank: int) -> tuple[Float[Te
         basis = torch.linalg.qr(H @ basis).Q
     image = H @ basis
     core = basis.T @ image
-    L = torch.linalg.cholesky((core + core.T) / 2)
+    L, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if int(failed):  # H has a lower rank, to rounding: a little more in the core leaves a little more to d
+        core.diagonal().add_(rank * torch.finfo(H.dtype).eps * core.diagonal().max())
+        L = torch.linalg.cholesky((core + core.T) / 2)
     F = torch.linalg.solve_triangular(L, image.T, upper=False).T.contiguous()
     diagonal = H.diagonal()
     return F, torch.maximum(diagonal - F.square().sum(1), 1e-3 * diagonal)

@@ -58,7 +58,7 @@ class Memory:
                 raise ValueError(
                     f"the hidden states of the calibration text take {HIDDEN_SETS * hidden / 1e6:.0f} MB, more than a "
                     f"quarter of --max-memory ({self.limit / 1e6:.0f} MB): name a folder for them (--offload-dir), or "
-                    f"use fewer --samples"
+                    f"use fewer --samples, or a shorter --seq-len"
                 )
             return self.folder is None
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -25,6 +25,10 @@ DENSE_RULES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
     (r"(^|\.)attention_input\.query(\[|$)", "learned queries"),
 )
+
+
+WEIGHTS_AT_ONCE = 1 << 24
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the 8-bit ones, which need scales
 
 
 class UnsupportedModelError(ValueError):
@@ -167,24 +171,46 @@ def check_runnable(model: nn.Module) -> None:
                 f"before torch.compile"
             )
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantised is not None:
+    integers = [name for name, each in model.named_parameters() if each.ndim > 1 and each.dtype not in FLOATS]
+    if quantised is not None or integers:
+        found = f" ({integers[0]} is {model.get_parameter(integers[0]).dtype})" if integers else ""
         raise UnsupportedModelError(
-            "the model is quantised: load it dequantised (secateur prunes floating-point weights)"
+            f"the model is quantised{found}: load it dequantised (secateur prunes floating-point weights)"
         )
 
 
 def check_finite_weights(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter with a NaN or an infinity. Cost: one read of the model."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.data).all()):
-            bad = int((~torch.isfinite(parameter.data)).sum())
+        if parameter.device.type == "meta" or not parameter.numel():
+            continue
+        # In parts: the mask of a whole embedding would be larger than any block.
+        rows = max(1, WEIGHTS_AT_ONCE // (parameter[0].numel() if parameter.ndim else 1))
+        parts = parameter.data.split(rows) if parameter.ndim else [parameter.data]
+        if bad := sum(int((~torch.isfinite(part)).sum()) for part in parts):
             raise ValueError(f"{name} has {bad} weights that are NaN or infinite: the checkpoint is damaged")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs go: to the accelerator, where any part of it is on one while others wait in files."""
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
 
 
 @contextmanager
 def observable(model: nn.Module) -> Iterator[None]:
-    """The model as it can be watched: without dropout, its experts in plain products, by deterministic kernels."""
-    with _inference_mode(model), _eager_experts(model), deterministic_algorithms():
+    """The model as it can be watched: without dropout, its experts in plain products, by deterministic kernels.
+
+    Random numbers that it draws all the same (hashes of an attention) are the run's own: the caller's are as before.
+    """
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(_inference_mode(model))
+        stack.enter_context(_eager_experts(model))
+        stack.enter_context(deterministic_algorithms())
+        stack.enter_context(full_precision())
+        stack.enter_context(torch.random.fork_rng(devices))
         yield
 
 
@@ -212,6 +238,20 @@ def _eager_experts(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32: TF32 rounds their inputs to ten bits, too few for Gram matrices and solves."""
+    settings: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextmanager

@@ -67,10 +67,12 @@ class Mapped:
     Args:
         device: where it is used.
         dtype: what products run in; narrower floating tensors become it, wider ones stay as they are.
+        room: bytes of layers that stay while the whole model runs, from one forward pass to the next; the others are
+            copied in for each.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(self, device: str, dtype: torch.dtype, room: int = 0) -> None:
+        self.device, self.dtype, self.room = torch.device(device), dtype, room
         self._copies: dict[int, Tensor] = {}  # storage of a copy -> the parameter or buffer it is of
 
     def using(self, block: Block) -> AbstractContextManager[None]:
@@ -79,7 +81,7 @@ class Mapped:
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """Copies of what is in no layer, and of each layer while it runs.
+        """Copies of what is in no layer, and of each layer while it runs; the first ones stay where there is room.
 
         A backward pass keeps the activations that it needs, but no copies of weights: they are made again.
         """
@@ -87,20 +89,26 @@ class Mapped:
         inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
         with ExitStack() as stack:
             stack.enter_context(self._copied_in([each for each in _tensors(model) if id(each) not in inside]))
+            room = self.room
             for layer in layers:
-                self._copied_in_by_hooks(layer, stack)
+                room -= sum(self._bytes(tensor) for tensor in _tensors(layer))
+                self._copied_in_by_hooks(layer, stack, stays=room >= 0)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             yield
 
-    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack) -> None:
-        """Copies of the layer's tensors from its hook before a forward pass to that behind it."""
-        here = ExitStack()
+    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack, stays: bool) -> None:
+        """Copies of the layer's tensors from its hook before a forward pass to that behind it, or to the end."""
+        here, inside = ExitStack(), False
 
         def enters(_module: nn.Module, _args: Any) -> None:
-            here.enter_context(self._copied_in(_tensors(layer)))
+            nonlocal inside
+            if not inside:
+                here.enter_context(self._copied_in(_tensors(layer)))
+            inside = stays
 
         def leaves(_module: nn.Module, _args: Any, _output: Any) -> None:
-            here.close()
+            if not stays:
+                here.close()
 
         stack.callback(here.close)  # a forward pass that fails has no hook behind it
         stack.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
@@ -108,20 +116,30 @@ class Mapped:
 
     @contextmanager
     def _copied_in(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        mapped = [(tensor, tensor.data) for tensor in tensors]
+        with torch._C.DisableTorchFunction():  # or whoever watches the weights would take this for a use of them
+            mapped = [(tensor, tensor.data) for tensor in tensors]
         try:
-            for tensor, data in mapped:
-                tensor.data = self._copy(data)
-                self._copies[tensor.untyped_storage().data_ptr()] = tensor
+            with torch._C.DisableTorchFunction():
+                for tensor, data in mapped:
+                    tensor.data = self._copy(data)
+                    self._copies[tensor.untyped_storage().data_ptr()] = tensor
             yield
         finally:
-            for tensor, data in mapped:
-                self._copies.pop(tensor.untyped_storage().data_ptr(), None)
-                tensor.data = data
+            with torch._C.DisableTorchFunction():
+                for tensor, data in mapped:
+                    self._copies.pop(tensor.untyped_storage().data_ptr(), None)
+                    tensor.data = data
 
     def _copy(self, data: Tensor) -> Tensor:
+        return data.detach().to(device=self.device, dtype=self._dtype_of(data), copy=True)
+
+    def _dtype_of(self, data: Tensor) -> torch.dtype:
         wider = data.is_floating_point() and torch.finfo(data.dtype).bits < torch.finfo(self.dtype).bits
-        return data.detach().to(device=self.device, dtype=self.dtype if wider else data.dtype, copy=True)
+        return self.dtype if wider else data.dtype
+
+    def _bytes(self, data: Tensor) -> int:
+        """What a copy takes."""
+        return data.numel() * self._dtype_of(data).itemsize
 
     def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
         """What autograd keeps of a tensor: of a copied weight, how to make the copy again."""

@@ -148,11 +148,17 @@ def prune_to_folder(
         checkpoint = source.load()
         if plan.memory.limit is not None and plan.memory.folder is None:
             plan = replace(plan, memory=replace(plan.memory, folder=journal.folder))
-        journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype)
+        journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         report = prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)
         journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
     return report
+
+
+def _room(device: str) -> int:
+    """Bytes of layers that may stay on a device between forward passes of the whole model: half of what a GPU has
+    free. On a CPU none: there the copies are cheap, and memory is what a model may be larger than."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.startswith("cuda") else 0
 
 
 def _finished(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,13 +17,20 @@ from torch import Tensor, nn
 from secateur import parallel
 from secateur.capture import Batch
 from secateur.gram import sum_dtype
-from secateur.model import Block, Call, hidden_of, run_without_cache
+from secateur.memory import HiddenStates, Memory
+from secateur.model import Block, Call, device_of, hidden_of, run_without_cache
 from secateur.observe import Use, WeightWatcher
 from secateur.residence import Residence
 
 
 def output_sensitivity(
-    model: Any, blocks: Sequence[Block], batches: Sequence[Batch], windows: int, seed: int, residence: Residence
+    model: Any,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    windows: int,
+    seed: int,
+    residence: Residence,
+    memory: Memory | None = None,
 ) -> dict[str, Float[Tensor, " R"]]:
     """The mean over all tokens of `(dL/dy_r)^2` for each output row r of each matrix, by its name.
 
@@ -35,14 +43,15 @@ def output_sensitivity(
             dealt to.
         windows: how many sequences.
         seed: of the labels.
+        memory: where hidden states go; None = they are held, whatever their size.
 
     Raises:
         ValueError: a matrix that saw none of the sequences.
 
     Cost: for each sequence a forward pass of the whole model, and one more and a backward pass (no weight gradients) of
-    each block in turn. Of the blocks' activations those of one are held at a time, with the hidden states around the
-    others. What a block hands to a later one beside its hidden states (Gemma 3n's shared keys and values) carries no
-    gradient.
+    each block in turn. Of the blocks' activations those of one are held at a time, with the hidden states in front of
+    every other. What a block hands to a later one beside its hidden states (Gemma 3n's shared keys and values) carries
+    no gradient.
     """
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator()
@@ -50,18 +59,18 @@ def output_sensitivity(
     with _no_weight_gradients(model), torch.enable_grad():
         for number, sequence in _own_sequences(batches, windows):
             generator.manual_seed(seed + number)  # whoever takes a sequence draws the same labels for it
-            with residence.running(model), _recorded(blocks) as record:
-                inputs = {name: value.to(next(model.parameters()).device) for name, value in sequence.items()}
+            with residence.running(model), _recorded(blocks, HiddenStates(memory or Memory(), len(blocks))) as record:
+                inputs = {name: value.to(device_of(model)) for name, value in sequence.items()}
                 logits = _logits(run_without_cache(model, model, **inputs), inputs).float()
                 tokens, done = tokens + len(logits), done + 1
                 odds = logits.detach().softmax(-1).cpu()
                 labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
                 nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
             gradient: Tensor | None = None
-            for block, hidden, call, output in reversed(record):
-                gradient = _sum(gradient, output.grad)
+            for number, (block, call) in reversed([*enumerate(record.calls)]):
+                gradient = _sum(gradient, record.gradients.pop(block.name, None))
                 with residence.using(block):
-                    gradient = _backward(block, hidden, call, gradient, sums)
+                    gradient = _backward(block, record.hidden.pop(number), call, gradient, sums)
     totals: dict[str, Tensor] = {}
     for part in parallel.gather({name: total.cpu() for name, total in sums.totals.items()}):
         for name, total in part.items():
@@ -80,31 +89,32 @@ def output_sensitivity(
     return {name: (total / tokens).float() for name, total in totals.items()}
 
 
-class _Ran(NamedTuple):
-    """One block in a forward pass: hidden states in front of it, its call, and its output, where gradients begin."""
+@dataclass(eq=False)
+class _Record:
+    """A forward pass block by block: the hidden states in front of each, its call, and how its output is felt by what
+    isn't a block (the head), by its name."""
 
-    block: Block
-    hidden: Tensor
-    call: Call
-    output: Tensor
+    hidden: HiddenStates
+    calls: list[tuple[Block, Call]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def _recorded(blocks: Sequence[Block]) -> Iterator[list[_Ran]]:
+def _recorded(blocks: Sequence[Block], hidden_states: HiddenStates) -> Iterator[_Record]:
     """Record the blocks of a forward pass, in order. Each runs without gradients, and what it gives begins new ones, so
     that whatever else in the model uses its output tells how it is felt there."""
-    entered: dict[str, tuple[Tensor, Call]] = {}
-    record: list[_Ran] = []
+    record = _Record(hidden_states)
 
     def begins(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = Call.split(block, args, kwargs)
-        entered[block.name] = (hidden.detach().clone(), call)
+        record.hidden.append(hidden.detach().clone())  # a block may change its input in place
+        record.calls.append((block, call))
         torch.set_grad_enabled(False)
 
     def ends(block: Block, output: Any) -> Any:
         torch.set_grad_enabled(True)
         begun = hidden_of(output, block).detach().requires_grad_(True)
-        record.append(_Ran(block, *entered.pop(block.name), begun))
+        begun.register_hook(lambda gradient: record.gradients.update({block.name: gradient}))
         return begun if isinstance(output, Tensor) else (begun, *output[1:])
 
     with ExitStack() as stack:
@@ -133,7 +143,7 @@ def _backward(
 
     None = nothing behind the block depends on it.
     """
-    start = hidden.requires_grad_(True)
+    start = hidden.detach().requires_grad_(True)
     with WeightWatcher(block.matrices, lambda _use: None, sums.watch):
         output = call.replay(block, start.clone())  # a block may change its input in place
     if gradient is not None:

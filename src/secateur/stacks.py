@@ -22,6 +22,7 @@ from secateur.model import (
     Choice,
     UnsupportedModelError,
     body_of,
+    device_of,
     hidden_of,
     matrices_of,
     run_without_cache,
@@ -77,7 +78,9 @@ def find_stacks(
     lists = _lists_of_blocks(model)
     if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no prunable block: no ModuleList of layers that hold matrices was found"
+            f"{type(model).__name__} has no prunable block: blocks are elements of a ModuleList that hold matrices in "
+            f"modules of their own, and its parts are {_parts(model)}: put its layers into a ModuleList, or prune single "
+            f"matrices by secateur.solve"
         )
     trace = _watch(model, lists, batch)
     if not trace.ran:
@@ -102,6 +105,11 @@ def find_stacks(
     if not any(block.matrices for block in structure.blocks):
         raise UnsupportedModelError(f"no prunable matrix is left in the blocks of {', '.join(trace.ran)}")
     return structure
+
+
+def _parts(model: nn.Module) -> str:
+    """What a model consists of, for a message."""
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in model.named_children()) or "none"
 
 
 def _lists_of_blocks(model: nn.Module) -> dict[str, Layers]:
@@ -189,7 +197,7 @@ def same_tensor(hidden: Tensor, output: Tensor, version: int) -> bool:
 def _watch(model: nn.Module, lists: dict[str, Layers], batch: dict[str, Tensor]) -> _Trace:
     """Run the first sequence of a batch and watch the elements of the lists."""
     trace = _Trace()
-    device = next(model.parameters()).device
+    device = device_of(model)
     one_size = len({len(value) for value in batch.values()}) == 1
     inputs = {key: (value[:1] if one_size else value).to(device) for key, value in batch.items()}
     with ExitStack() as hooks:

@@ -19,7 +19,7 @@ from secateur import parallel
 from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
 from secateur.memory import HiddenStates, Memory
-from secateur.model import Block, Call, UnsupportedModelError, body_of, hidden_of, run_without_cache
+from secateur.model import Block, Call, UnsupportedModelError, body_of, device_of, hidden_of, run_without_cache
 from secateur.observe import Matrix, Use, WeightWatcher
 from secateur.stacks import same_tensor
 
@@ -50,7 +50,7 @@ def survey(
         ValueError: NaN or infinity in an activation, or a prunable matrix that saw no token.
     """
     memory = memory or Memory()
-    device = next(model.parameters()).device
+    device = device_of(model)
     padding: list[Tensor | None] = []
     dealt = parallel.dealt(len(batches))
     recorder = _Recorder(blocks, HiddenStates(memory, len(dealt)))
