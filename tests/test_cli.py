@@ -311,16 +311,30 @@ def lose_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def index_missing_shard(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+def index(weight_map):
+    def put(folder):
+        (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return put
 
 
-def index_outside(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+def quantise_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def index_of_lists(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"], "b": 3}}')
+def masked_model(folder):
+    shutil.rmtree(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, **sizes)).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+
+
+def drop_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
 
 
 def put_nan(folder):
@@ -355,15 +369,20 @@ DAMAGE = {
     drop_shard: "holds no model.safetensors",
     cut_shard: "is damaged or incomplete",
     lose_tensor: "lacks 1 tensors (model.layers.1.mlp.up_proj.weight",
-    index_missing_shard: "is missing though the index names it",
-    index_outside: "not a plain file name",
+    index({"a": "model-00001-of-00002.safetensors"}): "is missing though the index names it",
+    index({"a": "../../etc/passwd"}): "not a plain file name",
     put_nan: "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite",
     quantise: "is quantised (gptq)",
     lambda folder: edit_config(folder, quantization_config="int8"): "is quantised (int8)",
     lambda folder: edit_config(folder, intermediate_size=24): "can't be loaded",
-    index_of_lists: "names the shard ['x'], which is not a plain file name",
+    lambda folder: edit_config(folder, hidden_size="abc"): "can't be loaded as a causal language model: Validation",
+    lambda folder: edit_config(folder, num_attention_heads=0): "can't be loaded as a causal language model",
+    index({"a": ["x"], "b": 3}): "names the shard ['x'], which is not a plain file name",
     only_pickle: "--allow-pickle",
-    encoder: "can't be loaded as a causal language model",
+    quantise_a_tensor: "is quantised (model.layers.1.mlp.up_proj.weight is I8)",
+    encoder: "its own class, and pass it to secateur.prune(model, calibration=batches)",
+    masked_model: "holds a BertForMaskedLM, and would be loaded as a BertLMHeadModel",
+    drop_tokenizer: "has no tokenizer (none of tokenizer.json",
     lambda folder: (folder / "config.json").unlink(): "config.json is missing",
     lambda folder: (folder / "config.json").write_text("{"): "is not valid JSON",
 }
@@ -379,6 +398,23 @@ def test_bad_models(main, model, text, tmp_path, damage, message):
     assert not (tmp_path / "out").exists()
     assert content(model) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_tensors_that_the_model_does_not_take_are_told_of(main, model, text, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["mtp.layers.0.proj.weight"] = torch.ones(4, 4)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)
+    assert code == 0
+    assert (
+        "1 tensors of the checkpoint are not in LlamaForCausalLM, nor in OUT: mtp.layers.0.proj.weight"
+        in errors.replace("\n", "")
+    )
+
+
+def test_an_index_beside_a_single_file_is_left_aside_as_transformers_does(main, model, text, tmp_path):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)[0] == 0
 
 
 def bring_code(folder):

@@ -514,3 +514,40 @@ def test_models_that_hide_their_weights_are_refused():
         secateur.prune(torch.compile(tiny_model("llama")), pattern="50%", calibration=tokens())
     with pytest.raises(UnsupportedModelError, match="no prunable block"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_random_numbers_of_a_forward_pass_are_the_runs_own():
+    """As the hashes of an attention are: the same run gives the same bits, and the caller's generator isn't touched."""
+    results = []
+    for callers_seed in (1, 2):
+        model = tiny_model("llama").eval()
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda _m, _a, output: output + 0.1 * torch.randn_like(output))
+        torch.manual_seed(callers_seed)
+        before = torch.get_rng_state()
+        secateur.prune(model, pattern="50%", calibration=tokens())
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], tensor) for name, tensor in results[1].items())
+
+
+def test_products_are_in_full_fp32_whatever_the_caller_allows():
+    settings = torch.backends.cuda.matmul
+    before, seen = settings.fp32_precision, set()
+    model = tiny_model("llama").eval()
+    model.model.layers[1].register_forward_hook(lambda *_: seen.add(settings.fp32_precision))
+    settings.fp32_precision = "tf32"
+    try:
+        secateur.prune(model, pattern="50%", method="sparsegpt", calibration=tokens())
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
+    assert seen == {"ieee"}
+
+
+def test_integer_matrices_are_taken_for_quantised_weights():
+    model = tiny_model("llama")
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(model.layers.1.mlp.up_proj.weight is torch.int8\)"):
+        secateur.prune(model, pattern="50%", calibration=tokens())

@@ -83,3 +83,8 @@ def test_groups_keep_n_of_m(n, m, seed):
 def test_width_error_says_what_to_do():
     with pytest.raises(ValueError, match=r"multiple of 4, but it is 10.*--exclude"):
         NM(2, 4).check_width(10)
+
+
+def test_a_percentage_without_its_sign_is_told_of():
+    with pytest.raises(ValueError, match="for a percentage write 50%"):
+        parse_pattern("50")

@@ -244,6 +244,13 @@ def test_bad_matrices_are_named():
         secateur.solve(W / 0, H, "50%")
     with pytest.raises(ValueError, match="negative diagonal"):
         secateur.solve(W, -H, "50%")
+    lopsided, too_small = H.clone(), H.clone()
+    lopsided[0, 5] += 50
+    with pytest.raises(ValueError, match="not symmetric"):
+        secateur.solve(W, lopsided, "50%")
+    too_small[3, 3] = 0
+    with pytest.raises(ValueError, match="zero on its diagonal at input 3"):
+        secateur.solve(W, too_small, "50%")
 
 
 def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):

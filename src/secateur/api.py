@@ -236,13 +236,12 @@ def solve(
     if alien := sorted(set(options) & (SETTINGS - {"max_swaps"})):
         raise ValueError(f"{', '.join(alien)} can't be used on one matrix alone: it belongs to a run over a model")
     plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
-    if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
+    if W.ndim != 2 or W.shape[1] == 0 or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
     for name, tensor in (("W", W), ("H", H)):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinity")
-    if bool((H.diagonal() < 0).any()):
-        raise ValueError("H has a negative diagonal: it is no Gram matrix")
+    _check_gram(H)
     plan.pattern.check_width(W.shape[1])
     if plan.swaps is not None:
         check_columns(W.shape[1], W.device)
@@ -251,3 +250,18 @@ def solve(
     with torch.no_grad(), full_precision():
         solved = plan.solver(weights, gram, plan.pattern)
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
+
+
+def _check_gram(H: Tensor) -> None:
+    """Raise ValueError for what can't be `X X^T`: a negative diagonal, asymmetry, or an entry too large for it."""
+    diagonal = H.diagonal()
+    if bool((diagonal < 0).any()):
+        raise ValueError("H has a negative diagonal: it is no Gram matrix")
+    if not torch.allclose(H, H.T, rtol=1e-2, atol=1e-3 * float(diagonal.max())):
+        raise ValueError("H is not symmetric: it is no Gram matrix")
+    dead = diagonal == 0
+    if bool(H[dead].any()):
+        raise ValueError(
+            f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is no "
+            f"Gram matrix"
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from safetensors import SafetensorError, safe_open
 from secateur.assets import convert_gguf, demo_model
 
 INDEX = "model.safetensors.index.json"
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What transformers raises for files that don't fit together: RuntimeError for tensors of other sizes than the config's,
+# the others for values in the config that make no sense.
+BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError)
+OTHERWISE = "its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
+QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -27,7 +33,7 @@ class Checkpoint:
 
     The model lies in memory, ready to run, or is mapped from its files (`residence.Mapped`). `storage` is the dtype of
     each of its parameters in the checkpoint, by parameter name; the model itself may compute in another. `shards` maps
-    the checkpoint's tensors to their files.
+    the checkpoint's tensors to their files. `unused` names tensors of the files that the model's class doesn't take.
     """
 
     model: Any
@@ -38,6 +44,7 @@ class Checkpoint:
     shards: dict[str, Path]
     main_dtype: torch.dtype
     device: str
+    unused: list[str] = field(default_factory=list)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -103,17 +110,18 @@ def load(
             local_files_only=True,
         )
         model, info = loaded
-    except (ValueError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: tensors of other sizes than config's
+    except BROKEN as error:
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
+    _check_is_what_it_was_saved_as(folder, config, model)
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     if mapped and compute_dtype(main, device) != main:
         _compute_buffers_in(compute_dtype(main, device), model, config, trust_remote_code)
         _map_wider_tensors(model, dtypes, shards)
     model = model.eval() if mapped else model.to(device).eval()
-    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device)
+    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device, sorted(info["unexpected_keys"]))
 
 
 def _map_wider_tensors(model: Any, dtypes: dict[str, torch.dtype], shards: dict[str, Path]) -> None:
@@ -144,13 +152,20 @@ def load_words(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]
     Raises:
         ValueError: missing or damaged files.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        return AutoConfig.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder, **options)
-    except (ValueError, OSError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (*BROKEN, StrictDataclassError) as error:
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
+    try:
+        return config, AutoTokenizer.from_pretrained(folder, **options)
+    except BROKEN as error:
+        if not any((folder / name).exists() for name in WORDS):
+            raise ValueError(f"{folder} has no tokenizer (none of {', '.join(WORDS)} is there)") from error
+        raise ValueError(f"{folder}'s tokenizer can't be loaded: {_first_line(error)}") from error
 
 
 def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:
@@ -159,7 +174,23 @@ def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> 
     if isinstance(own_code, dict) and not trust_remote_code and "trust_remote_code" in str(error):
         files = ", ".join(sorted({f"{str(name).partition('.')[0]}.py" for name in own_code.values()}))
         return f"{folder} brings Python code of its own ({files}): read it, and let it run with --trust-remote-code"
-    return f"{folder} can't be loaded as a causal language model: {_first_line(error)}"
+    advice = f": load it with {OTHERWISE}" if "Unrecognized configuration class" in str(error) else ""
+    return f"{folder} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}{advice}"
+
+
+def _check_is_what_it_was_saved_as(folder: Path, config: Any, model: Any) -> None:
+    """Raise ValueError for another class of transformers' than the checkpoint names, such as the decoder alone of an
+    encoder-decoder, or a masked language model. The same without its head is fine: that is tied to the embeddings."""
+    import transformers
+
+    loaded = type(model)
+    fine = {loaded.__name__, type(getattr(model, "base_model", model)).__name__}
+    for made_as in getattr(config, "architectures", None) or ():
+        if made_as not in fine and hasattr(transformers, made_as):
+            raise ValueError(
+                f"{folder} holds a {made_as}, and would be loaded as a {loaded.__name__}, which is another model: load "
+                f"it with {OTHERWISE}"
+            )
 
 
 def _why_missing(folder: Path, config: Any, loaded_as: str, missing: list[str]) -> str:
@@ -169,7 +200,7 @@ def _why_missing(folder: Path, config: Any, loaded_as: str, missing: list[str]) 
     if made_as and loaded_as not in made_as:
         return (
             f"{folder} holds a {made_as}, which is no causal language model ({loaded_as} would need {some}): load it "
-            f"with its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
+            f"with {OTHERWISE}"
         )
     return f"{folder} lacks {len(missing)} tensors ({some} ...): the download is incomplete"
 
@@ -211,6 +242,10 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
                     shards[key] = path
                     if dtype in FLOATS:
                         dtypes[key] = FLOATS[dtype]
+                    elif dtype in QUANTISED and key.endswith("weight"):
+                        raise ValueError(
+                            f"{path} is quantised ({key} is {dtype}): give the original floating-point checkpoint"
+                        )
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): download it again") from error
     return dtypes, shards
@@ -257,9 +292,11 @@ def _is_fast_in_bf16() -> bool:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():  # transformers takes it even where there is an index too
+        return [single]
     if not (folder / INDEX).exists():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else []
+        return []
     weight_map = read_json(folder / INDEX, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")

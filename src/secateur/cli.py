@@ -50,7 +50,7 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin fil
 PatternText = Annotated[str, typer.Option(help="50% or 0.5 (unstructured), or 2:4 (n nonzero of m).")]
 Effort = Annotated[
     str | None,
-    typer.Option(help="fast, balanced or best: a preset of the method and steps below [default: balanced]."),
+    typer.Option(help="fast, balanced or best: a preset of the method and steps below (default: balanced)."),
 ]
 Method = Annotated[
     str | None,
@@ -331,6 +331,12 @@ def main() -> None:
         process = os.environ.get("RANK", "0")
         where = "" if process == "0" else f" in process {process}"
         stderr.print(f"error{where}: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+            raise
+        advice = "cap what is held by --max-memory, use a shorter --seq-len or a larger device, or --device cpu"
+        stderr.print(f"error: {error}: {advice}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         stderr.print("stopped")

@@ -203,6 +203,8 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"recipe {recipe!r}: {part!r} is no NAME=VALUE")
+        if name in ("effort", "method"):
+            raise ValueError(f"recipe {recipe!r}: the {name} comes first, before any plus")
         arguments[name] = read_value(value)
     return arguments
 

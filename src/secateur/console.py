@@ -55,7 +55,7 @@ def print_json(value: dict[str, Any]) -> None:
 def print_notices(notices: list[str]) -> None:
     """What the user should know, on stderr."""
     for notice in notices:
-        stderr.print(f"note: {notice}", markup=False)
+        stderr.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def print_report(report: Report) -> None:
 
 def print_inspection(inspection: Inspection) -> None:
     """Every matrix of a checkpoint."""
-    table = Table("matrix", "shape", "sparsity", "pattern", "", title=inspection.folder)
+    table = Table(Column("matrix", overflow="fold"), "shape", "sparsity", "pattern", "", title=inspection.folder)
     for matrix in inspection.matrices:
         verdict = {True: "ok", False: "broken", None: inspection.dense.get(matrix.name, "")}[matrix.ok]
         shape = " x ".join(map(str, matrix.shape))

@@ -14,6 +14,8 @@ from secateur.checkpoint import check_folder, read_json
 from secateur.export import METADATA
 from secateur.pattern import NM, Pattern, parse_pattern
 
+OUTSIDE, NOT_OURS = "outside the blocks", f"no {METADATA}: not pruned by secateur"
+
 
 @dataclass(frozen=True)
 class MatrixInspection:
@@ -51,19 +53,26 @@ def inspect_folder(folder: Path) -> Inspection:
     _, shards = check_folder(folder)
     recorded, dense = _read_metadata(folder)
     inspection = Inspection(str(folder), dense=dense)
+    otherwise = OUTSIDE if (folder / METADATA).exists() else NOT_OURS
     for path in sorted(set(shards.values())):
         with safe_open(path, framework="pt") as shard:
             for key in sorted(name for name, where in shards.items() if where == path):
                 if len(shard.get_slice(key).get_shape()) in (2, 3):
-                    _inspect_tensor(inspection, key, shard.get_tensor(key), recorded)
+                    _inspect_tensor(inspection, key, shard.get_tensor(key), recorded, otherwise)
     if recorded:
         _inspect_renamed(inspection, folder, recorded)
     inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
     return inspection
 
 
-def _inspect_tensor(inspection: Inspection, key: str, tensor: Tensor, recorded: dict[str, dict[str, Any]]) -> None:
-    """Add a tensor's matrices: itself, or each recorded expert of a 3-D tensor. Takes what it finds off `recorded`."""
+def _inspect_tensor(
+    inspection: Inspection, key: str, tensor: Tensor, recorded: dict[str, dict[str, Any]], otherwise: str
+) -> None:
+    """Add a tensor's matrices: itself, or each recorded expert of a 3-D tensor. Takes what it finds off `recorded`.
+
+    Args:
+        otherwise: what to say of a matrix that no report speaks of.
+    """
     path = key.removesuffix(".weight")
     parts = {path: tensor}
     if tensor.ndim == 3:
@@ -73,7 +82,7 @@ def _inspect_tensor(inspection: Inspection, key: str, tensor: Tensor, recorded: 
     for name, part in parts.items():
         promise = recorded.pop(name, None)
         if promise is None:
-            inspection.dense.setdefault(name, "outside the blocks")
+            inspection.dense.setdefault(name, otherwise)
         _inspect_matrix(inspection, name, part, promise)
 
 

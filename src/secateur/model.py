@@ -243,7 +243,8 @@ def _eager_experts(model: Any) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32: TF32 rounds their inputs to ten bits, too few for Gram matrices and solves."""
-    settings: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends  # its settings are no declared attributes
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

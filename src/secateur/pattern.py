@@ -27,7 +27,8 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.sparsity) and 0.0 <= self.sparsity <= 1.0):
-            raise ValueError(f"sparsity is {self.sparsity:g}; it must lie between 0 (dense) and 1 (all zero)")
+            hint = f"; for a percentage write {self.sparsity:g}%" if 1 < self.sparsity <= 100 else ""
+            raise ValueError(f"sparsity is {self.sparsity:g}; it must lie between 0 (dense) and 1 (all zero){hint}")
 
     def __str__(self) -> str:
         return f"{self.sparsity * 100:.10g}%"

@@ -19,7 +19,7 @@ from secateur.capture import Batch
 from secateur.gram import sum_dtype
 from secateur.memory import HiddenStates, Memory
 from secateur.model import Block, Call, device_of, hidden_of, run_without_cache
-from secateur.observe import Use, WeightWatcher
+from secateur.observe import Matrix, Use, WeightWatcher
 from secateur.residence import Residence
 
 
@@ -71,6 +71,13 @@ def output_sensitivity(
                 gradient = _sum(gradient, record.gradients.pop(block.name, None))
                 with residence.using(block):
                     gradient = _backward(block, record.hidden.pop(number), call, gradient, sums)
+    return _means(sums, matrices, tokens, done)
+
+
+def _means(
+    sums: _GradientSquares, matrices: Sequence[Matrix], tokens: int, done: int
+) -> dict[str, Float[Tensor, " R"]]:
+    """What all processes found, by token."""
     totals: dict[str, Tensor] = {}
     for part in parallel.gather({name: total.cpu() for name, total in sums.totals.items()}):
         for name, total in part.items():

@@ -79,8 +79,8 @@ def find_stacks(
     if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no prunable block: blocks are elements of a ModuleList that hold matrices in "
-            f"modules of their own, and its parts are {_parts(model)}: put its layers into a ModuleList, or prune single "
-            f"matrices by secateur.solve"
+            f"modules of their own, and its parts are {_parts(model)}: put its layers into a ModuleList, or prune "
+            f"single matrices by secateur.solve"
         )
     trace = _watch(model, lists, batch)
     if not trace.ran:
