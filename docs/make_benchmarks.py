@@ -26,9 +26,9 @@ NOTES = ROOT / "docs" / "benchmarks-notes.md"
 BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
 MODELS = {
-    "smollm2": "SmolLM2-135M-Instruct",
+    "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
     "mamba": "mamba-tiny (3M parameters, a trained Mamba)",
-    "gemma3": "Gemma 3 270M",
+    "gemma3": "Gemma 3 270M (dequantised from Q4_K_M)",
 }
 PAPER = "paper-"  # folders with single methods
 VARIANTS = {

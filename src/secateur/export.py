@@ -130,6 +130,8 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         "tags": "[pruned, sparse, secateur]",
         "library_name": "transformers",
     }
+    gguf = checkpoint.name == "smollm2" or checkpoint.name.endswith(".gguf")
+    what = f"{base or checkpoint.name}{' (dequantised from its GGUF file)' * gguf}"
     recipe = report.recipe
     options = ", ".join(f"{key} {value}" for key, value in recipe["options"].items()) or "none"
     calibration = report.calibration
@@ -139,7 +141,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         "---",
         f"# {title}",
         "",
-        f"{base or checkpoint.name}, pruned to {recipe['pattern']} in one shot, without retraining, by secateur.",
+        f"{what}, pruned to {recipe['pattern']} in one shot, without retraining, by secateur.",
         "",
         "| | |",
         "|---|---|",
@@ -150,7 +152,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| options of the method | {options} |",
         f"| calibration | {_amount(calibration)} of {calibration['source']} |",
         "",
-        "The zeros are stored like other weights: the files are as large as before, and dense runtimes are not faster.",
+        "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster.",
         f"Per-matrix figures and the whole recipe are in `{METADATA}`.",
         "",
     ]

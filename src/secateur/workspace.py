@@ -1,6 +1,7 @@
 """How much memory the temporaries of the mathematics may take: rows are worked on in chunks that fit.
 
-A chunk's size decides when its conjugate gradients stop, and so the last bits of a result; a run records it.
+A chunk's size decides when its conjugate gradients stop, so that a result moves within the solver's tolerance; a run
+records it.
 """
 
 from __future__ import annotations
