@@ -5,7 +5,8 @@
 Each class of `AutoModelForCausalLM`'s mapping that can be built from a configuration alone is pruned to 50% and 2:4 by
 `mrp`, on random tokens. A class passes where, at both patterns: every matrix of its layers is pruned to exactly the
 target or listed as dense with its reason, the layer error is below magnitude's, its outputs are finite, and a saved
-copy, loaded again, holds the same weights.
+copy, loaded again, holds the same weights. Magnitude prunes the class as a user of the command would, from a folder to
+a folder, and must leave dense the same matrices as `mrp` does with the model in memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from secateur.export import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 zoo: Any = import_module("zoo")  # the tests' models
+models: Any = import_module("models")
 
 PATTERNS = ("50%", "2:4")
 
@@ -70,8 +72,9 @@ def check(family: str, pattern: str) -> dict[str, Any]:
     """Prune a class at a pattern and check it. Raises AssertionError or what the library raises."""
     model, tokens = zoo.tiny(family), zoo.token_batches()
     row = {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
-    magnitude = secateur.prune(zoo.tiny(family), pattern=pattern, method="magnitude", calibration=tokens)
+    magnitude = prune_folder(model, pattern, tokens)
     report = secateur.prune(model, pattern=pattern, method="mrp", calibration=tokens)
+    assert magnitude.dense == report.dense, "from a folder, other matrices stay dense than in memory"
     missed = zoo.matrices_in_layers(model) - {matrix.name for matrix in report.matrices} - set(report.dense)
     assert not missed, f"missed {sorted(missed)[:3]}"
     for matrix in report.matrices:
@@ -94,6 +97,20 @@ def check(family: str, pattern: str) -> dict[str, Any]:
         f"error {pattern}": report.mean_relative_error,
         f"error of magnitude {pattern}": magnitude.mean_relative_error,
     }
+
+
+def prune_folder(model: Any, pattern: str, tokens: list[torch.Tensor]) -> Any:
+    """Prune a saved model by magnitude into another folder, and check what is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "model", Path(folder) / "out"
+        model.save_pretrained(source)
+        models.character_tokenizer().save_pretrained(source)
+        report = secateur.prune(source, out, pattern=pattern, method="magnitude", calibration=tokens)
+        pruned: Any = type(model).from_pretrained(out)
+    for matrix in report.matrices:
+        zeros = int((zoo.stored(pruned, matrix.name) == 0).sum())
+        assert zeros == matrix.rows * matrix.columns // 2, f"{matrix.name} has {zeros} zeros at {pattern} in the folder"
+    return report
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python docs/make_architectures.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def page() -> str:
     """The page's text."""
     sweep = json.loads(RESULTS.read_text(encoding="utf-8"))
     families, summary, where = sweep["families"], sweep["summary"], sweep["environment"]
-    failed = [[name, row["failure"]] for name, row in families.items() if "failure" in row]
+    failed = [
+        [name, re.sub(r"/tmp/\w+/model", "MODEL", row["failure"])] for name, row in families.items() if "failure" in row
+    ]
     unbuilt = [[name, row["unbuildable"]] for name, row in families.items() if "unbuildable" in row]
     whole = [[name, row["whole"]] for name, row in families.items() if row.get("whole")]
     head = ["model type", "class", "pruned", "of the weights", "50%", "2:4", "replayed", "left dense"]
@@ -65,15 +68,16 @@ def page() -> str:
             f"Written by `{sweep['command']}` and `python docs/make_architectures.py`. Each class is built tiny and random "
             f"and pruned to 50% and 2:4 by `mrp` on random tokens. It passes where every matrix of its layers is pruned to "
             f"exactly the target or left dense for a reason, the mean layer error is below magnitude's (columns 50% and "
-            f"2:4: `mrp`'s as a multiple of it), the output is finite, and a saved copy loads with the same weights. To "
-            f"build them tiny, {summary['rows']} rows of `tests/zoo.py` name fields that a type needs besides.",
+            f"2:4: `mrp`'s as a multiple of it), the output is finite, and a saved copy loads with the same weights; magnitude prunes it from a folder to a "
+            f"folder, as the command does, and leaves the same matrices dense. To build them tiny, {summary['rows']} rows of `tests/zoo.py` name fields that a type needs besides.",
             table(head, passed_rows(families)),
             "## Pruned as one block",
             "These run their layers in another way than once each, one after another. Every matrix is fitted to its inputs "
             "in the dense model, and the steps that need blocks (refit, dense targets, curve allocation) are refused.",
             table(["model type", "why"], whole),
             "## Not pruned",
-            "Each is refused with the message below; `--exclude` leaves the named matrices dense and prunes the rest.",
+            "Each is refused with the message below; where that names a matrix, `--exclude` leaves it dense and prunes the "
+            "rest. Text models whose saved configuration AutoModelForCausalLM doesn't know can be pruned in memory.",
             table(["model type", "what is said"], failed),
             "## Not built",
             table(["model type", "why"], unbuilt),
