@@ -82,7 +82,7 @@ def prune(
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Fixes the draw of windows.")] = 0,
     target: Annotated[str | None, typer.Option(help="What a matrix is fitted to: pruned, dense or residual.")] = None,
-    target_strength: Annotated[float | None, typer.Option(help="target: 0 (as pruned) to 1; 0.5.")] = None,
+    target_strength: Annotated[float | None, typer.Option(help="target: 0 (as pruned) to 1; 0.25.")] = None,
     refine: Annotated[str | None, typer.Option(help="none, or swap: exchanges to a 1-swap optimum.")] = None,
     max_swaps: Annotated[int | None, typer.Option(help="refine: most exchanges a row (1000).")] = None,
     refit: Annotated[str | None, typer.Option(help="none, or block: match the dense block's output.")] = None,

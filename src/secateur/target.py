@@ -42,12 +42,12 @@ class Target:
         kind: `pruned` = its dense weights on pruned inputs (SparseGPT's protocol); `dense` = the dense outputs;
             `residual` = dense, and writes into the residual stream also correct the block's output. A block is then
             observed again after each group of matrices, so that later writes see what earlier ones have mended.
-        strength: alpha between 0 (as `pruned`) and 1; less than 1 guards against fitting few tokens too closely.
+        strength: alpha between 0 (as `pruned`) and 1, which fits few tokens too closely and ruins a model.
         damping: of the Gram matrix that is inverted, relative to its mean diagonal.
     """
 
     kind: str = "pruned"
-    strength: float = 0.5
+    strength: float = 0.25
     damping: float = 0.01
 
     def __post_init__(self) -> None:
