@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import damp, loss, problem, refit_oracle
 
+import secateur
 from secateur.gram import Gram, GramAccumulator
 from secateur.linalg import (
     Damped,
