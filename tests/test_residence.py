@@ -198,3 +198,26 @@ def test_a_forward_pass_that_fails_leaves_no_copy(folder):
         model(BATCHES[0])
     assert not residence._copies
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def test_layers_that_share_a_tensor_and_stay_leave_it_as_it_was():
+    from torch import nn
+
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]).half()
+    layers[0][0].weight = layers[1][0].weight
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, hidden):
+            return self.layers[0](self.layers[1](hidden))
+
+    model, residence = Backwards(), Mapped("cpu", torch.float32, room=10**9)
+    before = layers[0][0].weight.data_ptr()
+    with residence.running(model):
+        model(torch.ones(1, 4))
+    assert layers[0][0].weight.data_ptr() == before
+    assert layers[0][0].weight.dtype == torch.float16
+    assert not residence._copies

@@ -14,6 +14,7 @@ from torch import nn
 
 import secateur
 from secateur import cli
+from secateur.checkpoint import load
 from secateur.model import UnsupportedModelError
 from secateur.stacks import find_stacks
 
@@ -155,6 +156,22 @@ def test_an_encoder_given_to_the_commands_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds a BertModel, which is no causal .*secateur.prune\(model, calibration"):
         secateur.prune(tmp_path, tmp_path / "out", pattern="2:4")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_text_model_of_a_vision_language_model_is_taken_and_told_of(tmp_path):
+    text = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text |= {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision | {"num_position_embeddings": 16})
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    told = load(str(tmp_path)).notices
+    assert told == ["of the Qwen3_5ForConditionalGeneration this is the text model alone, a Qwen3_5ForCausalLM"]
 
 
 def test_coverage_names_every_matrix_of_the_layers(tmp_path, capsys, monkeypatch):

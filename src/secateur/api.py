@@ -263,5 +263,5 @@ def _check_gram(H: Tensor) -> None:
     if bool(H[dead].any()):
         raise ValueError(
             f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is no "
-            f"Gram matrix"
+            f"Gram matrix, or was computed in too narrow a dtype (fp32 is enough)"
         )

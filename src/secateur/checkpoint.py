@@ -18,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 from secateur.assets import convert_gguf, demo_model
 
 INDEX = "model.safetensors.index.json"
-WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+WORDS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tiktoken.model",
+)  # fmt: skip
 # What transformers raises for files that don't fit together: RuntimeError for tensors of other sizes than the config's,
 # the others for values in the config that make no sense.
 BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError)
@@ -33,7 +36,7 @@ class Checkpoint:
 
     The model lies in memory, ready to run, or is mapped from its files (`residence.Mapped`). `storage` is the dtype of
     each of its parameters in the checkpoint, by parameter name; the model itself may compute in another. `shards` maps
-    the checkpoint's tensors to their files. `unused` names tensors of the files that the model's class doesn't take.
+    the checkpoint's tensors to their files. `notices` tell what of the checkpoint the model leaves out.
     """
 
     model: Any
@@ -44,7 +47,7 @@ class Checkpoint:
     shards: dict[str, Path]
     main_dtype: torch.dtype
     device: str
-    unused: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -114,14 +117,14 @@ def load(
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
-    _check_is_what_it_was_saved_as(folder, config, model)
+    notices = _differences(folder, config, model, info["unexpected_keys"], shards)
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
     if mapped and compute_dtype(main, device) != main:
         _compute_buffers_in(compute_dtype(main, device), model, config, trust_remote_code)
         _map_wider_tensors(model, dtypes, shards)
     model = model.eval() if mapped else model.to(device).eval()
-    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device, sorted(info["unexpected_keys"]))
+    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device, notices)
 
 
 def _map_wider_tensors(model: Any, dtypes: dict[str, torch.dtype], shards: dict[str, Path]) -> None:
@@ -163,6 +166,8 @@ def load_words(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]
     try:
         return config, AutoTokenizer.from_pretrained(folder, **options)
     except BROKEN as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
         if not any((folder / name).exists() for name in WORDS):
             raise ValueError(f"{folder} has no tokenizer (none of {', '.join(WORDS)} is there)") from error
         raise ValueError(f"{folder}'s tokenizer can't be loaded: {_first_line(error)}") from error
@@ -178,19 +183,36 @@ def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> 
     return f"{folder} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}{advice}"
 
 
-def _check_is_what_it_was_saved_as(folder: Path, config: Any, model: Any) -> None:
-    """Raise ValueError for another class of transformers' than the checkpoint names, such as the decoder alone of an
-    encoder-decoder, or a masked language model. The same without its head is fine: that is tied to the embeddings."""
+def _differences(folder: Path, config: Any, model: Any, unexpected: set[str], shards: dict[str, Path]) -> list[str]:
+    """What of a checkpoint a loaded model leaves out: all but its text model, and tensors that its class doesn't take.
+
+    Raises:
+        ValueError: it is another class of transformers' than the checkpoint names, such as the decoder alone of an
+            encoder-decoder, or a masked language model. The same without its head is fine: that is tied.
+    """
     import transformers
 
-    loaded = type(model)
+    loaded, notices = type(model), []
+    is_its_text = type(model.config) is type(config.get_text_config()) is not type(config)
     fine = {loaded.__name__, type(getattr(model, "base_model", model)).__name__}
     for made_as in getattr(config, "architectures", None) or ():
-        if made_as not in fine and hasattr(transformers, made_as):
+        if made_as in fine or not hasattr(transformers, made_as):
+            continue
+        if not is_its_text:
             raise ValueError(
                 f"{folder} holds a {made_as}, and would be loaded as a {loaded.__name__}, which is another model: load "
                 f"it with {OTHERWISE}"
             )
+        notices.append(f"of the {made_as} this is the text model alone, a {loaded.__name__}")
+    matrices = []
+    for name in sorted(set(unexpected) & set(shards)):
+        with safe_open(shards[name], framework="pt") as shard:
+            if len(shard.get_slice(name).get_shape()) > 1:  # not a buffer that older versions saved
+                matrices.append(name)
+    if matrices:
+        some = f"{', '.join(matrices[:3])}{' ...' * (len(matrices) > 3)}"
+        notices.append(f"{len(matrices)} tensors of the checkpoint are not in {loaded.__name__}: {some}")
+    return notices
 
 
 def _why_missing(folder: Path, config: Any, loaded_as: str, missing: list[str]) -> str:

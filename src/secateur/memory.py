@@ -26,8 +26,8 @@ class Memory:
     """A cap on what grows with the texts and the width of matrices: half for Gram matrices, a quarter for hidden
     states, a 64th for a solver's largest temporary, which has up to 32 of like size beside it.
 
-    Not in it are a block's weights with a refit's 30 bytes for each, what an allocation holds of one sequence, and what
-    a solver can't cut into chunks: a few matrices as large as the Gram matrix (`admm` about eight) and as the weights.
+    Not in it are a block's weights with a refit's 30 bytes for each, a block's activations, and what a solver can't cut
+    into chunks: a few matrices as large as the Gram matrix (`admm` about eight) and as the weights.
 
     Args:
         limit: bytes in each process; None = no cap on hidden states, and the usual chunks.
@@ -56,9 +56,10 @@ class Memory:
         if self.limit is None or HIDDEN_SETS * hidden > self.limit // 4:
             if self.limit is not None and self.folder is None:
                 raise ValueError(
-                    f"the hidden states of the calibration text take {HIDDEN_SETS * hidden / 1e6:.0f} MB, more than a "
-                    f"quarter of --max-memory ({self.limit / 1e6:.0f} MB): name a folder for them (--offload-dir), or "
-                    f"use fewer --samples, or a shorter --seq-len"
+                    f"hidden states (of the calibration text, or in front of every block for an allocation) take "
+                    f"{HIDDEN_SETS * hidden / 1e6:.0f} MB, more than a quarter of --max-memory "
+                    f"({self.limit / 1e6:.0f} MB): name a folder for them (--offload-dir), or use fewer --samples, a "
+                    f"shorter --seq-len or --allocation uniform"
                 )
             return self.folder is None
         return True

@@ -193,8 +193,8 @@ def check_finite_weights(model: nn.Module) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs go: to the accelerator, where any part of it is on one while others wait in files."""
-    devices = [parameter.device for parameter in model.parameters()]
-    return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 @contextmanager
@@ -203,14 +203,13 @@ def observable(model: nn.Module) -> Iterator[None]:
 
     Random numbers that it draws all the same (hashes of an attention) are the run's own: the caller's are as before.
     """
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with ExitStack() as stack:
         stack.enter_context(_inference_mode(model))
         stack.enter_context(_eager_experts(model))
         stack.enter_context(deterministic_algorithms())
         stack.enter_context(full_precision())
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.random.fork_rng(gpus))
         yield
 
 
@@ -244,7 +243,7 @@ def _eager_experts(model: Any) -> Iterator[None]:
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32: TF32 rounds their inputs to ten bits, too few for Gram matrices and solves."""
     backends: Any = torch.backends  # its settings are no declared attributes
-    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

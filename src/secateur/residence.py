@@ -89,26 +89,30 @@ class Mapped:
         inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
         with ExitStack() as stack:
             stack.enter_context(self._copied_in([each for each in _tensors(model) if id(each) not in inside]))
-            room = self.room
+            kept, room = stack.enter_context(ExitStack()), self.room
             for layer in layers:
                 room -= sum(self._bytes(tensor) for tensor in _tensors(layer))
-                self._copied_in_by_hooks(layer, stack, stays=room >= 0)
+                self._copied_in_by_hooks(layer, stack, kept if room >= 0 else None)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             yield
 
-    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack, stays: bool) -> None:
-        """Copies of the layer's tensors from its hook before a forward pass to that behind it, or to the end."""
+    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack, kept: ExitStack | None) -> None:
+        """Copies of the layer's tensors from its hook before a forward pass to that behind it.
+
+        Args:
+            kept: where the layer stays, what ends that: one for all, since layers that share tensors have to leave in
+                the opposite of the order in which they came.
+        """
         here, inside = ExitStack(), False
 
         def enters(_module: nn.Module, _args: Any) -> None:
             nonlocal inside
             if not inside:
-                here.enter_context(self._copied_in(_tensors(layer)))
-            inside = stays
+                (kept or here).enter_context(self._copied_in(_tensors(layer)))
+            inside = kept is not None
 
         def leaves(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if not stays:
-                here.close()
+            here.close()
 
         stack.callback(here.close)  # a forward pass that fails has no hook behind it
         stack.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)

@@ -80,10 +80,9 @@ def prune_in_place(
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
         module, name, tokenizer = model.model, model.name, tokenizer or model.tokenizer
-        unused = _unused(model)
         plan = replace(plan, storage_dtype=model.matrix_storage)
     else:
-        module, name, unused = model, type(model).__name__, []
+        module, name = model, type(model).__name__
     config: Any = module.config
     data = texts.calibration(tokenizer, config, plan)
     given = (data.origin["sha256"], parameters_of(module), plan.seed, json.dumps(describe(plan), sort_keys=True))
@@ -117,7 +116,10 @@ def prune_in_place(
         model_parameters=parameters_of(module),
         layer_parameters=outcome.layer_weights,
         seconds=time.perf_counter() - started if journal is None else journal.spent,
-        notices=data.notices + unused + outcome.notices + ([] if journal is None else journal.notices),
+        notices=(model.notices if isinstance(model, Checkpoint) else [])
+        + data.notices
+        + outcome.notices
+        + ([] if journal is None else journal.notices),
     )
 
 
@@ -154,15 +156,6 @@ def prune_to_folder(
         report.out = str(out)
         journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
     return report
-
-
-def _unused(checkpoint: Checkpoint) -> list[str]:
-    """What to say of tensors that the model's class leaves in the files (layers that predict further tokens, say)."""
-    names = checkpoint.unused
-    if not names:
-        return []
-    some = f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}"
-    return [f"{len(names)} tensors of the checkpoint are not in {type(checkpoint.model).__name__}, nor in OUT: {some}"]
 
 
 def _room(device: str) -> int:

@@ -42,7 +42,7 @@ class Target:
         kind: `pruned` = its dense weights on pruned inputs (SparseGPT's protocol); `dense` = the dense outputs;
             `residual` = dense, and writes into the residual stream also correct the block's output. A block is then
             observed again after each group of matrices, so that later writes see what earlier ones have mended.
-        strength: alpha between 0 (as `pruned`) and 1, which fits few tokens too closely and ruins a model.
+        strength: alpha between 0 (as `pruned`) and 1, which fits few tokens too closely.
         damping: of the Gram matrix that is inverted, relative to its mean diagonal.
     """
 
