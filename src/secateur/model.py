@@ -25,10 +25,7 @@ DENSE_RULES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
     (r"(^|\.)attention_input\.query(\[|$)", "learned queries"),
 )
-
-
 WEIGHTS_AT_ONCE = 1 << 24
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the 8-bit ones, which need scales
 
 
 class UnsupportedModelError(ValueError):
@@ -171,12 +168,17 @@ def check_runnable(model: nn.Module) -> None:
                 f"before torch.compile"
             )
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
-    integers = [name for name, each in model.named_parameters() if each.ndim > 1 and each.dtype not in FLOATS]
-    if quantised is not None or integers:
-        found = f" ({integers[0]} is {model.get_parameter(integers[0]).dtype})" if integers else ""
+    # 8-bit floating point too: such weights mean nothing without their scales.
+    narrow = [name for name, each in model.named_parameters() if each.ndim > 1 and not _is_weight_dtype(each.dtype)]
+    if quantised is not None or narrow:
+        found = f" ({narrow[0]} is {model.get_parameter(narrow[0]).dtype})" if narrow else ""
         raise UnsupportedModelError(
             f"the model is quantised{found}: load it dequantised (secateur prunes floating-point weights)"
         )
+
+
+def _is_weight_dtype(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def check_finite_weights(model: nn.Module) -> None:
