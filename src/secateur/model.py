@@ -25,7 +25,7 @@ DENSE_RULES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
     (r"(^|\.)attention_input\.query(\[|$)", "learned queries"),
 )
-WEIGHTS_AT_ONCE = 1 << 24
+WEIGHTS_AT_ONCE = 1 << 24  # that are checked for NaN at a time
 
 
 class UnsupportedModelError(ValueError):
