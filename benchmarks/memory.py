@@ -1,10 +1,10 @@
-"""Peak memory of a run against the number of layers, and of a model of 4 GB.
+"""Peak memory of a run against the number of layers, with experts and without, and of a model of 4 GB.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
-Writes random Llamas to disk, prunes each by `secateur prune` in a process of its own, and samples that process's
-anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random weights:
-memory doesn't depend on them.
+Writes random Llamas and Mixtrals to disk, prunes each by `secateur prune` in a process of its own, and samples that
+process's anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random
+weights: memory doesn't depend on them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from secateur.export import environment
 
 LAYERS = (8, 16, 32, 64)
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+EXPERTS = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
 LARGE_LAYERS = 43  # 4.1 GB in bf16; memory.json has 40, 3.8 GB
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--large", action="store_true", help="The 4 GB model too: 9 GB of disk, and an hour.")
+    parser.add_argument("--experts", action="store_true", help="The models with experts alone, beside what is known.")
     parser.add_argument("--llama-7b", action="store_true", help="Llama-2-7B's shape alone: 26 GB of disk; for a GPU.")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -53,7 +55,13 @@ def main() -> None:
                 runs[f"{name}, Llama-2-7B"] = measure(model, Path(scratch) / "out", flags)
                 save(arguments.out, runs)
             return
-        for layers in LAYERS:
+        if arguments.experts and arguments.out.exists():
+            runs |= json.loads(arguments.out.read_text())["runs"]
+        for layers in (min(LAYERS), max(LAYERS)):
+            model = write_model(Path(scratch) / f"experts-{layers}", layers, EXPERTS, experts=8)
+            runs[f"sparsegpt, experts, {layers} layers"] = measure(model, Path(scratch) / "out", EFFORTS["sparsegpt"])
+            save(arguments.out, runs)
+        for layers in LAYERS * (not arguments.experts):
             model = write_model(Path(scratch) / f"layers-{layers}", layers, WIDE)
             for name, flags in EFFORTS.items():
                 runs[f"{name}, {layers} layers"] = measure(model, Path(scratch) / "out", flags)
@@ -66,19 +74,28 @@ def main() -> None:
 
 def save(path: Path, runs: dict[str, Any]) -> None:
     """Write what is measured so far."""
-    settings = {"samples": SAMPLES, "seq_len": LENGTH, "wide": WIDE, "large": LARGE | {"layers": LARGE_LAYERS}}
+    large = LARGE | {"layers": LARGE_LAYERS}
+    settings = {"samples": SAMPLES, "seq_len": LENGTH, "wide": WIDE, "experts": EXPERTS, "large": large}
     path.write_text(json.dumps({"settings": settings, "environment": environment(), "runs": runs}, indent=1) + "\n")
 
 
-def write_model(folder: Path, layers: int, widths: dict[str, int]) -> Path:
-    """A random Llama in shards of 500 MB, and a tokenizer of one token a character."""
+def write_model(folder: Path, layers: int, widths: dict[str, int], experts: int = 0) -> Path:
+    """A random Llama, or a Mixtral where there are experts, in shards of 500 MB, and a tokenizer of one token a
+    character. Each expert is a tensor in the files, which transformers fuses as it loads them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, num_hidden_layers=layers, max_position_embeddings=512, **widths)
+    sizes = {"vocab_size": 256, "num_hidden_layers": layers, "max_position_embeddings": 512, **widths}
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    model = MixtralForCausalLM(MixtralConfig(num_local_experts=experts, **sizes)) if experts else None
+    (model or LlamaForCausalLM(LlamaConfig(**sizes))).save_pretrained(folder, max_shard_size="500MB")
     torch.set_default_dtype(torch.float32)
     letters = Tokenizer(models.WordLevel({chr(index): index for index in range(256)}, unk_token="\x00"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -34,7 +34,7 @@ LAYERS = (
         "evaluation",
         "tasks",
     ),
-    ("assets", "checkpoint", "store", "export", "inspection"),
+    ("assets", "converted", "checkpoint", "store", "export", "inspection"),
     ("run", "api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
@@ -72,6 +74,42 @@ def test_experts_on_mapped_weights(tmp_path):
         assert torch.equal(again[name], tensor), name
 
 
+def files_of(model):
+    """The file that each parameter is mapped from, by its address; empty for what is in memory."""
+    parts = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [(*(int(end, 16) for end in part[0].split("-")), part[5] if len(part) > 5 else "") for part in parts]
+    return {
+        name: next(path for first, last, path in ranges if first <= parameter.data_ptr() < last)
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped from where")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "jamba"])
+def test_no_weights_are_held_in_memory_fused_experts_among_them(family, tmp_path):
+    tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    mapped = load(str(tmp_path / "model"), converted=tmp_path / "converted").model
+    in_memory = load(str(tmp_path / "model")).model.state_dict()
+    assert {name for name, path in files_of(mapped).items() if not path.startswith(str(tmp_path))} == set()
+    assert mapped.state_dict().keys() == in_memory.keys()
+    assert all(torch.equal(tensor, in_memory[name].to(tensor.dtype)) for name, tensor in mapped.state_dict().items())
+    assert not any(hasattr(module, "_hf_hook") for module in mapped.modules())
+
+
+def test_an_expert_that_the_files_lack_is_told(tmp_path):
+    tiny("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    lost = [name for name in weights if "layers.1" in name and "experts" in name]
+    for name in lost:
+        del weights[name]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 tensors \(model.layers.1.mlp.experts"):
+        secateur.prune(tmp_path / "model", tmp_path / "out", calibration=BATCHES)
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_in_a_wider_dtype_than_most_are_not_rounded(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -127,7 +165,7 @@ def test_one_block_is_copied_in_at_a_time(folder, tmp_path, monkeypatch, effort)
 
 
 def test_layers_stay_between_forward_passes_where_there_is_room(folder):
-    model = load(str(folder), mapped=True).model
+    model = load(str(folder), converted=folder / "converted").model
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     one_a_layer = model.model.layers[0].mlp.down_proj.weight.shape
     outputs, copies = [], []
@@ -157,7 +195,7 @@ def test_what_a_mapped_model_leaves_dense_is_what_one_in_memory_does(family, tmp
 
 
 def test_sensitivity_of_mapped_weights_has_the_bits_of_those_in_memory(folder):
-    checkpoint, mapped = load(str(folder)), load(str(folder), mapped=True)
+    checkpoint, mapped = load(str(folder)), load(str(folder), converted=folder / "converted")
     residence = Mapped("cpu", checkpoint.compute_dtype)
     batches = [{"input_ids": ids} for ids in BATCHES]
     found = []
@@ -172,7 +210,7 @@ def test_sensitivity_of_mapped_weights_has_the_bits_of_those_in_memory(folder):
 
 def test_a_backward_pass_through_weights_that_are_copied_again(folder):
     """As behind an encoder whose outputs a stack of other layers takes: those have run, and their copies are gone."""
-    checkpoint, mapped = load(str(folder)), load(str(folder), mapped=True)
+    checkpoint, mapped = load(str(folder)), load(str(folder), converted=folder / "converted")
     gradients = []
     for model, where in ((checkpoint.model, InMemory()), (mapped.model, Mapped("cpu", checkpoint.compute_dtype))):
         model.requires_grad_(False)
@@ -186,7 +224,7 @@ def test_a_backward_pass_through_weights_that_are_copied_again(folder):
 
 
 def test_a_forward_pass_that_fails_leaves_no_copy(folder):
-    model = load(str(folder), mapped=True).model
+    model = load(str(folder), converted=folder / "converted").model
     residence = Mapped("cpu", torch.float32)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 

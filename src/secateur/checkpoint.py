@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.assets import convert_gguf, demo_model
+from secateur.converted import is_converted, load_mapped
 
 INDEX = "model.safetensors.index.json"
 WORDS = (
@@ -81,16 +82,16 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    mapped: bool = False,
+    converted: Path | None = None,
 ) -> Checkpoint:
     """Load a causal language model with its tokenizer, ready for forward passes.
 
     Args:
         device: where the model runs.
-        mapped: leave the weights in their files, in the files' dtype; they are brought in part by part. Those that
-            transformers converts (experts that it fuses, another dtype than most) are in memory even so.
         trust_remote_code: let the checkpoint's own Python code run.
         allow_pickle: also take PyTorch .bin files, which can run code when they are loaded.
+        converted: a folder for weights that transformers makes of the checkpoint's (experts that it fuses). With it no
+            weights are read: they are mapped from files, in the files' dtype, and are brought in part by part.
 
     Raises:
         ValueError: missing, incomplete or damaged files, or a model that is not a causal language model.
@@ -102,17 +103,26 @@ def load(
     dtypes, shards = check_folder(folder, allow_pickle)
     config, tokenizer = load_words(folder, trust_remote_code)
     main = main_dtype(dtypes, config)
+    computes_in, skeleton = compute_dtype(main, device), None
+    from_pretrained: Any = partial(
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        config=config,
+        dtype=computes_in if converted is None else main,
+        use_safetensors=None if allow_pickle else True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+    )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=main if mapped else compute_dtype(main, device),
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-        )
-        model, info = loaded
+        if converted is not None:
+            skeleton = _skeleton(config, computes_in, trust_remote_code)
+        if converted is not None and is_converted(skeleton, shards):
+            model, info = load_mapped(from_pretrained, converted)
+        else:
+            model, info = from_pretrained()
+    except SafetensorError as error:  # the checkpoint's own files were checked
+        raise ValueError(f"{converted} can't be written ({_first_line(error)})") from error
     except BROKEN as error:
         raise ValueError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
@@ -120,10 +130,10 @@ def load(
     notices = _differences(folder, config, model, info["unexpected_keys"], shards)
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
     storage = {key: dtypes.get(key, main) for key in floating}
-    if mapped and compute_dtype(main, device) != main:
-        _compute_buffers_in(compute_dtype(main, device), model, config, trust_remote_code)
+    if skeleton is not None and computes_in != main:
+        _take_buffers(model, skeleton)
         _map_wider_tensors(model, dtypes, shards)
-    model = model.eval() if mapped else model.to(device).eval()
+    model = model.to(device).eval() if converted is None else model.eval()
     return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device, notices)
 
 
@@ -135,13 +145,17 @@ def _map_wider_tensors(model: Any, dtypes: dict[str, torch.dtype], shards: dict[
                 tensor.data = shard.get_tensor(name)
 
 
-def _compute_buffers_in(dtype: torch.dtype, model: Any, config: Any, trust_remote_code: bool) -> None:
-    """Give the model the buffers that it would compute in another dtype (Gemma's scale of embeddings is one)."""
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model without its weights, but with its buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _take_buffers(model: Any, skeleton: Any) -> None:
+    """Give the model the buffers that its skeleton computed in another dtype (Gemma's scale of embeddings is one)."""
     stored = model.state_dict().keys()
     ours = dict(model.named_buffers())
     for name, buffer in skeleton.named_buffers():

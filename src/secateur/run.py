@@ -56,12 +56,13 @@ class Source:
             parallel.wait()
         return folder
 
-    def load(self) -> Checkpoint:
-        """The model, mapped from its files; each process has a GPU of its own."""
+    def load(self, scratch: Path) -> Checkpoint:
+        """The model, mapped from its files, those in `scratch` among them; each process has a GPU of its own."""
         device = self.device or default_device()
         if device == "cuda" and parallel.size() > 1:
             device = f"cuda:{parallel.own_gpu()}"
-        return load(self.name, device, self.trust_remote_code, self.allow_pickle, mapped=True)
+        converted = scratch / f"converted-{parallel.rank()}"
+        return load(self.name, device, self.trust_remote_code, self.allow_pickle, converted)
 
 
 def prune_in_place(
@@ -148,7 +149,7 @@ def prune_to_folder(
             finished = _finished(out, source, folder, plan, texts, overwrite)
         if finished := parallel.from_first(finished):
             return finished
-        checkpoint = source.load()
+        checkpoint = source.load(journal.folder)
         if plan.memory.limit is not None and plan.memory.folder is None:
             plan = replace(plan, memory=replace(plan.memory, folder=journal.folder))
         journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))

@@ -1,0 +1,54 @@
+"""Weights that transformers makes of a checkpoint's while it loads them (experts that it fuses), in files like others.
+
+A tensor that a model takes as it is stored is mapped from the checkpoint. One that is stacked, split or renamed on the
+way would be held in memory, with all others of its kind. transformers' and accelerate's offloading writes each to a
+file of its own as soon as it is made; from there it is mapped, and nothing of the offloading stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def is_converted(skeleton: Any, stored: Collection[str]) -> bool:
+    """Whether a model, given without weights, has some under a name that the checkpoint hasn't."""
+    known = {*stored, *skeleton.all_tied_weights_keys}
+    return any(name not in known for name, _ in skeleton.named_parameters())
+
+
+def load_mapped(from_pretrained: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Load a model with all its weights mapped: from the checkpoint, or from files in a folder, made for them.
+
+    Args:
+        from_pretrained: loads the model and its loading info, given more of its options.
+
+    Cost: one read of the weights, one write of those that are made; memory for one of these at a time.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    with _without_warnings("accelerate.big_modeling"):  # of weights that are nowhere, which is the aim
+        model, info = from_pretrained(device_map={"": "disk"}, offload_folder=str(folder))
+    if info["missing_keys"]:  # nothing to map, which the caller tells
+        return model, info
+    for module in model.modules():
+        if hook := getattr(module, "_hf_hook", None):
+            hook.pre_forward(module)  # brings the module's weights, as in front of a call
+    remove_hook_from_module(model, recurse=True)
+    del model.hf_device_map  # or saving would take it for a model without weights
+    model.tie_weights()
+    return model, info
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
