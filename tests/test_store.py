@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from models import save_checkpoint
+from models import character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
+from zoo import tiny
 
 import secateur
 from secateur import store
@@ -359,3 +360,17 @@ def test_nothing_is_left_of_a_run_that_finished_no_block(source, tmp_path):
     with pytest.raises(ValueError, match="no file"):
         prune(source, tmp_path / "deep" / "out", calibration=Path("absent.txt"))
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_are_fused_while_loading_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    tiny("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    prune(tmp_path, tmp_path / "reference", resume=False)
+    interrupted(tmp_path, tmp_path / "out", monkeypatch)
+    prune(tmp_path, tmp_path / "out")
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("reference", "out"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "reference").iterdir()
+    )
