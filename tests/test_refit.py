@@ -126,11 +126,11 @@ def test_the_scale_of_hidden_states_does_not_matter():
 def test_a_rate_that_ruins_every_pass_is_lowered(monkeypatch):
     """Without the lower ones the weights stay as solved; with them the block gains."""
     _, report = pruned(refit_rate=0.9, refit_passes=2)
-    assert all(block.held_out_after < block.held_out_before for block in report.blocks)
+    assert all(block.held_out_after < block.held_out_before and 0 < block.rate < 0.9 for block in report.blocks)
     monkeypatch.setattr(refit, "ATTEMPTS", 1)
     plain, _ = pruned(refit="none", refit_passes=None)
     ruined, report = pruned(refit_rate=0.9, refit_passes=2)
-    assert [block.best_pass for block in report.blocks] == [0, 0]
+    assert [(block.best_pass, block.rate) for block in report.blocks] == [(0, 0.9), (0, 0.9)]
     for name, tensor in plain.state_dict().items():
         assert torch.equal(ruined.state_dict()[name], tensor)
 

@@ -120,7 +120,8 @@ def refit_block(
             rounded to it, so that what the held-out batches choose is what is saved.
 
     Returns:
-        `held_out_before`, `held_out_after` (the objective on held-out batches) and `best_pass` (0 = as solved).
+        `held_out_before`, `held_out_after` (the objective on held-out batches), `best_pass` (0 = as solved) and
+        `rate`, which that pass, or the last attempt, was made at.
 
     Cost: 3 forward passes of the block a pass over the batches, up to three times where none helps; about 30 bytes a
     weight of the block (fp32 master, gradients, Adam's moments, the best weights so far), and the activations of one
@@ -135,14 +136,13 @@ def refit_block(
     as_solved, before = weights.snapshot(), objective.mean(held_out)
     best = _Best(as_solved, before)
     rate = options.rate
-    for _ in range(ATTEMPTS):
+    for rate in (options.rate * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
         best = _descend(weights, objective, trained, held_out, options.passes, rate, generator, best)
         if best.number > 0:
             break
         weights.begin_again(as_solved)
-        rate *= NEXT_RATE
     weights.restore(best.weights)
-    return {"held_out_before": before, "held_out_after": best.loss, "best_pass": best.number}
+    return {"held_out_before": before, "held_out_after": best.loss, "best_pass": best.number, "rate": rate}
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,14 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block's refit: the objective on held-out batches before and after, and the pass that won (0 = as solved)."""
+    """One block's refit: the objective on held-out batches before and after, the pass that won (0 = as solved), and the
+    rate that it, or the last attempt, was made at."""
 
     name: str
     held_out_before: float
     held_out_after: float
     best_pass: int
+    rate: float
     seconds: float
 
 
