@@ -2,9 +2,14 @@
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
-Writes random Llamas and Mixtrals to disk, prunes each by `secateur prune` in a process of its own, and samples that
-process's anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random
-weights: memory doesn't depend on them.
+Writes random models to disk, prunes each by `secateur prune` in a process of its own, and samples that process's
+anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random weights:
+memory doesn't depend on them. Runs that the JSON already has are replaced one by one, the others stay.
+
+`--cgroup FOLDER` puts each process in a memory cgroup whose limit you have set, where the system counts the pages of
+mapped files too, and takes them away when they are too many:
+
+    mkdir /sys/fs/cgroup/memory/capped && echo 2000000000 > /sys/fs/cgroup/memory/capped/memory.limit_in_bytes
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,65 +29,58 @@ import torch
 
 from secateur.export import environment
 
-LAYERS = (8, 16, 32, 64)
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
-EXPERTS = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+EXPERTS = WIDE | {"intermediate_size": 512}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
-LARGE_LAYERS = 43  # 4.1 GB in bf16; memory.json has 40, 3.8 GB
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-LLAMA_7B_LAYERS = 32  # 13 GB
-EFFORTS = {
-    "sparsegpt": ("--method", "sparsegpt"),
-    "balanced": ("--effort", "balanced"),
-}
+RECIPES = {"sparsegpt": ("--method", "sparsegpt"), "balanced": ("--effort", "balanced")}
 SAMPLES, LENGTH = 4, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random model, a Mixtral where it has experts and a Llama elsewhere, and the recipes that prune it."""
+
+    name: str
+    layers: int
+    widths: dict[str, int]
+    experts: int = 0
+    recipes: tuple[str, ...] = ("sparsegpt",)
+
+
+CASES = {
+    "layers": [Case(f"{n} layers", n, WIDE, recipes=("sparsegpt", "balanced")) for n in (8, 16, 32, 64)],
+    "experts": [Case(f"8 experts, {n} layers", n, EXPERTS, experts=8) for n in (8, 16, 32, 64)],
+    "large": [Case("4 GB", 43, LARGE)],
+    "llama-7b": [Case("Llama-2-7B", 32, LLAMA_7B, recipes=("sparsegpt", "balanced"))],  # 13 GB; for a GPU
+}
 
 
 def main() -> None:
     """Measure every run and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--large", action="store_true", help="The 4 GB model too: 9 GB of disk, and an hour.")
-    parser.add_argument("--experts", action="store_true", help="The models with experts alone, beside what is known.")
-    parser.add_argument("--llama-7b", action="store_true", help="Llama-2-7B's shape alone: 26 GB of disk; for a GPU.")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["layers", "experts"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cgroup", type=Path, help="A memory cgroup for the processes that prune.")
     arguments = parser.parse_args()
-    runs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        if arguments.llama_7b:
-            model = write_model(Path(scratch) / "llama", LLAMA_7B_LAYERS, LLAMA_7B)
-            for name, flags in EFFORTS.items():
-                flags = (*flags, "--device", arguments.device)
-                runs[f"{name}, Llama-2-7B"] = measure(model, Path(scratch) / "out", flags)
-                save(arguments.out, runs)
-            return
-        if arguments.experts and arguments.out.exists():
-            runs |= json.loads(arguments.out.read_text())["runs"]
-        for layers in (min(LAYERS), max(LAYERS)):
-            model = write_model(Path(scratch) / f"experts-{layers}", layers, EXPERTS, experts=8)
-            runs[f"sparsegpt, experts, {layers} layers"] = measure(model, Path(scratch) / "out", EFFORTS["sparsegpt"])
-            save(arguments.out, runs)
-        for layers in LAYERS * (not arguments.experts):
-            model = write_model(Path(scratch) / f"layers-{layers}", layers, WIDE)
-            for name, flags in EFFORTS.items():
-                runs[f"{name}, {layers} layers"] = measure(model, Path(scratch) / "out", flags)
-                save(arguments.out, runs)
-        if arguments.large:
-            model = write_model(Path(scratch) / "large", LARGE_LAYERS, LARGE)
-            runs["sparsegpt, 4 GB"] = measure(model, Path(scratch) / "out", EFFORTS["sparsegpt"])
-            save(arguments.out, runs)
+    runs: dict[str, Any] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
+    for case in (case for name in arguments.cases for case in CASES[name]):
+        with tempfile.TemporaryDirectory() as scratch:
+            model = write_model(Path(scratch) / "model", case)
+            for recipe in case.recipes:
+                flags = (*RECIPES[recipe], "--device", arguments.device)
+                run = measure(model, Path(scratch) / "out", flags, arguments.cgroup)
+                name = ", ".join([recipe, *(["capped"] if arguments.cgroup else []), case.name])
+                runs[name] = {"widths": case.widths, "layers": case.layers, "environment": environment()} | run
+                print(f"{name}: {run['peak_anonymous_bytes'] / 1e6:.0f} MB of {run['model_bytes'] / 1e6:.0f}", flush=True)
+                settings = {"samples": SAMPLES, "seq_len": LENGTH}
+                arguments.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
 
 
-def save(path: Path, runs: dict[str, Any]) -> None:
-    """Write what is measured so far."""
-    large = LARGE | {"layers": LARGE_LAYERS}
-    settings = {"samples": SAMPLES, "seq_len": LENGTH, "wide": WIDE, "experts": EXPERTS, "large": large}
-    path.write_text(json.dumps({"settings": settings, "environment": environment(), "runs": runs}, indent=1) + "\n")
-
-
-def write_model(folder: Path, layers: int, widths: dict[str, int], experts: int = 0) -> Path:
-    """A random Llama, or a Mixtral where there are experts, in shards of 500 MB, and a tokenizer of one token a
-    character. Each expert is a tensor in the files, which transformers fuses as it loads them."""
+def write_model(folder: Path, case: Case) -> Path:
+    """The model in bf16, in shards of 500 MB, and a tokenizer of one token a character. Each expert is a tensor of its
+    own in the files; transformers fuses them as it loads them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         LlamaConfig,
@@ -92,10 +91,13 @@ def write_model(folder: Path, layers: int, widths: dict[str, int], experts: int 
     )
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "num_hidden_layers": layers, "max_position_embeddings": 512, **widths}
+    sizes = {"vocab_size": 256, "num_hidden_layers": case.layers, "max_position_embeddings": 512, **case.widths}
     torch.set_default_dtype(torch.bfloat16)
-    model = MixtralForCausalLM(MixtralConfig(num_local_experts=experts, **sizes)) if experts else None
-    (model or LlamaForCausalLM(LlamaConfig(**sizes))).save_pretrained(folder, max_shard_size="500MB")
+    if case.experts:
+        model = MixtralForCausalLM(MixtralConfig(num_local_experts=case.experts, **sizes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.save_pretrained(folder, max_shard_size="500MB")
     torch.set_default_dtype(torch.float32)
     letters = Tokenizer(models.WordLevel({chr(index): index for index in range(256)}, unk_token="\x00"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -103,10 +105,12 @@ def write_model(folder: Path, layers: int, widths: dict[str, int], experts: int 
     return folder
 
 
-def measure(model: Path, out: Path, flags: tuple[str, ...]) -> dict[str, Any]:
+def measure(model: Path, out: Path, flags: tuple[str, ...], cgroup: Path | None) -> dict[str, Any]:
     """Prune in a process of its own; its peak of anonymous memory in bytes, and seconds."""
     command = [sys.executable, "-m", "secateur", "prune", str(model), str(out), *flags, "--overwrite"]
     command += ["--samples", str(SAMPLES), "--seq-len", str(LENGTH), "--max-shard-size", "500MB"]
+    if cgroup is not None:  # the shell joins, and becomes the command
+        command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -117,8 +121,13 @@ def measure(model: Path, out: Path, flags: tuple[str, ...]) -> dict[str, Any]:
         raise RuntimeError(f"{' '.join(command)} failed: {errors}")
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     result = {"model_bytes": size, "peak_anonymous_bytes": peak, "seconds": time.perf_counter() - started}
-    print(model.name, *flags, {name: round(value / 1e6, 1) for name, value in result.items()}, flush=True)
-    return result
+    return result if cgroup is None else result | {"limit_bytes": limit_of(cgroup)}
+
+
+def limit_of(cgroup: Path) -> int:
+    """The limit of a memory cgroup, of version 2 or 1, in bytes."""
+    newer, older = cgroup / "memory.max", cgroup / "memory.limit_in_bytes"
+    return int((newer if newer.exists() else older).read_text())
 
 
 def anonymous_memory(pid: int) -> int:
