@@ -73,7 +73,8 @@ def main() -> None:
                 run = measure(model, Path(scratch) / "out", flags, arguments.cgroup)
                 name = ", ".join([recipe, *(["capped"] if arguments.cgroup else []), case.name])
                 runs[name] = {"widths": case.widths, "layers": case.layers, "environment": environment()} | run
-                print(f"{name}: {run['peak_anonymous_bytes'] / 1e6:.0f} MB of {run['model_bytes'] / 1e6:.0f}", flush=True)
+                peak, size = (round(run[key] / 1e6) for key in ("peak_anonymous_bytes", "model_bytes"))
+                print(f"{name}: peak {peak} MB, files of {size} MB", flush=True)
                 settings = {"samples": SAMPLES, "seq_len": LENGTH}
                 arguments.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
 

@@ -29,32 +29,39 @@ def read(name: str) -> Any:
 
 
 def memory_table() -> str:
-    """Runs x layers, in MB of anonymous memory, with the ratio of the last column to the first."""
+    """Kinds of runs x layers, in MB of anonymous memory, with the ratio of the last column to the first."""
     runs = read("memory")["runs"]
     layers = sorted({int(name.rsplit(", ", 1)[1].split()[0]) for name in runs if name.endswith("layers")})
     kinds = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in runs if name.endswith("layers")))
-    rows = [["MB of model files", *(f"{runs[f'{kinds[0]}, {n} layers']['model_bytes'] / 1e6:.0f}" for n in layers), ""]]
+    rows = []
     for kind in kinds:
-        peaks = [runs[f"{kind}, {n} layers"]["peak_anonymous_bytes"] for n in layers]
-        rows.append([kind, *(f"{peak / 1e6:.0f}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}"])
-    return table(["peak MB", *(f"{n} layers" for n in layers), "ratio"], rows)
+        peaks, sizes = (
+            [runs[f"{kind}, {n} layers"][f"{what}_bytes"] for n in layers] for what in ("peak_anonymous", "model")
+        )
+        files = f"{sizes[0] / 1e6:.0f} to {sizes[-1] / 1e6:.0f}"
+        rows.append([kind, files, *(f"{peak / 1e6:.0f}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}"])
+    return table(["peak MB", "model files, MB", *(f"{n} layers" for n in layers), "ratio"], rows)
 
 
-def large_line() -> str:
-    run = read("memory")["runs"].get("sparsegpt, 4 GB")
-    if run is None:
-        return "A model of 4 GB: not measured (`--large`)."
-    return (
-        f"A model of {run['model_bytes'] / 1e9:.1f} GB on disk: peak {run['peak_anonymous_bytes'] / 1e9:.2f} GB, "
-        f"`sparsegpt`."
-    )
+def large_lines() -> str:
+    """The model of 4 GB, as it is and in a process that may hold less."""
+    runs, lines = read("memory")["runs"], []
+    for name, where in (("sparsegpt, 4 GB", ""), ("sparsegpt, capped, 4 GB", " in a cgroup of {limit:.1f} GB")):
+        if run := runs.get(name):
+            where = where.format(limit=run.get("limit_bytes", 0) / 1e9)
+            size, peak = (run[f"{what}_bytes"] / 1e9 for what in ("model", "peak_anonymous"))
+            lines.append(f"A model of {size:.1f} GB on disk{where}, by `sparsegpt`: peak {peak:.2f} GB.")
+    return "\n".join(lines)
 
 
 def memory_settings() -> str:
-    s, where = read("memory")["settings"], read("memory")["environment"]
+    settings, runs = read("memory")["settings"], read("memory")["runs"]
+    run = runs["sparsegpt, 64 layers"]
+    where = run["environment"]
     return (
-        f"Random Llamas in bf16, {s['wide']['hidden_size']} wide, {s['samples']} x {s['seq_len']} calibration tokens; "
-        f"torch {where['torch']}, transformers {where['transformers']}, {where['platform']}."
+        f"Random Llamas, and Mixtrals where there are experts (each a tensor in the files, fused as they are loaded), in "
+        f"bf16, {run['widths']['hidden_size']} wide, {settings['samples']} x {settings['seq_len']} calibration tokens; "
+        f"torch {where['torch']}, transformers {where['transformers']}."
     )
 
 
@@ -191,9 +198,10 @@ the model's mapped files are not in it, the imports of torch and transformers ar
 
 ![peak memory](memory.svg)
 
-{large_line()}
+{large_lines()}
 
-    python benchmarks/memory.py --large --out benchmarks/results/memory.json
+    python benchmarks/memory.py --cases layers experts large --out benchmarks/results/memory.json
+    python benchmarks/memory.py --cases large --cgroup FOLDER --out benchmarks/results/memory.json
 
 ## Runs that survive
 
@@ -252,7 +260,7 @@ Their `fasterprune` on the same weights and Gram matrix, in the same run.
 ## On a GPU
 
 Not measured: `python benchmarks/solvers.py --device cuda`, with `--sizes` too, runs the solvers there, and
-`python benchmarks/memory.py --llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.
+`python benchmarks/memory.py --cases llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.
 """
 
 
