@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from zoo import tiny
 
 import secateur
@@ -181,6 +183,33 @@ def test_layers_stay_between_forward_passes_where_there_is_room(folder):
     assert copies == [3 * LAYERS, 2 + 3 * (LAYERS - 2), LAYERS]
     for other in outputs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+
+
+def test_weights_that_can_run_as_they_lie_in_their_files_are_copied_only_to_be_written(tmp_path):
+    save_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    model = load(str(tmp_path / "model"), converted=tmp_path / "converted").model
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    residence = Mapped("cpu", torch.bfloat16)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    found = {}
+    for name, module in model.named_modules():
+        for own, _ in module.named_parameters(name, recurse=False):
+            part = own.rpartition(".")[2]
+            module.register_forward_hook(
+                lambda m, *_, own=own, part=part: found.update({own: getattr(m, part).data_ptr()})
+            )
+    with residence.running(model), torch.no_grad():
+        outputs = model(BATCHES[0]).logits
+    with torch.no_grad():
+        assert torch.equal(outputs, dense(BATCHES[0]).logits)
+    assert found == places
+    block = find_stacks(dense, {"input_ids": BATCHES[0]}).blocks[0]
+    block = replace(block, module=model.get_submodule(block.name))
+    with residence.using(block):
+        assert all(
+            model.get_parameter(f"{block.name}.{name}").data_ptr() != places[f"{block.name}.{name}"]
+            for name, _ in block.module.named_parameters()
+        )
 
 
 @pytest.mark.parametrize("family", ["bart", "mamba"])

@@ -83,15 +83,17 @@ class Mapped:
     def running(self, model: nn.Module) -> Iterator[None]:
         """Copies of what is in no layer, and of each layer while it runs; the first ones stay where there is room.
 
-        A backward pass keeps the activations that it needs, but no copies of weights: they are made again.
+        A weight that can be run as it lies in its file is not copied: nothing is written to it here. A backward pass
+        keeps the activations that it needs, but no copies of weights: they are made again.
         """
         layers = list(_layers(model))
         inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
         with ExitStack() as stack:
-            stack.enter_context(self._copied_in([each for each in _tensors(model) if id(each) not in inside]))
+            outside = [tensor for tensor in self._to_copy(model) if id(tensor) not in inside]
+            stack.enter_context(self._copied_in(outside))
             kept, room = stack.enter_context(ExitStack()), self.room
             for layer in layers:
-                room -= sum(self._bytes(tensor) for tensor in _tensors(layer))
+                room -= sum(self._bytes(tensor) for tensor in self._to_copy(layer))
                 self._copied_in_by_hooks(layer, stack, kept if room >= 0 else None)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             yield
@@ -108,7 +110,7 @@ class Mapped:
         def enters(_module: nn.Module, _args: Any) -> None:
             nonlocal inside
             if not inside:
-                (kept or here).enter_context(self._copied_in(_tensors(layer)))
+                (kept or here).enter_context(self._copied_in(self._to_copy(layer)))
             inside = kept is not None
 
         def leaves(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -117,6 +119,16 @@ class Mapped:
         stack.callback(here.close)  # a forward pass that fails has no hook behind it
         stack.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
         stack.callback(layer.register_forward_hook(leaves).remove)
+
+    def _to_copy(self, module: nn.Module) -> list[Tensor]:
+        """The module's tensors but for weights that are where and what they have to be; a buffer may be written to."""
+        return [
+            tensor
+            for tensor in _tensors(module)
+            if not isinstance(tensor, nn.Parameter)
+            or tensor.device.type != self.device.type
+            or tensor.dtype != self._dtype_of(tensor)
+        ]
 
     @contextmanager
     def _copied_in(self, tensors: Iterable[Tensor]) -> Iterator[None]:
