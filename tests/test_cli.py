@@ -146,6 +146,31 @@ def test_mixed_dtypes_and_ties_survive(main, tmp_path, text):
     assert main("inspect", out)[0] == 0
 
 
+def test_a_config_of_an_older_spelling_stays_as_it_is(main, model, text, tmp_path):
+    """transformers 4 takes the new spelling of rotary embeddings for the defaults, without an error."""
+    folder, out = tmp_path / "older", tmp_path / "out"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"]
+    written = json.dumps(config | {"rope_theta": 5e5, "torch_dtype": "bfloat16"})
+    (folder / "config.json").write_text(written)
+    code, _, errors = main("prune", folder, out, "--method", "magnitude", "--calibration", text, *SMALL)
+    assert code == 0, errors
+    assert (out / "config.json").read_text() == written
+
+
+def test_a_pickled_checkpoint_with_tied_embeddings(main, tmp_path, text):
+    folder, out = tmp_path / "gpt2", tmp_path / "out"
+    save_checkpoint(folder, "gpt2", torch.float16)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    code, _, errors = main(
+        "prune", folder, out, "--allow-pickle", "--method", "magnitude", "--calibration", text, *SMALL
+    )
+    assert code == 0, errors
+    assert main("inspect", out)[0] == 0
+
+
 def test_a_fp32_tensor_in_a_bf16_checkpoint_keeps_its_bits(main, model, text, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = torch.full((32,), 1 / 3)

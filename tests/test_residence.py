@@ -123,6 +123,22 @@ def test_weights_in_a_wider_dtype_than_most_are_not_rounded(folder, tmp_path):
     assert torch.equal(saved[saved != 0], exact[saved != 0])
 
 
+def test_routers_in_a_wider_dtype_keep_their_bits_though_their_names_change_while_loading(tmp_path):
+    tiny("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    routers = [name for name in weights if name.endswith("gate.weight")]
+    assert routers
+    assert all(name not in tiny("mixtral").state_dict() for name in routers)
+    for name in routers:
+        weights[name] = torch.randn(weights[name].shape)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    secateur.prune(tmp_path / "model", tmp_path / "out", pattern="50%", method="magnitude", calibration=BATCHES)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(saved[name], weights[name]) and saved[name].dtype == torch.float32 for name in routers)
+
+
 def test_the_source_files_are_never_written_to(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     secateur.prune(folder, tmp_path / "out", pattern="2:4", calibration=BATCHES)

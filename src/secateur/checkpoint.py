@@ -36,8 +36,9 @@ class Checkpoint:
     """A model, its tokenizer, and the folder it came from.
 
     The model lies in memory, ready to run, or is mapped from its files (`residence.Mapped`). `storage` is the dtype of
-    each of its parameters in the checkpoint, by parameter name; the model itself may compute in another. `shards` maps
-    the checkpoint's tensors to their files. `notices` tell what of the checkpoint the model leaves out.
+    each of its parameters in the checkpoint, by parameter name; the model itself may compute in another. `stored` is
+    the file of each tensor that the checkpoint has as it is, and its name there. `notices` tell what of the checkpoint
+    the model leaves out.
     """
 
     model: Any
@@ -45,7 +46,7 @@ class Checkpoint:
     folder: Path
     name: str
     storage: dict[str, torch.dtype]
-    shards: dict[str, Path]
+    stored: dict[str, tuple[Path, str]]
     main_dtype: torch.dtype
     device: str
     notices: list[str] = field(default_factory=list)
@@ -103,7 +104,7 @@ def load(
     dtypes, shards = check_folder(folder, allow_pickle)
     config, tokenizer = load_words(folder, trust_remote_code)
     main = main_dtype(dtypes, config)
-    computes_in, skeleton = compute_dtype(main, device), None
+    computes_in, skeleton, names = compute_dtype(main, device), None, {}
     from_pretrained: Any = partial(
         AutoModelForCausalLM.from_pretrained,
         folder,
@@ -117,8 +118,8 @@ def load(
     try:
         if converted is not None:
             skeleton = _skeleton(config, computes_in, trust_remote_code)
-        if converted is not None and is_converted(skeleton, shards):
-            model, info = load_mapped(from_pretrained, converted)
+        if converted is not None and shards and is_converted(skeleton, shards):
+            model, info, names = load_mapped(from_pretrained, converted)
         else:
             model, info = from_pretrained()
     except SafetensorError as error:  # the checkpoint's own files were checked
@@ -128,21 +129,24 @@ def load(
     if missing := sorted(info["missing_keys"]):
         raise ValueError(_why_missing(folder, config, type(model).__name__, missing))
     notices = _differences(folder, config, model, info["unexpected_keys"], shards)
+    stored = {name: (path, name) for name, path in shards.items()}
+    stored |= {ours: stored[theirs] for ours, theirs in names.items()}
     floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
-    storage = {key: dtypes.get(key, main) for key in floating}
+    storage = {key: dtypes.get(stored[key][1], main) if key in stored else main for key in floating}
     if skeleton is not None and computes_in != main:
         _take_buffers(model, skeleton)
-        _map_wider_tensors(model, dtypes, shards)
+        _map_wider_tensors(model, storage, stored)
     model = model.to(device).eval() if converted is None else model.eval()
-    return Checkpoint(model, tokenizer, folder, name, storage, shards, main, device, notices)
+    return Checkpoint(model, tokenizer, folder, name, storage, stored, main, device, notices)
 
 
-def _map_wider_tensors(model: Any, dtypes: dict[str, torch.dtype], shards: dict[str, Path]) -> None:
+def _map_wider_tensors(model: Any, storage: dict[str, torch.dtype], stored: dict[str, tuple[Path, str]]) -> None:
     """Give the model what its files hold in a wider dtype than most, which loading in that dtype has rounded."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in dtypes and torch.finfo(dtypes[name]).bits > torch.finfo(tensor.dtype).bits:
-            with safe_open(shards[name], framework="pt") as shard:
-                tensor.data = shard.get_tensor(name)
+        if name in stored and name in storage and torch.finfo(storage[name]).bits > torch.finfo(tensor.dtype).bits:
+            path, there = stored[name]
+            with safe_open(path, framework="pt") as shard:
+                tensor.data = shard.get_tensor(there)
 
 
 def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -20,11 +20,14 @@ def is_converted(skeleton: Any, stored: Collection[str]) -> bool:
     return any(name not in known for name, _ in skeleton.named_parameters())
 
 
-def load_mapped(from_pretrained: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+def load_mapped(from_pretrained: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Load a model with all its weights mapped: from the checkpoint, or from files in a folder, made for them.
 
     Args:
         from_pretrained: loads the model and its loading info, given more of its options.
+
+    Returns:
+        the model, its loading info, and for each weight that the checkpoint has as it is, its name there.
 
     Cost: one read of the weights, one write of those that are made; memory for one of these at a time.
     """
@@ -33,14 +36,26 @@ def load_mapped(from_pretrained: Callable[..., Any], folder: Path) -> tuple[Any,
     with _without_warnings("accelerate.big_modeling"):  # of weights that are nowhere, which is the aim
         model, info = from_pretrained(device_map={"": "disk"}, offload_folder=str(folder))
     if info["missing_keys"]:  # nothing to map, which the caller tells
-        return model, info
+        return model, info, {}
+    names: dict[str, str] = {}
     for module in model.modules():
         if hook := getattr(module, "_hf_hook", None):
             hook.pre_forward(module)  # brings the module's weights, as in front of a call
+            names = names or _names_in_checkpoint(hook, folder)
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map  # or saving would take it for a model without weights
     model.tie_weights()
-    return model, info
+    return model, info, names
+
+
+def _names_in_checkpoint(hook: Any, folder: Path) -> dict[str, str]:
+    """Names in the checkpoint by those in the model, of what no file in the folder was made for."""
+    if hook.weights_map is None:
+        return {}
+    index = hook.weights_map.dataset.index  # of the whole model, shared by all hooks
+    return {
+        name: entry["weight_name"] for name, entry in index.items() if Path(entry["safetensors_file"]).parent != folder
+    }
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, read_json
 from secateur.recipe import in_words
 from secateur.report import Report
 from secateur.store import FOLDER, unfinished
@@ -90,7 +90,7 @@ def write(checkpoint: Checkpoint, report: Report, folder: Path, title: str, max_
     checkpoint.model.save_pretrained(
         folder, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size
     )
-    _keep_config_dtype(checkpoint, folder)
+    _write_config(checkpoint, folder)
     _copy_companions(checkpoint.folder, folder)
     (folder / METADATA).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
@@ -111,9 +111,10 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]
         key = (tensor.data_ptr(), tensor.numel(), dtype)
         if key not in done:
             narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
-            if narrower and name in checkpoint.shards and name.removesuffix(".weight") not in pruned:
-                with safe_open(checkpoint.shards[name], framework="pt") as shard:
-                    done[key] = shard.get_tensor(name)
+            if narrower and name in checkpoint.stored and name.removesuffix(".weight") not in pruned:
+                path, there = checkpoint.stored[name]
+                with safe_open(path, framework="pt") as shard:
+                    done[key] = shard.get_tensor(there)
             else:
                 done[key] = tensor.to(dtype)
         tensors[name] = done[key]
@@ -176,9 +177,17 @@ def _front_matter(card: Path) -> dict[str, str]:
     return {pair[1]: pair[2] for pair in pairs if pair}
 
 
-def _keep_config_dtype(checkpoint: Checkpoint, folder: Path) -> None:
-    """State the checkpoint's dtype in config.json, not the one that forward passes ran in."""
-    path = folder / "config.json"
+def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """Let config.json be the source's, which describes these tensors too, where it names this class.
+
+    transformers writes another spelling than it reads (of rotary embeddings, of the dtype), which its older versions
+    and other runtimes silently take for defaults. Of a text model taken out of a larger one it is the only one; there
+    the dtype is that of the checkpoint, not the one that forward passes ran in.
+    """
+    path, source = folder / "config.json", checkpoint.folder / "config.json"
+    if type(checkpoint.model).__name__ in (read_json(source, "").get("architectures") or ()):
+        shutil.copyfile(source, path)
+        return
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(checkpoint.main_dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
