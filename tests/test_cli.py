@@ -250,6 +250,20 @@ def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
     assert main("inspect", out)[0] == 2
 
 
+def test_what_inspect_has_no_use_for_is_refused(main, model):
+    code, _, errors = main("inspect", model, "--include", "*mlp*", "--allow-pickle")
+    assert code == 2
+    assert "--include, --allow-pickle runs the model, which only --coverage does" in errors.replace("\n", " ")
+
+
+@pytest.mark.parametrize("option", ["--methods", "--patterns", "--seeds"])
+def test_a_comparison_of_nothing_is_refused(main, model, tmp_path, option):
+    code, _, errors = main("compare", model, option, " , ", "--out", tmp_path / "table")
+    assert code == 2
+    assert f"{option} is empty" in errors
+    assert not (tmp_path / "table").exists()
+
+
 def test_overwrite_replaces_a_model_and_nothing_else(main, model, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -299,8 +313,17 @@ def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path
     assert code == 0, errors
     code, stdout, errors = main("inspect", out, "--json")
     assert code == 0, errors
-    checked = [matrix for matrix in json.loads(stdout)["matrices"] if matrix["ok"]]
+    found = json.loads(stdout)["matrices"]
+    checked = [matrix for matrix in found if matrix["ok"]]
     assert len(checked) == 2 * (4 + 2 * 4)
+    assert not [matrix["name"] for matrix in found if "experts" in matrix["name"] and not matrix["ok"]]
+    weights = load_file(out / "model.safetensors")
+    del weights[next(name for name in weights if "experts" in name)]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = main("inspect", out)
+    assert code == 2
+    assert "error: " in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")

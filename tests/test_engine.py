@@ -10,6 +10,7 @@ import torch
 from helpers import find_blocks
 from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import nn
+from torch.nn.utils import prune
 
 import secateur
 from secateur import api, engine, memory
@@ -514,6 +515,37 @@ def test_models_that_hide_their_weights_are_refused():
         secateur.prune(torch.compile(tiny_model("llama")), pattern="50%", calibration=tokens())
     with pytest.raises(UnsupportedModelError, match="no prunable block"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(UnsupportedModelError, match="has no `config`"):
+        secateur.prune(nn.DataParallel(tiny_model("llama")), pattern="50%", calibration=tokens())
+    with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="outside"):
+        secateur.prune(tiny_model("llama"), pattern="50%", calibration=tokens())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+)
+def test_weights_that_are_computed_before_each_call_are_refused(make):
+    model = tiny_model("llama")
+    make(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(UnsupportedModelError, match=r"model.layers.1.mlp.up_proj.weight is computed from other param"):
+        secateur.prune(model, pattern="50%", calibration=tokens())
+
+
+def test_what_a_tokenizer_gives_and_a_single_glob_are_taken():
+    from transformers import BatchEncoding
+
+    plain, wrapped = tiny_model("llama"), tiny_model("llama")
+    settings = {"pattern": "50%", "method": "wanda"}
+    report = secateur.prune(plain, calibration=tokens(4), include=["*.mlp.*"], **settings)
+    batches = [BatchEncoding({"input_ids": ids[None] if ids.ndim == 1 else ids}) for ids in tokens(4)]
+    again = secateur.prune(wrapped, calibration=batches, include="*.mlp.*", **settings)
+    assert [matrix.name for matrix in again.matrices] == [matrix.name for matrix in report.matrices]
+    assert all(torch.equal(tensor, wrapped.state_dict()[name]) for name, tensor in plain.state_dict().items())
 
 
 def test_random_numbers_of_a_forward_pass_are_the_runs_own():

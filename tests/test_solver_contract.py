@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import tiny_model, tokens
 
 import secateur
 from secateur.pattern import NM, Unstructured
-from secateur.solvers import SOLVERS, make_solver
+from secateur.solvers import SOLVERS, Solved, make_solver
 
 NO_UPDATE = ("magnitude", "wanda")
 every_case = pytest.mark.parametrize(("name", "pattern"), CASES, ids=case_id)
@@ -263,3 +266,77 @@ def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):
 
     monkeypatch.setattr("secateur.solvers.entry_points", lambda group: [Point()] if group == "secateur.solvers" else [])
     assert isinstance(make_solver("ours"), SOLVERS["wanda"])
+
+
+@pytest.mark.parametrize(
+    ("loads", "message"),
+    [
+        (ImportError("no module"), "plug-in of method ours can't be loaded: no module"),
+        (lambda: None, "plug-in of method ours is no dataclass"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_stops_no_other_method(monkeypatch, loads, message):
+    class Point:
+        name = "ours"
+
+        def load(self):
+            if isinstance(loads, Exception):
+                raise loads
+            return loads
+
+    monkeypatch.setattr("secateur.solvers.entry_points", lambda group: [Point()])
+    assert isinstance(make_solver("wanda"), SOLVERS["wanda"])
+    with pytest.raises(ValueError, match="mrp has no option 'foo'"):
+        make_solver("mrp", {"foo": 1})
+    with pytest.raises(ValueError, match=message):
+        make_solver("ours")
+    with pytest.raises(ValueError, match="choose one of admm, magnitude, mrp, ours, sparsegpt, wanda"):
+        make_solver("theirs")
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """Breaks the contract in the way it is told to."""
+
+    how: str = ""
+
+    def __call__(self, W, gram, pattern):
+        keep = torch.ones_like(W, dtype=torch.bool) if self.how == "nothing" else keep_highest(W, pattern)
+        if self.how == "elsewhere":
+            keep = keep[:, torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(0))]
+        return Solved(W if self.how in ("nothing", "weights") else W * keep, keep)
+
+
+def keep_highest(W, pattern):
+    groups = W.abs().reshape(len(W), -1, 4)
+    return (groups.argsort(-1).argsort(-1) >= 2).reshape(W.shape)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nothing", "breaks 2:4: it prunes 0 weights, not"),
+        ("elsewhere", "breaks 2:4"),
+        ("weights", "other than zero where its mask prunes"),
+        ("", None),
+    ],
+)
+def test_a_method_that_breaks_the_contract_is_refused(monkeypatch, how, message):
+    monkeypatch.setitem(SOLVERS, "cheat", Cheat)
+    model = tiny_model("llama")
+    W, H = problem(8, 16)
+    calls = (
+        lambda: secateur.solve(W, H, "2:4", method="cheat", how=how),
+        lambda: secateur.prune(model, pattern="2:4", method="cheat", how=how, calibration=tokens(4)),
+    )
+    for call in calls:
+        if message is None:
+            call()
+        else:
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_text_where_an_option_is_a_number():
+    with pytest.raises(ValueError, match="damping is 'a'; it must be a number"):
+        secateur.solve(torch.ones(2, 4), torch.eye(4), "50%", damping="a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from secateur import export, parallel
 from secateur.calibration import DEFAULT_SAMPLES, calibrate
-from secateur.capture import Batch, Progress
+from secateur.capture import Progress
 from secateur.checkpoint import Checkpoint, default_device, load
 from secateur.coverage import Coverage, measure_coverage
 from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.memory import parse_memory
-from secateur.model import full_precision
+from secateur.model import config_of, full_precision
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
 from secateur.run import Source, Texts, prune_in_place, prune_to_folder
 from secateur.solvers import Solved
+from secateur.solvers.contract import check_solved
 from secateur.solvers.swap import check_columns
 from secateur.tasks import check_tasks, run_tasks
 
@@ -43,7 +44,7 @@ def prune(
     refine: str | None = None,
     refit: str | None = None,
     allocation: str | None = None,
-    calibration: str | Path | Sequence[Tensor] | Sequence[Batch] | None = None,
+    calibration: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
     samples: int = DEFAULT_SAMPLES,
     seq_len: int | None = None,
     seed: int = 0,
@@ -105,8 +106,8 @@ def prune(
         parse_pattern(pattern),
         effort,
         settings | options,
-        include=list(include),
-        exclude=list(exclude),
+        include=_several(include),
+        exclude=_several(exclude),
         true_sequential=true_sequential,
         seed=seed,
         memory=parse_memory(max_memory, offload_dir),
@@ -158,6 +159,7 @@ def evaluate(
         What `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
         `top1_agreement`) where asked for.
     """
+    tasks = _several(tasks)
     check_tasks(tasks, task_dir, task_limit)
     module: Any = model
     if not isinstance(model, nn.Module):
@@ -168,6 +170,7 @@ def evaluate(
     dense: Any = against
     if isinstance(against, str | Path):
         dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
+    config_of(module)
     training = [each for each in (module, dense) if each is not None and each.training]
     try:
         figures = perplexity(module.eval(), tokenizer, text, seq_len, max_tokens, progress)
@@ -189,7 +192,7 @@ def inspect(folder: str | Path) -> Inspection:
 def coverage_of(
     model: nn.Module | str | Path,
     *,
-    calibration: str | Path | Sequence[Tensor] | Sequence[Batch] | None = None,
+    calibration: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -249,7 +252,13 @@ def solve(
     weights, gram = W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0)
     with torch.no_grad(), full_precision():
         solved = plan.solver(weights, gram, plan.pattern)
+        check_solved(solved, weights, plan.pattern)
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
+
+
+def _several(names: str | Sequence[str]) -> list[str]:
+    """A list of names; one alone may be given as it is."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _check_gram(H: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -46,7 +46,7 @@ class Calibration:
 
 
 def calibrate(
-    source: str | Path | Sequence[Tensor] | Sequence[Batch] | None,
+    source: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None,
     tokenizer: Any,
     config: Any,
     samples: int = DEFAULT_SAMPLES,
@@ -237,7 +237,7 @@ def _stream_dataset(name: str, seed: int, held_out: bool) -> Iterator[str]:
 def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
     batches: list[Batch] = []
     for item in source:
-        batch = dict(item) if isinstance(item, dict) else {"input_ids": item}
+        batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
         if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
             raise ValueError("calibration items must be tensors of token ids, or keyword batches of tensors")
         if "input_ids" in batch:

@@ -217,6 +217,8 @@ def compare(
         Path | None, typer.Option(help="Python of an environment with llmcompressor, for llmcompressor-sparsegpt.")
     ] = None,
     device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL by several methods, and tabulate perplexity, tasks, layer error, time and memory.
@@ -230,11 +232,12 @@ def compare(
     settings = Settings(
         model, calibration, samples, seq_len, tuple(text or ()), eval_seq_len, max_tokens, _listed(tasks),
         None if task_dir is None else str(task_dir), task_limit, device,
+        trust_remote_code, allow_pickle,
     )  # fmt: skip
     comparison = run(
         settings,
-        _listed(methods),
-        _listed(patterns),
+        _some(methods, "methods"),
+        _some(patterns, "patterns"),
         _numbers(seeds, "seeds"),
         out,
         peer_python,
@@ -271,6 +274,10 @@ def inspect(
     """
     from secateur import api
 
+    others = {"include": include, "exclude": exclude, "device": device, "trust-remote-code": trust_remote_code,
+              "allow-pickle": allow_pickle}  # fmt: skip
+    if not coverage and (given := [f"--{name}" for name, value in others.items() if value]):
+        raise ValueError(f"{', '.join(given)} runs the model, which only --coverage does")
     if not coverage:
         inspection = api.inspect(model)
         print_json(inspection.to_dict()) if as_json else print_inspection(inspection)
@@ -356,9 +363,16 @@ def _listed(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
+def _some(text: str, name: str) -> tuple[str, ...]:
+    if not (found := _listed(text)):
+        raise ValueError(f"--{name} is empty: name at least one")
+    return found
+
+
 def _numbers(text: str, name: str) -> list[int]:
+    parts = _some(text, name)
     try:
-        return [int(part) for part in _listed(text)]
+        return [int(part) for part in parts]
     except ValueError:
         raise ValueError(f"--{name} is {text!r}; write whole numbers with commas between, such as 0,1,2") from None
 

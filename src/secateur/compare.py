@@ -51,7 +51,7 @@ class Settings:
         calibration: text source, or None for the shipped text.
         texts: evaluation texts, each a column; empty = the shipped one.
         tasks: lm-evaluation-harness tasks, each a column.
-        device: as for `prune`.
+        device, trust_remote_code, allow_pickle: as for `prune`.
     """
 
     model: str
@@ -65,18 +65,21 @@ class Settings:
     task_dir: str | None = None
     task_limit: int | None = None
     device: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What must agree for cells to stand in one table.
 
-        Texts count by their file names; tasks, whose figures are kept by name, and the device don't count; a limit of
-        documents counts where there are tasks.
+        Texts count by their file names; tasks, whose figures are kept by name, the device and how files may be read
+        don't count; a limit of documents counts where there are tasks.
         """
         values = asdict(self) | {
             "calibration": _short(self.calibration),
             "texts": [_short(text) for text in self.texts],
         }
-        apart = {"task_dir", "device", "tasks"} | (set() if self.tasks else {"task_limit"})
+        apart = {"task_dir", "device", "tasks", "trust_remote_code", "allow_pickle"}
+        apart |= set() if self.tasks else {"task_limit"}
         return {name: values[name] for name in values if name not in apart}
 
 
@@ -272,7 +275,7 @@ def run_cell(settings: Settings, cell: Cell, tasks: Sequence[str], peer_python: 
         pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
     device = settings.device or default_device()
-    checkpoint = load(settings.model, device)
+    checkpoint = load(settings.model, device, settings.trust_remote_code, settings.allow_pickle)
     found = {} if cell.recipe == DENSE else _pruned(checkpoint, settings, cell, peer_python, device)
     started = time.perf_counter()
     found["perplexity"] = {

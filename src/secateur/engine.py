@@ -28,6 +28,7 @@ from secateur.refit import BlockRefit, refit_block, refit_targets
 from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Store
 from secateur.solvers import Solved, Solver
+from secateur.solvers.contract import check_solved
 from secateur.solvers.swap import Swaps, check_columns
 from secateur.stacks import Stack, Structure, find_stacks
 from secateur.survey import survey
@@ -254,8 +255,11 @@ def _prune_matrix(
         aimed = aim(W, moments, plan.target, gain)
         while (solved := _solve(aimed, gram, pattern, row_scale, plan, workspace.limit)) is None:
             workspace.halve(f"solving {matrix.name}", W.device)
+        check_solved(solved, W, pattern)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{matrix.name}: {error}") from error
     saved = solved.weight.to(plan.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise ValueError(f"{matrix.name}: the pruned weights are not finite in {saved.dtype}; use a larger --damping")

@@ -22,6 +22,7 @@ from secateur.capture import Progress
 from secateur.model import body_of, run_without_cache
 
 DEFAULT_WINDOW = 1024
+LARGEST_LOSS = 700.0  # nats; exp of a little more is no float
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
 
@@ -55,6 +56,8 @@ def perplexity(
         targets += losses.numel()
         progress("evaluate", int(part[-1]) + 1, len(windows))
     loss = total / targets
+    if loss > LARGEST_LOSS:
+        raise ValueError(f"the loss on {name} is {loss:.0f} nats a token: the model is damaged")
     return {
         "perplexity": math.exp(loss),
         "loss": loss,
@@ -161,7 +164,10 @@ def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
     """
     body = body_of(model)
     if not chunked or body is model or "logits_to_keep" not in signature(model.forward).parameters:
-        logits = run_without_cache(model, model, input_ids=ids).logits
+        output = run_without_cache(model, model, input_ids=ids)
+        if not hasattr(output, "logits"):
+            raise ValueError(f"{type(model).__name__} gives no logits: perplexity is of causal language models")
+        logits = output.logits
         yield lambda positions: logits[:, positions]
         return
     output = run_without_cache(model, body, input_ids=ids)

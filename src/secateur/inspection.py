@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.checkpoint import check_folder, read_json
+from secateur.checkpoint import check_folder, load, read_json
 from secateur.export import METADATA
 from secateur.pattern import NM, Pattern, parse_pattern
 
@@ -45,7 +47,7 @@ class Inspection:
 def inspect_folder(folder: Path) -> Inspection:
     """Count the zeros of every matrix, and check those that `secateur.json` names against their recorded pattern.
 
-    Cost: one read of the weights.
+    Cost: one read of the weights; where experts were fused, a copy of theirs in temporary files.
 
     Raises:
         ValueError: no checkpoint there, damaged files, or a `secateur.json` that isn't one.
@@ -54,15 +56,29 @@ def inspect_folder(folder: Path) -> Inspection:
     recorded, dense = _read_metadata(folder)
     inspection = Inspection(str(folder), dense=dense)
     otherwise = OUTSIDE if (folder / METADATA).exists() else NOT_OURS
+    in_files = {name.removesuffix(".weight") for name in shards}
+    as_stored = all(name.partition("[")[0] in in_files for name in recorded)
+    for key, tensor in _stored(shards) if as_stored else _loaded(folder):
+        _inspect_tensor(inspection, key, tensor, recorded, otherwise)
+    inspection.problems += [f"{name} is recorded as pruned, but the checkpoint has no such matrix" for name in recorded]
+    inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
+    return inspection
+
+
+def _stored(shards: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every matrix, or stack of some, in the files."""
     for path in sorted(set(shards.values())):
         with safe_open(path, framework="pt") as shard:
             for key in sorted(name for name, where in shards.items() if where == path):
                 if len(shard.get_slice(key).get_shape()) in (2, 3):
-                    _inspect_tensor(inspection, key, shard.get_tensor(key), recorded, otherwise)
-    if recorded:
-        _inspect_renamed(inspection, folder, recorded)
-    inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
-    return inspection
+                    yield key, shard.get_tensor(key)
+
+
+def _loaded(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The same under the model's names, where the files have others (experts are saved one by one)."""
+    with TemporaryDirectory() as scratch:
+        model = load(str(folder), converted=Path(scratch)).model
+        yield from ((name, each.data) for name, each in model.named_parameters() if each.ndim in (2, 3))
 
 
 def _inspect_tensor(
@@ -84,23 +100,6 @@ def _inspect_tensor(
         if promise is None:
             inspection.dense.setdefault(name, otherwise)
         _inspect_matrix(inspection, name, part, promise)
-
-
-def _inspect_renamed(inspection: Inspection, folder: Path, recorded: dict[str, dict[str, Any]]) -> None:
-    """Check matrices that the files hold under other names (experts are saved one by one): transformers maps them."""
-    from transformers import AutoModelForCausalLM
-
-    parameters = dict(
-        AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).named_parameters()
-    )
-    for name, promise in list(recorded.items()):
-        path, _, index = name.partition("[")
-        parameter = parameters.get(f"{path}.weight", parameters.get(path))
-        if parameter is None:
-            inspection.problems.append(f"{name} is recorded as pruned, but the checkpoint has no such matrix")
-        else:
-            stored = parameter.data[int(index.rstrip("]"))] if index else parameter.data
-            _inspect_matrix(inspection, name, stored, recorded.pop(name, promise))
 
 
 def _inspect_matrix(inspection: Inspection, name: str, stored: Tensor, promise: dict[str, Any] | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from secateur.observe import Matrix
 
@@ -155,7 +156,15 @@ class Choice:
 
 def check_runnable(model: nn.Module) -> None:
     """Raise UnsupportedModelError for models whose forward can't be watched, naming the remedy."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedModelError("weights can't be changed inside torch.inference_mode(): call secateur outside it")
     for name, module in model.named_modules():
+        if made := _made_weight(module):
+            raise UnsupportedModelError(
+                f"{name}.{made} is computed from other parameters before each call, so that to prune those would do "
+                f"nothing: make it plain by torch.nn.utils.prune.remove, remove_weight_norm or "
+                f"parametrize.remove_parametrizations"
+            )
         if hasattr(module, "_hf_hook"):
             raise UnsupportedModelError(
                 f"{name or 'the model'} carries an accelerate offload hook, which moves weights while they are "
@@ -175,6 +184,29 @@ def check_runnable(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the model is quantised{found}: load it dequantised (secateur prunes floating-point weights)"
         )
+
+
+def _made_weight(module: nn.Module) -> str | None:
+    """The name of a matrix that the module computes from parameters of its own (pruned by torch, normalised)."""
+    if is_parametrized(module):
+        return next(iter(module.parametrizations))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    own = module._parameters
+    made = (name.rpartition("_")[0] for name in own if name.endswith(("_orig", "_g")))
+    return next((name for name in made if name and name not in own and hasattr(module, name)), None)
+
+
+def config_of(model: Any) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UnsupportedModelError: it has none.
+    """
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no `config`, as models of transformers have: pass the model itself, without "
+            f"what wraps it (`model.module` of a DataParallel)"
+        )
+    return model.config
 
 
 def _is_weight_dtype(dtype: torch.dtype) -> bool:

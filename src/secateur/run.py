@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from secateur import engine, export, parallel
 from secateur.calibration import BATCH_TOKENS, Calibration, calibrate
-from secateur.capture import Batch, Progress
+from secateur.capture import Progress
 from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
-from secateur.model import parameters_of
+from secateur.model import config_of, parameters_of
 from secateur.recipe import describe
 from secateur.report import Report
 from secateur.residence import Mapped
@@ -27,7 +27,7 @@ from secateur.store import Journal, digest_of, open_journal
 class Texts:
     """What to calibrate on, as `calibrate` takes it."""
 
-    source: str | Path | Sequence[Tensor] | Sequence[Batch] | None
+    source: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
     samples: int
     seq_len: int | None
     seed: int
@@ -84,7 +84,7 @@ def prune_in_place(
         plan = replace(plan, storage_dtype=model.matrix_storage)
     else:
         module, name = model, type(model).__name__
-    config: Any = module.config
+    config = config_of(module)
     data = texts.calibration(tokenizer, config, plan)
     given = (data.origin["sha256"], parameters_of(module), plan.seed, json.dumps(describe(plan), sort_keys=True))
     if len({*parallel.gather(given)}) > 1:

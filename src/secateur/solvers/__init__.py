@@ -13,31 +13,45 @@ from secateur.solvers.mrp import MRP
 from secateur.solvers.sparsegpt import SparseGPT
 from secateur.solvers.wanda import Wanda
 
-__all__ = ["SOLVERS", "Solved", "Solver", "make_solver", "solver_table"]
+__all__ = ["SOLVERS", "Solved", "Solver", "make_solver"]
 
 SOLVERS: dict[str, type] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "mrp": MRP, "admm": ADMM}
-
-
-def solver_table() -> dict[str, type]:
-    """Every method by name: the built-in ones and those of installed plug-ins, which cannot replace a built-in."""
-    plugins = {point.name: point.load() for point in entry_points(group="secateur.solvers")}
-    return plugins | SOLVERS
 
 
 def make_solver(method: str, options: dict[str, Any] | None = None) -> Solver:
     """The solver named `method` with these options.
 
     Raises:
-        ValueError: unknown method, an option the method doesn't have, or a value it doesn't take.
+        ValueError: unknown method, a plug-in that can't be loaded, an option the method doesn't have, or a value it
+            doesn't take.
     """
-    table = solver_table()
-    if method not in table:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(sorted(table))}")
+    solver = SOLVERS[method] if method in SOLVERS else _plugin(method)
     options = options or {}
-    known = [field.name for field in dataclasses.fields(table[method])]
-    if unknown := sorted(set(options) - set(known)):
-        has = f"its options are {', '.join(known)}" if known else "it has no options"
-        others = [name for name in table if unknown[0] in {field.name for field in dataclasses.fields(table[name])}]
+    fields = {field.name: field for field in dataclasses.fields(solver)}
+    if unknown := sorted(set(options) - set(fields)):
+        has = f"its options are {', '.join(fields)}" if fields else "it has no options"
+        others = [name for name, each in SOLVERS.items() if unknown[0] in {f.name for f in dataclasses.fields(each)}]
         hint = f" ({unknown[0]} belongs to {', '.join(others)}: name the method)" if others else ""
         raise ValueError(f"method {method} has no option {', '.join(map(repr, unknown))}: {has}{hint}")
-    return table[method](**options)
+    for name, value in options.items():
+        if isinstance(fields[name].default, int | float) and isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}; it must be a number (default {fields[name].default:g})")
+    return solver(**options)
+
+
+def _plugin(method: str) -> type:
+    """The solver of an installed plug-in; no other is loaded, so that one that is broken stops nobody else.
+
+    Raises:
+        ValueError: there is none of that name, or it is no solver.
+    """
+    points = {point.name: point for point in entry_points(group="secateur.solvers")}
+    if method not in points:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(sorted({*points, *SOLVERS}))}")
+    try:
+        solver = points[method].load()
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"the plug-in of method {method} can't be loaded: {error}") from error
+    if not (isinstance(solver, type) and dataclasses.is_dataclass(solver)):
+        raise ValueError(f"the plug-in of method {method} is no dataclass, as secateur.solvers.Solver says it must be")
+    return solver

@@ -49,6 +49,21 @@ def with_dead_part(solved: Solved, W: Float[Tensor, "R C"], gram: Gram) -> Solve
     return replace(solved, weight=torch.where(solved.keep & (gram.xx.diagonal() == 0), W, solved.weight))
 
 
+def check_solved(solved: Solved, W: Float[Tensor, "R C"], pattern: Pattern) -> None:
+    """Raise ValueError unless a method kept to the contract: an exact mask of the pattern, zeros where it prunes."""
+    pruned = ~solved.keep
+    wanted = pattern.num_pruned(*W.shape)
+    if solved.keep.shape != W.shape or solved.weight.shape != W.shape:
+        raise ValueError(
+            f"the method gave weights {tuple(solved.weight.shape)} and a mask {tuple(solved.keep.shape)} for a matrix "
+            f"{tuple(W.shape)}"
+        )
+    if int(pruned.sum()) != wanted or not pattern.is_met_by(pruned):
+        raise ValueError(f"the method's mask breaks {pattern}: it prunes {int(pruned.sum())} weights, not {wanted}")
+    if bool(solved.weight[pruned].any()):
+        raise ValueError("the method gave weights other than zero where its mask prunes")
+
+
 def check_refit(damping: float, tolerance: float, iterations: int) -> None:
     """Raise ValueError unless these can steer the full-row refit."""
     check_damping(damping)
