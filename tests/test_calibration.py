@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import character_tokenizer
+from models import character_tokenizer, tiny_model
 
+import secateur
 from secateur.calibration import calibrate, encode, opening, read_documents, shipped_text
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(200))
@@ -193,3 +194,12 @@ def test_missing_text_and_empty_folder(tmp_path):
 def test_bad_token_tensors_are_refused(tensor):
     with pytest.raises(ValueError, match="calibration token"):
         calibrate([tensor], None, config())
+
+
+@pytest.mark.parametrize("text", ["The first line.\nThe second.", "word " * 2000])
+def test_a_text_in_place_of_its_name_is_told(text):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="a text itself was given"):
+        secateur.prune(model, pattern="50%", calibration=text, tokenizer=character_tokenizer())
+    with pytest.raises(ValueError, match="a text itself was given"):
+        secateur.evaluate(model, text, tokenizer=character_tokenizer())

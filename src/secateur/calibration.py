@@ -177,6 +177,14 @@ def window_length(seq_len: int | None, default: int, config: Any) -> int:
     return seq_len
 
 
+def check_is_name(source: Any) -> None:
+    """Raise ValueError for a text itself in place of its file's name."""
+    if isinstance(source, str) and ("\n" in source or len(source) > LONGEST_NAME):
+        raise ValueError(
+            f"a text itself was given ({source[:20]!r} ...): write it to a file, and give that file's name"
+        )
+
+
 def _name(source: str | Path | None) -> str:
     return "the shipped text" if source is None else str(source)
 
@@ -192,6 +200,7 @@ def _is_dataset(source: str | Path | None) -> bool:
     )
 
 
+LONGEST_NAME = 4096  # a path of Linux
 _SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from secateur.calibration import BATCH_TOKENS, cut_windows, encode, read_documents, window_length
+from secateur.calibration import BATCH_TOKENS, check_is_name, cut_windows, encode, read_documents, window_length
 from secateur.capture import Progress
 from secateur.model import body_of, run_without_cache
 
@@ -118,6 +118,7 @@ def evaluation_windows(
     Raises:
         ValueError: empty text, a text shorter than one window, or a window longer than the model's positions.
     """
+    check_is_name(text)
     length = window_length(seq_len, DEFAULT_WINDOW, model.config)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max-tokens is {max_tokens}; it must be at least 1")

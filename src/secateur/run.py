@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import engine, export, parallel
-from secateur.calibration import BATCH_TOKENS, Calibration, calibrate
+from secateur.calibration import BATCH_TOKENS, Calibration, calibrate, check_is_name
 from secateur.capture import Progress
 from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
 from secateur.model import config_of, parameters_of
@@ -31,6 +31,9 @@ class Texts:
     samples: int
     seq_len: int | None
     seed: int
+
+    def __post_init__(self) -> None:
+        check_is_name(self.source)
 
     def calibration(self, tokenizer: Any, config: Any, plan: engine.Plan) -> Calibration:
         """Batches of the size that the plan works best with."""
