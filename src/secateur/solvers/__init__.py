@@ -53,5 +53,5 @@ def _plugin(method: str) -> type:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"the plug-in of method {method} can't be loaded: {error}") from error
     if not (isinstance(solver, type) and dataclasses.is_dataclass(solver)):
-        raise ValueError(f"the plug-in of method {method} is no dataclass, as secateur.solvers.Solver says it must be")
+        raise ValueError(f"the plug-in of method {method} is no dataclass, as every method is")
     return solver
