@@ -52,7 +52,7 @@ class BlockRefit:
     """
 
     passes: int = 4
-    rate: float = 0.025
+    rate: float = 0.00625
     held_out: float = 0.0625
     step_tokens: int = 512
     strength: float = 1.0
@@ -61,7 +61,7 @@ class BlockRefit:
         if self.passes < 0:
             raise ValueError(f"refit passes are {self.passes}; 0 or more are needed")
         if not 0 < self.rate < 1:
-            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.025)")
+            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.00625)")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.0625)")
         if self.step_tokens < 1:
