@@ -301,6 +301,10 @@ class Cheat:
     how: str = ""
 
     def __call__(self, W, gram, pattern):
+        if self.how == "damping":
+            gram.xx.diagonal().add_(1.0)
+        if self.how == "in place":
+            W.mul_(2.0)
         keep = torch.ones_like(W, dtype=torch.bool) if self.how == "nothing" else keep_highest(W, pattern)
         if self.how == "elsewhere":
             keep = keep[:, torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(0))]
@@ -318,6 +322,8 @@ def keep_highest(W, pattern):
         ("nothing", "breaks 2:4: it prunes 0 weights, not"),
         ("elsewhere", "breaks 2:4"),
         ("weights", "other than zero where its mask prunes"),
+        ("damping", "wrote into its weights or its Gram matrix"),
+        ("in place", "wrote into its weights or its Gram matrix"),
         ("", None),
     ],
 )

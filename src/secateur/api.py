@@ -24,7 +24,7 @@ from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
 from secateur.run import Source, Texts, prune_in_place, prune_to_folder
 from secateur.solvers import Solved
-from secateur.solvers.contract import check_solved
+from secateur.solvers.contract import held_to_contract
 from secateur.solvers.swap import check_columns
 from secateur.tasks import check_tasks, run_tasks
 
@@ -251,8 +251,7 @@ def solve(
     dtype = torch.float64 if torch.float64 in (W.dtype, H.dtype) else torch.float32
     weights, gram = W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0)
     with torch.no_grad(), full_precision():
-        solved = plan.solver(weights, gram, plan.pattern)
-        check_solved(solved, weights, plan.pattern)
+        solved = held_to_contract(plan.solver, weights, gram, plan.pattern)
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
 
 

@@ -28,7 +28,7 @@ from secateur.refit import BlockRefit, refit_block, refit_targets
 from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Store
 from secateur.solvers import Solved, Solver
-from secateur.solvers.contract import check_solved
+from secateur.solvers.contract import held_to_contract
 from secateur.solvers.swap import Swaps, check_columns
 from secateur.stacks import Stack, Structure, find_stacks
 from secateur.survey import survey
@@ -255,7 +255,6 @@ def _prune_matrix(
         aimed = aim(W, moments, plan.target, gain)
         while (solved := _solve(aimed, gram, pattern, row_scale, plan, workspace.limit)) is None:
             workspace.halve(f"solving {matrix.name}", W.device)
-        check_solved(solved, W, pattern)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
     except ValueError as error:
@@ -296,7 +295,7 @@ def _solve(
     scale = 1.0 if row_scale is None else row_scale.to(W.device)[:, None]
     try:
         with limited(chunk):
-            solved = plan.solver(W * scale, gram, pattern)
+            solved = held_to_contract(plan.solver, W * scale, gram, pattern)
             if plan.swaps is not None:
                 solved = plan.swaps(W * scale, solved, gram, pattern)
     except torch.OutOfMemoryError:

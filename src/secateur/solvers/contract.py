@@ -49,8 +49,17 @@ def with_dead_part(solved: Solved, W: Float[Tensor, "R C"], gram: Gram) -> Solve
     return replace(solved, weight=torch.where(solved.keep & (gram.xx.diagonal() == 0), W, solved.weight))
 
 
-def check_solved(solved: Solved, W: Float[Tensor, "R C"], pattern: Pattern) -> None:
-    """Raise ValueError unless a method kept to the contract: an exact mask of the pattern, zeros where it prunes."""
+def held_to_contract(solver: Solver, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
+    """The solver's answer.
+
+    Raises:
+        ValueError: it changed its arguments, which other matrices share, or gave no exact mask of the pattern, or
+            weights where that prunes.
+    """
+    versions = W._version, gram.xx._version  # autograd's counters of what is written in place
+    solved = solver(W, gram, pattern)
+    if (W._version, gram.xx._version) != versions:
+        raise ValueError("the method wrote into its weights or its Gram matrix, which are not its own: it must copy")
     pruned = ~solved.keep
     wanted = pattern.num_pruned(*W.shape)
     if solved.keep.shape != W.shape or solved.weight.shape != W.shape:
@@ -62,6 +71,7 @@ def check_solved(solved: Solved, W: Float[Tensor, "R C"], pattern: Pattern) -> N
         raise ValueError(f"the method's mask breaks {pattern}: it prunes {int(pruned.sum())} weights, not {wanted}")
     if bool(solved.weight[pruned].any()):
         raise ValueError("the method gave weights other than zero where its mask prunes")
+    return solved
 
 
 def check_refit(damping: float, tolerance: float, iterations: int) -> None:
