@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -133,6 +134,17 @@ def test_a_rate_that_ruins_every_pass_is_lowered(monkeypatch):
     assert [(block.best_pass, block.rate) for block in report.blocks] == [(0, 0.9), (0, 0.9)]
     for name, tensor in plain.state_dict().items():
         assert torch.equal(ruined.state_dict()[name], tensor)
+
+
+def test_an_attempt_ends_with_a_hopeless_first_pass(monkeypatch):
+    """However many passes are left: one at each ruinous rate, so that more of them cost nothing."""
+    measured = []
+    mean = refit._Objective.mean
+    monkeypatch.setattr(refit._Objective, "mean", lambda self, held_out: measured.append(1) or mean(self, held_out))
+    _, report = pruned(refit_rate=0.9, refit_passes=9)
+    tried = [1 + round(math.log(0.9 / block.rate, 4)) for block in report.blocks]  # rates of each block
+    assert min(tried) > 1
+    assert len(measured) == sum(1 + (count - 1) + 9 for count in tried)
 
 
 def test_same_seed_gives_the_same_bits_and_gradients_are_left_as_found():

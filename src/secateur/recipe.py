@@ -26,6 +26,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "tolerance": 0.02,
         "refit": "block",
         "refit_passes": 1,
+        "refit_rate": 0.00625,
         "allocation": "curve",
         "allocation_windows": 4,
     },

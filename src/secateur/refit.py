@@ -31,6 +31,7 @@ from secateur.model import Block
 
 BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25  # where no pass is better on held-out batches than the weights as solved
+HOPELESS = 1.05  # a first pass that ends above this times their error: no later one is better, as measured
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 
@@ -41,8 +42,8 @@ class BlockRefit:
     Args:
         passes: passes over the calibration batches; 0 leaves the weights as the solver gave them.
         rate: Adam's step at its peak, relative to the root mean square of a matrix's kept weights; it rises over the
-            first tenth of the steps and falls to zero as a cosine. Where no pass helps, a quarter of it is tried, and a
-            sixteenth.
+            first tenth of the steps and falls to zero as a cosine. Where no pass helps, or the first one ends far
+            off, a quarter of it is tried, and a sixteenth.
         held_out: share of the batches that is never trained on. After each pass they decide which weights are kept,
             the solver's own among them, so a block never ends worse on them than it began.
         step_tokens: tokens of the texts behind each step, in whole windows, at least one; the caller's own batches are
@@ -52,7 +53,7 @@ class BlockRefit:
     """
 
     passes: int = 4
-    rate: float = 0.00625
+    rate: float = 0.025
     held_out: float = 0.0625
     step_tokens: int = 512
     strength: float = 1.0
@@ -61,7 +62,7 @@ class BlockRefit:
         if self.passes < 0:
             raise ValueError(f"refit passes are {self.passes}; 0 or more are needed")
         if not 0 < self.rate < 1:
-            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.00625)")
+            raise ValueError(f"the refit rate is {self.rate:g}; it must lie between 0 and 1 (default 0.025)")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the held-out share is {self.held_out:g}; it must lie between 0 and 1 (default 0.0625)")
         if self.step_tokens < 1:
@@ -164,7 +165,8 @@ def _descend(
     generator: torch.Generator,
     best: _Best,
 ) -> _Best:
-    """Adam over the trained batches from the weights as they are; the best of what was known and of all passes."""
+    """Adam over the trained batches from the weights as solved, to no further than a hopeless first pass; the best
+    weights of all passes, or what was known."""
     groups = [{"params": [master]} for master in weights.masters]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=ADAM_EPS, fused=True)
     steps, step = passes * len(trained), 0
@@ -182,6 +184,8 @@ def _descend(
         loss = objective.mean(held_out)
         if loss < best.loss:
             best = _Best(weights.snapshot(), loss, number)
+        elif number == 1 and loss > HOPELESS * best.loss:
+            break
     return best
 
 
