@@ -129,7 +129,7 @@ def _shrunk(full: Any, row: dict[str, Any], depth: int) -> Any:
     if "qk_rope_head_dim" in small and names.get("head_dim") == names["qk_rope_head_dim"]:
         small["head_dim"] = small["qk_rope_head_dim"]
     parts = {name for name in getattr(type(full), "sub_configs", {}) if getattr(full, name, None) is not None}
-    small |= {name: _shrunk(getattr(full, name), row.get(name, {}), depth).to_dict() for name in parts}
+    small |= {name: _shrunk(getattr(full, name), row.get(name, {}), depth).to_diff_dict() for name in parts}
     return type(full)(**(small | {name: value for name, value in row.items() if name not in parts}))
 
 
