@@ -189,10 +189,17 @@ def test_missing_text_and_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.ones(2, 4), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[-1, 2]]), torch.tensor(3)]
+    "tensor",
+    [
+        torch.ones(2, 4),
+        torch.ones(2, 4, dtype=torch.uint8),
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.tensor([[-1, 2]]),
+        torch.tensor(3),
+    ],
 )
 def test_bad_token_tensors_are_refused(tensor):
-    with pytest.raises(ValueError, match="calibration token"):
+    with pytest.raises(ValueError, match=r"tokens must be|token ids go from -1 to 2"):
         calibrate([tensor], None, config())
 
 

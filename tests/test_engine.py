@@ -502,7 +502,9 @@ def test_bad_models_are_refused_and_left_as_they_were():
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=long), "65, but the model has 64 positions")
     foreign = [torch.full((1, 8), 128)]
     unchanged(
-        tiny_model("llama"), lambda model: pruned(model, calibration=foreign), "reach 128, but the model's vocabulary"
+        tiny_model("llama"),
+        lambda model: pruned(model, calibration=foreign),
+        "from 128 to 128, but the model's vocabulary",
     )
 
 

@@ -308,7 +308,10 @@ class Cheat:
         keep = torch.ones_like(W, dtype=torch.bool) if self.how == "nothing" else keep_highest(W, pattern)
         if self.how == "elsewhere":
             keep = keep[:, torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(0))]
-        return Solved(W if self.how in ("nothing", "weights") else W * keep, keep)
+        weight = W if self.how in ("nothing", "weights") else W * keep
+        if self.how == "nan":
+            weight[keep] = float("nan")
+        return Solved(weight, keep, {"figure": torch.ones(2)} if self.how == "figures" else {})
 
 
 def keep_highest(W, pattern):
@@ -322,6 +325,8 @@ def keep_highest(W, pattern):
         ("nothing", "breaks 2:4: it prunes 0 weights, not"),
         ("elsewhere", "breaks 2:4"),
         ("weights", "other than zero where its mask prunes"),
+        ("nan", "NaN or infinite weights"),
+        ("figures", "figures are no plain numbers"),
         ("damping", "wrote into its weights or its Gram matrix"),
         ("in place", "wrote into its weights or its Gram matrix"),
         ("", None),

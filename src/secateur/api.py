@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from secateur.evaluation import divergence, perplexity
 from secateur.gram import Gram
 from secateur.inspection import Inspection, inspect_folder
 from secateur.memory import parse_memory
-from secateur.model import config_of, full_precision
+from secateur.model import config_of, evaluation_mode, full_precision
 from secateur.pattern import Pattern, parse_pattern
 from secateur.recipe import SETTINGS, make_plan
 from secateur.report import Report
@@ -121,6 +122,8 @@ def prune(
             )
         with parallel.joined(device):
             return prune_in_place(model, tokenizer, plan, texts, progress)
+    if not isinstance(model, str | Path):
+        raise ValueError(f"the model is a {type(model).__name__}: pass the model itself, or a name and a folder")
     if out is None:
         raise ValueError("out is missing: name the folder to save the pruned model to")
     export.check_shard_size(max_shard_size)
@@ -171,17 +174,15 @@ def evaluate(
     if isinstance(against, str | Path):
         dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
     config_of(module)
-    training = [each for each in (module, dense) if each is not None and each.training]
-    try:
-        figures = perplexity(module.eval(), tokenizer, text, seq_len, max_tokens, progress)
+    if type(module).__module__.startswith("transformers.") and not module.can_generate():
+        raise ValueError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
+    with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
+        figures = perplexity(module, tokenizer, text, seq_len, max_tokens, progress)
         if dense is not None:
-            figures["against"] = divergence(module, dense.eval(), tokenizer, text, seq_len, max_tokens, progress)
+            figures["against"] = divergence(module, dense, tokenizer, text, seq_len, max_tokens, progress)
         if tasks:
             figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
         return figures
-    finally:
-        for each in training:
-            each.train()
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -211,8 +212,8 @@ def coverage_of(
     if not isinstance(model, nn.Module):
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
-    batches = calibrate(calibration, tokenizer, module.config, samples=4, seq_len=64).batches
-    return measure_coverage(module, batches, include, exclude)
+    batches = calibrate(calibration, tokenizer, config_of(module), samples=4, seq_len=64).batches
+    return measure_coverage(module, batches, _several(include), _several(exclude))
 
 
 def solve(
@@ -239,7 +240,7 @@ def solve(
     if alien := sorted(set(options) & (SETTINGS - {"max_swaps"})):
         raise ValueError(f"{', '.join(alien)} can't be used on one matrix alone: it belongs to a run over a model")
     plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
-    if W.ndim != 2 or W.shape[1] == 0 or H.shape != (W.shape[1], W.shape[1]):
+    if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
     for name, tensor in (("W", W), ("H", H)):
         if not bool(torch.isfinite(tensor).all()):
@@ -255,9 +256,9 @@ def solve(
         return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
 
 
-def _several(names: str | Sequence[str]) -> list[str]:
-    """A list of names; one alone may be given as it is."""
-    return [names] if isinstance(names, str) else list(names)
+def _several(names: str | Sequence[str] | None) -> list[str]:
+    """A list of names; one alone, or none, may be given as it is."""
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _check_gram(H: Tensor) -> None:

@@ -70,11 +70,13 @@ def calibrate(
         return _from_tensors(source, config)
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 calibration window is needed")
+    check_is_name(source)
     if tokenizer is None:
         raise ValueError("text was given for calibration but no tokenizer: pass tokenizer=, or token tensors")
     length = window_length(seq_len, DEFAULT_SEQ_LEN, config)
     limit = samples * length if _is_dataset(source) else None
     windows = cut_windows(encode(read_documents(source, seed), tokenizer, limit), length, tokenizer, what=_name(source))
+    check_ids(windows, config)
     drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
     notices = []
     if len(drawn) < samples:
@@ -179,7 +181,7 @@ def window_length(seq_len: int | None, default: int, config: Any) -> int:
 
 def check_is_name(source: Any) -> None:
     """Raise ValueError for a text itself in place of its file's name."""
-    if isinstance(source, str) and ("\n" in source or len(source) > LONGEST_NAME):
+    if isinstance(source, str) and ("\n" in source or max(map(len, source.split("/"))) > LONGEST_NAME):
         raise ValueError(
             f"a text itself was given ({source[:20]!r} ...): write it to a file, and give that file's name"
         )
@@ -200,7 +202,7 @@ def _is_dataset(source: str | Path | None) -> bool:
     )
 
 
-LONGEST_NAME = 4096  # a path of Linux
+LONGEST_NAME = 255  # of a file, in all common file systems
 _SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
 
 
@@ -249,10 +251,17 @@ def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
         batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
         if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
             raise ValueError("calibration items must be tensors of token ids, or keyword batches of tensors")
+        if "labels" in batch and getattr(config, "is_encoder_decoder", False) and not any(map(_is_decoders, batch)):
+            raise ValueError(
+                "a calibration batch has labels and nothing for the decoder to read: add decoder_input_ids, as "
+                "model.prepare_decoder_input_ids_from_labels(labels) gives them"
+            )
         if "input_ids" in batch:
-            ids = batch["input_ids"]
-            _check_ids(ids, config)
-            batch["input_ids"] = ids if ids.ndim == 2 else ids[None]
+            check_ids(batch["input_ids"], config)
+            if batch["input_ids"].ndim == 1:  # one sequence, as rows of a data set are
+                batch = {name: value[None] if value.ndim == 1 else value for name, value in batch.items()}
+        if alone := [name for name, value in batch.items() if value.ndim == 0]:
+            raise ValueError(f"{alone[0]} in a calibration batch is a single number: each tensor has a batch dimension")
         batches.append(batch)
     if not batches:
         raise ValueError("the list of calibration tensors is empty")
@@ -260,14 +269,22 @@ def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
     return Calibration(batches, origin | {"sha256": _digest(batches)})
 
 
-def _check_ids(ids: Tensor, config: Any) -> None:
-    if ids.is_floating_point() or ids.numel() == 0 or ids.ndim not in (1, 2):
+def _is_decoders(name: str) -> bool:
+    return name.startswith("decoder_")
+
+
+def check_ids(ids: Tensor, config: Any) -> None:
+    """Raise ValueError for what are no tokens of the model: kind, shape, vocabulary or length."""
+    if ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0 or ids.ndim not in (1, 2):
         raise ValueError(
-            f"calibration tokens must be non-empty integer tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}"
+            f"tokens must be non-empty int64 or int32 tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}"
         )
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):
-        raise ValueError(f"calibration token ids reach {int(ids.max())}, but the model's vocabulary has {vocabulary}")
+        raise ValueError(
+            f"token ids go from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {vocabulary}: is "
+            f"the tokenizer its own?"
+        )
     window_length(max(2, ids.shape[-1]), DEFAULT_SEQ_LEN, config)
 
 

@@ -230,6 +230,8 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
 
 
 def _open(out: Path, settings: Settings) -> Comparison:
+    if out.is_file():
+        raise ValueError(f"{out} is a file: give a folder for the results")
     path = out / RESULTS
     identity = json.loads(json.dumps(settings.identity()))
     if not path.is_file():

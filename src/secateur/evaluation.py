@@ -17,7 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from secateur.calibration import BATCH_TOKENS, check_is_name, cut_windows, encode, read_documents, window_length
+from secateur.calibration import (
+    BATCH_TOKENS,
+    check_ids,
+    check_is_name,
+    cut_windows,
+    encode,
+    read_documents,
+    window_length,
+)
 from secateur.capture import Progress
 from secateur.model import body_of, run_without_cache
 
@@ -125,6 +133,7 @@ def evaluation_windows(
     name = "the shipped evaluation text" if text is None else str(text)
     limit = None if max_tokens is None else max(max_tokens, length)
     windows = cut_windows(encode(read_documents(text, held_out=True), tokenizer, limit), length, tokenizer, name)
+    check_ids(windows, model.config)
     if max_tokens is not None:
         windows = windows[: max(1, max_tokens // length)]
     return windows, name

@@ -159,23 +159,31 @@ def check_runnable(model: nn.Module) -> None:
     if torch.is_inference_mode_enabled():
         raise UnsupportedModelError("weights can't be changed inside torch.inference_mode(): call secateur outside it")
     for name, module in model.named_modules():
-        if made := _made_weight(module):
-            raise UnsupportedModelError(
-                f"{name}.{made} is computed from other parameters before each call, so that to prune those would do "
-                f"nothing: make it plain by torch.nn.utils.prune.remove, remove_weight_norm or "
-                f"parametrize.remove_parametrizations"
-            )
         if hasattr(module, "_hf_hook"):
             raise UnsupportedModelError(
                 f"{name or 'the model'} carries an accelerate offload hook, which moves weights while they are "
                 f"watched: load the model without device_map, or call "
                 f"accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if hasattr(module, "_orig_mod") or _is_compiled(module):
             raise UnsupportedModelError(
                 f"{name or 'the model'} is compiled, which hides the use of its weights: pass the model as it was "
                 f"before torch.compile"
             )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "the model was made inside torch.inference_mode(), so that nothing can be fitted to it: load it outside"
+        )
+    if getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            "the model carries adapters, and their sum with the pruned weights would be dense again: merge them first "
+            "(model.merge_and_unload() of peft)"
+        )
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention":
+        raise UnsupportedModelError(
+            "the model's flex_attention is compiled, which hides the use of its weights: load it with "
+            "attn_implementation='sdpa'"
+        )
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
     # 8-bit floating point too: such weights mean nothing without their scales.
     narrow = [name for name, each in model.named_parameters() if each.ndim > 1 and not _is_weight_dtype(each.dtype)]
@@ -184,6 +192,12 @@ def check_runnable(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the model is quantised{found}: load it dequantised (secateur prunes floating-point weights)"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether its call, or its own `forward`, is what torch.compile made."""
+    called = module._compiled_call_impl, vars(module).get("forward")
+    return called[0] is not None or hasattr(called[1], "_torchdynamo_orig_callable")
 
 
 def _made_weight(module: nn.Module) -> str | None:
@@ -201,10 +215,10 @@ def config_of(model: Any) -> Any:
     Raises:
         UnsupportedModelError: it has none.
     """
-    if not hasattr(model, "config"):
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no `config`, as models of transformers have: pass the model itself, without "
-            f"what wraps it (`model.module` of a DataParallel)"
+            f"{type(model).__name__} has no `config` of transformers, as its models have: pass the model itself, "
+            f"without what wraps it (`model.module` of a DataParallel)"
         )
     return model.config
 
@@ -239,7 +253,7 @@ def observable(model: nn.Module) -> Iterator[None]:
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with ExitStack() as stack:
-        stack.enter_context(_inference_mode(model))
+        stack.enter_context(evaluation_mode(model))
         stack.enter_context(_eager_experts(model))
         stack.enter_context(deterministic_algorithms())
         stack.enter_context(full_precision())
@@ -248,7 +262,7 @@ def observable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), restored module by module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -275,14 +289,18 @@ def _eager_experts(model: Any) -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products in fp32: TF32 rounds their inputs to ten bits, too few for Gram matrices and solves."""
+    """fp32 products in fp32, for Gram matrices and solves: not in TF32's ten bits, nor in what autocast says."""
     backends: Any = torch.backends  # its settings are no declared attributes
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
+    cast = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
     try:
         for setting in settings:
             setting.fp32_precision = "ieee"
-        yield
+        with ExitStack() as stack:
+            for kind in cast:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
@@ -309,12 +327,21 @@ def matrices_of(path: str, module: nn.Module) -> list[Matrix]:
     """Every floating-point matrix of a module: 2-D parameters, and the slices of 3-D ones; no convolutions.
 
     A matrix that the module holds in several places comes once, by its first path.
+
+    Raises:
+        UnsupportedModelError: one that is computed before each call.
     """
     matrices = []
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
     for module_name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, *convolutions)):
             continue
+        if made := _made_weight(part):
+            raise UnsupportedModelError(
+                f"{'.'.join(filter(None, (path, module_name)))}.{made} is computed from other parameters before each "
+                f"call, so that to prune those would do nothing: make it plain by torch.nn.utils.prune.remove, "
+                f"remove_weight_norm or parametrize.remove_parametrizations"
+            )
         for parameter_name, parameter in part.named_parameters(recurse=False):
             if not parameter.is_floating_point() or parameter.ndim not in (2, 3) or min(parameter.shape) < 2:
                 continue

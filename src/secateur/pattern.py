@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
@@ -101,8 +102,10 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     """
     if isinstance(text, Unstructured | NM):
         return text
-    if isinstance(text, float | int):
+    if isinstance(text, Real):
         return Unstructured(float(text))
+    if not isinstance(text, str):
+        raise ValueError(f"pattern is {text!r}; give a share such as '50%' or 0.5, or n:m such as '2:4'")
     spelled = text.strip()
     if match := re.fullmatch(r"(\d+):(\d+)", spelled):
         return NM(int(match[1]), int(match[2]))

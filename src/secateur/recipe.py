@@ -13,6 +13,7 @@ from secateur.engine import Plan
 from secateur.pattern import NM, Pattern
 from secateur.refit import BlockRefit
 from secateur.solvers import make_solver
+from secateur.solvers.contract import check_kind
 from secateur.solvers.mrp import check_mask
 from secateur.solvers.swap import Swaps
 from secateur.target import Target
@@ -59,6 +60,7 @@ _STEP_FIELDS: dict[str, dict[str, str]] = {
     },
     "allocation": {"allocation_spread": "spread", "allocation_windows": "windows"},
 }
+_STEPS: dict[str, type] = {"target": Target, "refine": Swaps, "refit": BlockRefit, "allocation": Allocation}
 SETTINGS = {"method", *_STEP_FIELDS, *(name for fields in _STEP_FIELDS.values() for name in fields)}
 
 
@@ -174,6 +176,9 @@ def _check(value: str | None, name: str, choices: tuple[str, ...]) -> None:
 def _take(chosen: dict[str, Any], step: str, choice: str | None) -> dict[str, Any]:
     """The settings of one step, taken out of `chosen`; they need the step to be on."""
     taken = {field: chosen.pop(name) for name, field in _STEP_FIELDS[step].items() if name in chosen}
+    for name, field in _STEP_FIELDS[step].items():
+        if field in taken:
+            check_kind(_STEPS[step], field, taken[field], name)
     if taken and choice in (None, "none", "pruned", "uniform"):
         names = ", ".join(name for name, field in _STEP_FIELDS[step].items() if field in taken)
         raise ValueError(f"{names} is given, but {step} is {choice or 'off'}: choose a {step} too")

@@ -13,6 +13,7 @@ class MatrixReport:
     `input_dim` is the stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`). `relative_error` is
     `tr(D H D^T) / tr(W H W^T)` with D the change of the weights as the solver left them, H undamped; `target_error` is
     the same against the weights that a dense target asked for (None without one). A block refit comes after both.
+    `zeros` are those of the mask: weights that were zero before and stay outside it are not counted.
     `borrowed` is the share of H from tokens that a router sends elsewhere (`experts`).
     """
 
@@ -83,7 +84,7 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros in the pruned matrices."""
+        """Share of the pruned matrices' weights that the masks make zero."""
         return sum(matrix.zeros for matrix in self.matrices) / max(1, self.pruned_parameters)
 
     @property

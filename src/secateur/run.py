@@ -20,7 +20,10 @@ from secateur.model import config_of, parameters_of
 from secateur.recipe import describe
 from secateur.report import Report
 from secateur.residence import Mapped
+from secateur.solvers.contract import check_kind
 from secateur.store import Journal, digest_of, open_journal
+
+LARGEST_SEED = 2**63  # of torch
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Texts:
 
     def __post_init__(self) -> None:
         check_is_name(self.source)
+        for name in ("samples", "seq_len", "seed"):
+            check_kind(Texts, name, getattr(self, name), name)
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and {LARGEST_SEED - 1}")
 
     def calibration(self, tokenizer: Any, config: Any, plan: engine.Plan) -> Calibration:
         """Batches of the size that the plan works best with."""

@@ -63,6 +63,8 @@ def output_sensitivity(
                 inputs = {name: value.to(device_of(model)) for name, value in sequence.items()}
                 logits = _logits(run_without_cache(model, model, **inputs), inputs).float()
                 tokens, done = tokens + len(logits), done + 1
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError("the dense model's predictions are not finite: try another dtype")
                 odds = logits.detach().softmax(-1).cpu()
                 labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
                 nn.functional.cross_entropy(logits, labels, reduction="sum").backward()

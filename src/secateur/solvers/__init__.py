@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from secateur.solvers.admm import ADMM
-from secateur.solvers.contract import Solved, Solver
+from secateur.solvers.contract import Solved, Solver, check_kind
 from secateur.solvers.magnitude import Magnitude
 from secateur.solvers.mrp import MRP
 from secateur.solvers.sparsegpt import SparseGPT
@@ -34,8 +34,10 @@ def make_solver(method: str, options: dict[str, Any] | None = None) -> Solver:
         hint = f" ({unknown[0]} belongs to {', '.join(others)}: name the method)" if others else ""
         raise ValueError(f"method {method} has no option {', '.join(map(repr, unknown))}: {has}{hint}")
     for name, value in options.items():
-        if isinstance(fields[name].default, int | float) and isinstance(value, str):
-            raise ValueError(f"{name} is {value!r}; it must be a number (default {fields[name].default:g})")
+        check_kind(solver, name, value, name)
+    required = [name for name, each in fields.items() if each.default is each.default_factory is dataclasses.MISSING]
+    if lacking := sorted(set(required) - set(options)):
+        raise ValueError(f"method {method} needs its option {', '.join(lacking)}")
     return solver(**options)
 
 

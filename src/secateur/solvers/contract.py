@@ -6,8 +6,10 @@ arguments, sees no `nn.Module`, and works in the dtype it is given: fp32, or fp6
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from numbers import Real
+from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,6 +62,16 @@ def held_to_contract(solver: Solver, W: Float[Tensor, "R C"], gram: Gram, patter
     solved = solver(W, gram, pattern)
     if (W._version, gram.xx._version) != versions:
         raise ValueError("the method wrote into its weights or its Gram matrix, which are not its own: it must copy")
+    if (
+        not isinstance(solved, Solved)
+        or getattr(solved.keep, "dtype", None) != torch.bool
+        or not isinstance(solved.info, dict)
+    ):
+        raise ValueError("the method gave no Solved of weights, a boolean mask and a dictionary of figures")
+    try:
+        json.dumps(solved.info)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the method's figures are no plain numbers: {error}") from error
     pruned = ~solved.keep
     wanted = pattern.num_pruned(*W.shape)
     if solved.keep.shape != W.shape or solved.weight.shape != W.shape:
@@ -71,7 +83,26 @@ def held_to_contract(solver: Solver, W: Float[Tensor, "R C"], gram: Gram, patter
         raise ValueError(f"the method's mask breaks {pattern}: it prunes {int(pruned.sum())} weights, not {wanted}")
     if bool(solved.weight[pruned].any()):
         raise ValueError("the method gave weights other than zero where its mask prunes")
+    if not bool(torch.isfinite(solved.weight).all()):
+        raise ValueError("the method gave NaN or infinite weights; a larger --damping may help")
     return solved
+
+
+def check_kind(step: type, field: str, value: Any, name: str) -> None:
+    """Raise ValueError unless a value is of the kind that a dataclass's field is declared with, where that is a number.
+
+    Args:
+        name: what the user knows the field by.
+    """
+    hint = get_type_hints(step)[field]
+    kinds = set(get_args(hint) or (hint,))
+    if value is None and type(None) in kinds:
+        return
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if int in kinds and float not in kinds and isinstance(value, float):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if kinds & {int, float} and not number and not (str in kinds and isinstance(value, str)):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
 
 
 def check_refit(damping: float, tolerance: float, iterations: int) -> None:

@@ -86,6 +86,7 @@ def search_by_exchange(G: Float[Tensor, "M M"], w: Float[Tensor, "R M"], num_pru
     `T_qw^2 / T_qq`, of giving p back `T_pw^2 / T_pp` (T_pp then is `[G_PP^-1]_pp`), and every exchange in closed form.
     """
     rows, m = w.shape
+    G, w = G / G.diagonal().mean(), w / w.abs().amax().clamp_min(torch.finfo(w.dtype).tiny)  # or squares underflow
     T = torch.zeros(rows, m + 1, m + 1, dtype=w.dtype, device=w.device)
     T[:, :m, :m] = G
     T[:, :m, m] = w
