@@ -148,8 +148,8 @@ def test_evaluation_restores_each_module_and_refuses_other_heads(tmp_path):
     before = [module.training for module in model.modules()]
     secateur.evaluate(model, str(text), tokenizer=character_tokenizer(), seq_len=16)
     assert [module.training for module in model.modules()] == before
-    masked = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1,
-                                                                  num_attention_heads=4, intermediate_size=64))  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, **sizes))
     with pytest.raises(ValueError, match="BertForMaskedLM predicts no next token"):
         secateur.evaluate(masked, str(text), tokenizer=character_tokenizer(), seq_len=16)
 

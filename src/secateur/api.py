@@ -81,7 +81,8 @@ def prune(
         refine: `swap` = exchanges to a 1-swap optimum after the method; or `none`.
         refit: `block` = the kept weights of each block are refit to the dense block's output; or `none`.
         allocation: `uniform`, `owl` or `curve`: how zeros are spread over the matrices.
-        calibration: text file, folder, JSONL, data set name, token tensors or batches; None is the shipped text.
+        calibration: text file, folder, JSONL, data set name, token tensors or batches (an encoder-decoder's
+            with its `decoder_input_ids`); None is the shipped text.
         samples, seq_len, seed: windows drawn from a text (default 128 x 2048), and the seed of the draw.
         tokenizer: needed for text with a model object.
         include, exclude: globs on matrix paths, such as `*.mlp.*`.
