@@ -46,7 +46,10 @@ def memory_table() -> str:
 def large_lines() -> str:
     """The model of 4 GB, as it is and in a process that may hold less."""
     runs, lines = read("memory")["runs"], []
-    for name, where in (("sparsegpt, 4 GB", ""), ("sparsegpt, capped, 4 GB", " in a memory cgroup of {limit:.1f} GB, pages of files included")):
+    for name, where in (
+        ("sparsegpt, 4 GB", ""),
+        ("sparsegpt, capped, 4 GB", " in a memory cgroup of {limit:.1f} GB, pages of files included"),
+    ):
         if run := runs.get(name):
             where = where.format(limit=run.get("limit_bytes", 0) / 1e9)
             size, peak = (run[f"{what}_bytes"] / 1e9 for what in ("model", "peak_anonymous"))

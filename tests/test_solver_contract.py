@@ -257,6 +257,13 @@ def test_bad_matrices_are_named():
         secateur.solve(W, too_small, "50%")
 
 
+def test_tensors_of_inference_mode_are_taken():
+    W, H = problem(8, 16)
+    plain = secateur.solve(W, H, "50%")
+    with torch.inference_mode():
+        assert torch.equal(secateur.solve(W.clone(), H.clone(), "50%").weight, plain.weight)
+
+
 def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):
     class Point:
         name = "ours"

@@ -251,7 +251,8 @@ def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
         batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
         if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
             raise ValueError("calibration items must be tensors of token ids, or keyword batches of tensors")
-        if "labels" in batch and getattr(config, "is_encoder_decoder", False) and not any(map(_is_decoders, batch)):
+        for_decoder = any(name.startswith("decoder_") for name in batch)
+        if "labels" in batch and getattr(config, "is_encoder_decoder", False) and not for_decoder:
             raise ValueError(
                 "a calibration batch has labels and nothing for the decoder to read: add decoder_input_ids, as "
                 "model.prepare_decoder_input_ids_from_labels(labels) gives them"
@@ -267,10 +268,6 @@ def _from_tensors(source: Sequence[Any], config: Any) -> Calibration:
         raise ValueError("the list of calibration tensors is empty")
     origin = {"source": "token tensors", "samples": sum(len(next(iter(batch.values()))) for batch in batches)}
     return Calibration(batches, origin | {"sha256": _digest(batches)})
-
-
-def _is_decoders(name: str) -> bool:
-    return name.startswith("decoder_")
 
 
 def check_ids(ids: Tensor, config: Any) -> None:

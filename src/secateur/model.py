@@ -196,8 +196,8 @@ def check_runnable(model: nn.Module) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Whether its call, or its own `forward`, is what torch.compile made."""
-    called = module._compiled_call_impl, vars(module).get("forward")
-    return called[0] is not None or hasattr(called[1], "_torchdynamo_orig_callable")
+    own_forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(own_forward, "_torchdynamo_orig_callable")
 
 
 def _made_weight(module: nn.Module) -> str | None:

@@ -31,7 +31,7 @@ from secateur.model import Block
 
 BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25  # where no pass is better on held-out batches than the weights as solved
-HOPELESS = 1.05  # a first pass that ends above this times their error: no later one is better, as measured
+HOPELESS = 1.05  # a first pass that ends above this times their error: a lower rate ended better, as measured
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 

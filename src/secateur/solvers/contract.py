@@ -58,9 +58,9 @@ def held_to_contract(solver: Solver, W: Float[Tensor, "R C"], gram: Gram, patter
         ValueError: it changed its arguments, which other matrices share, or gave no exact mask of the pattern, or
             weights where that prunes.
     """
-    versions = W._version, gram.xx._version  # autograd's counters of what is written in place
+    versions = _version(W), _version(gram.xx)
     solved = solver(W, gram, pattern)
-    if (W._version, gram.xx._version) != versions:
+    if (_version(W), _version(gram.xx)) != versions:
         raise ValueError("the method wrote into its weights or its Gram matrix, which are not its own: it must copy")
     if (
         not isinstance(solved, Solved)
@@ -86,6 +86,11 @@ def held_to_contract(solver: Solver, W: Float[Tensor, "R C"], gram: Gram, patter
     if not bool(torch.isfinite(solved.weight).all()):
         raise ValueError("the method gave NaN or infinite weights; a larger --damping may help")
     return solved
+
+
+def _version(tensor: Tensor) -> int:
+    """Autograd's counter of what is written in place, which tensors of `torch.inference_mode()` don't have."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check_kind(step: type, field: str, value: Any, name: str) -> None:
