@@ -140,7 +140,8 @@ def in_words(recipe: dict[str, Any]) -> str:
     if recipe["refine"] != "none":
         parts.append("refined by swaps")
     if recipe["refit"] != "none":
-        parts.append(f"block refit of {recipe['refit']['passes']} passes")
+        passes = recipe["refit"]["passes"]
+        parts.append(f"block refit of {passes} pass{'es' * (passes != 1)}")
     return ", ".join(parts)
 
 
