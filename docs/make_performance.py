@@ -245,7 +245,7 @@ alone in the process of the run.
 ## Solvers against the size of the matrix
 
 Factorisation of the Gram matrix included. *Of the peak* is flops a second over the rate of the fastest product of the run; flops
-are counted up to 4096 columns. Square matrices up to 4096; `--sizes` goes on to 4096 x 11008, which was not run.
+are counted up to 4096 columns. Square matrices up to 4096, and Llama-2-7B's widest one.
 
 {sizes_table()}
 
