@@ -22,7 +22,19 @@ LONG_FUNCTIONS = {
 # Each module may import only modules of its own layer's left: mathematics, model, engine, files, interface.
 LAYERS = (
     ("workspace", "pattern", "linalg", "gram", "solvers"),
-    ("parallel", "memory", "observe", "model", "residence", "stacks", "experts", "capture", "survey", "report"),
+    (
+        "parallel",
+        "memory",
+        "observe",
+        "model",
+        "lockstep",
+        "residence",
+        "stacks",
+        "experts",
+        "capture",
+        "survey",
+        "report",
+    ),
     (
         "sensitivity",
         "allocation",
@@ -35,7 +47,7 @@ LAYERS = (
         "evaluation",
         "tasks",
     ),
-    ("assets", "converted", "checkpoint", "store", "export", "inspection"),
+    ("assets", "converted", "checkpoint", "durable", "manifest", "store", "export", "inspection"),
     ("run", "api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 

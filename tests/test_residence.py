@@ -9,14 +9,17 @@ import pytest
 import torch
 from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM
 from zoo import tiny
 
 import secateur
 from secateur.checkpoint import load
+from secateur.model import observable
 from secateur.residence import InMemory, Mapped
 from secateur.sensitivity import output_sensitivity
 from secateur.stacks import find_stacks
+from secateur.survey import survey
 
 LAYERS = 6
 BATCHES = tokens(8)
@@ -304,3 +307,68 @@ def test_layers_that_share_a_tensor_and_stay_leave_it_as_it_was():
     assert layers[0][0].weight.data_ptr() == before
     assert layers[0][0].weight.dtype == torch.float16
     assert not residence._copies
+
+
+def test_passes_side_by_side_share_a_layers_copy_and_find_what_passes_alone_do(folder):
+    """Where room is for three passes: layers are copied for the first pass, and then for three at a time."""
+    found, copied = [], []
+    for wide in (False, True):
+        model = load(str(folder), converted=folder / "converted").model
+        residence, shapes = Mapped("cpu", torch.float32), []
+        copy = residence._copy
+        residence._copy = lambda data, copy=copy, shapes=shapes: shapes.append(data.shape) or copy(data)
+        batches = [{"input_ids": ids} for ids in tokens(14)]
+        with observable(model):
+            with residence.running(model.model):
+                blocks = find_stacks(model, batches[0]).blocks
+            shapes.clear()
+            with residence.running(model.model) as lockstep:
+                lockstep.room = 6 * BATCHES[0].numel() * 32 * 4 if wide else 0
+                found.append(survey(model, blocks, batches, lambda *_: None, lockstep=lockstep))
+        copied.append(shapes.count(blocks[0].module.mlp.down_proj.weight.shape))
+        assert not residence._copies
+    assert copied == [7 * LAYERS, 3 * LAYERS]
+    alone, together = found
+    assert len(together.hidden) == 7
+    assert all(torch.equal(a, b) for a, b in zip(alone.hidden, together.hidden, strict=True))
+    assert {name: len(calls) for name, calls in together.calls.items()} == {block.name: 7 for block in blocks}
+    for name, calls in alone.calls.items():
+        for one, other in zip(calls, together.calls[name], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(tensors_in(one), tensors_in(other), strict=True))
+    members = [
+        [sorted(matrix.name for matrix, _ in group.members) for groups in each.groups.values() for group in groups]
+        for each in found
+    ]
+    assert members[0] == members[1]
+
+
+def tensors_in(call):
+    """All tensors that a block is called with beside its hidden states."""
+    leaves, _ = tree_flatten((call.args, call.kwargs))
+    found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert found
+    return found
+
+
+def test_a_pass_that_fails_beside_others_leaves_no_copy(folder):
+    model = load(str(folder), converted=folder / "converted").model
+    residence = Mapped("cpu", torch.float32)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    batches = [{"input_ids": ids} for ids in BATCHES[:4]]
+    with observable(model):
+        with residence.running(model.model):
+            blocks = find_stacks(model, batches[0]).blocks
+        passes = []
+
+        def fail(*_):
+            passes.append(None)
+            if len(passes) == 3:
+                raise ArithmeticError
+
+        model.model.layers[2].mlp.register_forward_hook(fail)
+        with residence.running(model.model) as lockstep:
+            lockstep.room = 10**9
+            with pytest.raises(ArithmeticError):
+                survey(model, blocks, batches, lambda *_: None, lockstep=lockstep)
+    assert not residence._copies
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before

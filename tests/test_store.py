@@ -9,19 +9,22 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 from models import character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from zoo import tiny
 
 import secateur
-from secateur import store
+from secateur import durable, engine, manifest, store
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+SHARD = "20KB"  # a layer is 19 KB, and so is what is in none
 SETTINGS = {"pattern": "50%", "effort": "balanced", "samples": 4, "seq_len": 32}
 FLAGS = ("--pattern", "50%", "--effort", "balanced", "--samples", "4", "--seq-len", "32", "--resume")
 
@@ -36,16 +39,24 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sharded(source):
+    """The same model pruned without interruption to a shard for what is in no layer, and one a layer."""
+    prune(source, source / "sharded", resume=False, max_shard_size=SHARD)
+    return source / "sharded"
+
+
 def prune(source, out, **changed):
     """The run of this file, in this process."""
     arguments = {"calibration": source / "text.txt", "resume": True} | SETTINGS | changed
     return secateur.prune(source / "model", out, **arguments)
 
 
-def check_as_if_never_stopped(source, out):
-    reference = source / "reference"
+def check_as_if_never_stopped(source, out, name="reference"):
+    reference = source / name
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in reference.iterdir())
-    assert (out / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    for path in reference.glob("*.safetensors*"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
     ours, theirs = (json.loads((folder / "secateur.json").read_text()) for folder in (out, reference))
     for report in (ours, theirs):
         for part in (*report["matrices"], *report["blocks"], report["summary"]):
@@ -58,7 +69,7 @@ def check_as_if_never_stopped(source, out):
 def stop_at(monkeypatch, step, error):
     """Raise `error` the `step`-th time that the journal waits for the disk; returns the counter."""
     count = [0]
-    flush = store._flush
+    flush = durable.flush
 
     def counted(path):
         count[0] += 1
@@ -66,7 +77,7 @@ def stop_at(monkeypatch, step, error):
             raise error
         flush(path)
 
-    monkeypatch.setattr(store, "_flush", counted)
+    monkeypatch.setattr(durable, "flush", counted)
     return count
 
 
@@ -86,6 +97,74 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monke
         shutil.rmtree(out)
         step += 1
     assert stopped == step - 1 > 3 * 3  # three waits a block, and those of the finished model
+
+
+def test_shards_hold_what_one_file_holds(source, sharded):
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert names == [f"model-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    found = {name: load_file(sharded / name) for name in names}
+    assert index["weight_map"] == {tensor: name for name, tensors in found.items() for tensor in tensors}
+    whole = load_file(source / "reference/model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    assert all(torch.equal(found[index["weight_map"][name]][name], tensor) for name, tensor in whole.items())
+    ours = transformers.AutoModelForCausalLM.from_pretrained(sharded)
+    ours.save_pretrained(source / "by-transformers", max_shard_size="1GB")
+    assert load_file(source / "by-transformers/model.safetensors").keys() == whole.keys()
+
+
+def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sharded, tmp_path, monkeypatch):
+    """Stopped at each wait for the disk after the last block: whole shards stay, and the blocks that they hold go."""
+    out, step, kept, sizes = tmp_path / "out", 3 * 3 + 1, [], []
+    whole = weight_bytes(sharded)
+    while True:
+        with monkeypatch.context() as patched:
+            count = stop_at(patched, step, OSError(errno.ENOSPC, "No space left on device"))
+            with suppress(ValueError):
+                prune(source, out, max_shard_size=SHARD)
+        if count[0] < step:
+            break
+        sizes.append(weight_bytes(out))
+        kept.append(len(manifest.read_manifest(out / manifest.FOLDER).shards or ()))
+        with monkeypatch.context() as patched:
+            if kept[-1]:
+                patched.setattr(engine, "run", None)  # nothing is pruned, nor replayed
+            prune(source, out, max_shard_size="1KB" if kept[-1] else SHARD)  # it was planned by the first process
+        check_as_if_never_stopped(source, out, "sharded")
+        shutil.rmtree(out)
+        step += 1
+    assert kept.pop() == 0  # all was moved, and the journal gone
+    assert kept == sorted(kept)
+    assert set(kept) == {0, 1, 2, 3, 4}
+    assert max(sizes) < whole * (1 + 1 / 3)  # four shards, of which one is there twice
+
+
+def weight_bytes(folder):
+    """What all files below a folder hold, without their headers."""
+    files = [path.read_bytes() for path in folder.rglob("*.safetensors")]
+    return sum(len(file) - 8 - int.from_bytes(file[:8], "little") for file in files)
+
+
+def test_a_block_that_is_gone_and_was_not_saved_is_not_taken_for_a_saved_one(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Journal, "keep_shard", lambda *_: cut())
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, max_shard_size=SHARD)
+    assert manifest.read_manifest(out / manifest.FOLDER).shards == []
+    (out / manifest.FOLDER / "block-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"block-00001.safetensors is damaged"):
+        prune(source, out)
+    (out / manifest.FOLDER / store.OUTCOME).write_text("[")
+    with pytest.raises(ValueError, match=r"outcome\.json is damaged .*--overwrite"):
+        prune(source, out)
+    prune(source, out, resume=False, overwrite=True)
+    check_as_if_never_stopped(source, out)
+
+
+def cut():
+    raise KeyboardInterrupt
 
 
 def test_power_cuts_while_the_finished_model_is_moved(source, tmp_path, monkeypatch):
@@ -129,7 +208,7 @@ def cut_at(real, step, count, out):
     """The function, until `step` calls of it and others were made about the model in `out`; then none does a thing."""
 
     def call(path, *others, **options):
-        about = (out / store.FOLDER / store.FINISHED).exists() or count[0]
+        about = (out / manifest.FOLDER / store.FINISHED).exists() or count[0]
         count[0] += bool(about)
         if count[0] >= step and about:
             raise PowerCutError
@@ -139,8 +218,6 @@ def cut_at(real, step, count, out):
 
 
 def test_finished_blocks_are_not_pruned_again(source, tmp_path, monkeypatch):
-    from secateur import engine
-
     pruned, real = [], engine._prune_block
 
     def watched(block, *others):
@@ -169,7 +246,7 @@ def test_a_full_disk_costs_nothing_that_was_there(source, tmp_path, monkeypatch)
         assert (out / "model.safetensors").read_bytes() == (source / "reference/model.safetensors").read_bytes()
     prune(source, out, seed=7, overwrite=True)
     assert not (out / "mark").exists()
-    assert not (out / store.FOLDER).exists()
+    assert not (out / manifest.FOLDER).exists()
 
 
 def interrupted(source, out, monkeypatch):
@@ -192,10 +269,10 @@ def interrupted(source, out, monkeypatch):
 def test_another_run_refuses_to_go_on_and_says_why(source, tmp_path, monkeypatch, changed, message):
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    before = (out / store.FOLDER / store.MANIFEST).read_bytes()
+    before = (out / manifest.FOLDER / manifest.MANIFEST).read_bytes()
     with pytest.raises(ValueError, match=message):
         prune(source, out, **changed)
-    assert (out / store.FOLDER / store.MANIFEST).read_bytes() == before
+    assert (out / manifest.FOLDER / manifest.MANIFEST).read_bytes() == before
     prune(source, out)
     check_as_if_never_stopped(source, out)
 
@@ -208,8 +285,8 @@ def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, mon
         patched.setattr(torch, "get_num_threads", lambda: more)
         with pytest.raises(ValueError, match=f"environment threads was .*, is {more}"):
             prune(source, out)
-    manifest = out / store.FOLDER / store.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"torch": "', '"torch": "0.'))
+    path = out / manifest.FOLDER / manifest.MANIFEST
+    path.write_text(path.read_text().replace('"torch": "', '"torch": "0.'))
     with pytest.raises(ValueError, match="environment torch was 0"):
         prune(source, out)
     shutil.copytree(source, tmp_path / "changed")
@@ -251,7 +328,7 @@ def test_another_run_in_place_of_one_that_was_cut_off_when_all_was_moved(source,
         stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, overwrite=True)
-    assert "2 finished blocks" in store.unfinished(out).progress
+    assert "2 finished blocks" in manifest.unfinished(out).progress
     prune(source, out)
     check_as_if_never_stopped(source, out)
 
@@ -299,29 +376,29 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
     assert (foreign / "thesis.tex").exists()
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    manifest = out / store.FOLDER / store.MANIFEST
-    whole = manifest.read_text()
-    for damage in ("{", whole.replace('"files": []', '"files": [".."]'), "[]", '{"blocks": 3}'):
-        manifest.write_text(damage)
+    path = out / manifest.FOLDER / manifest.MANIFEST
+    whole = path.read_text()
+    for damage in ("{", whole.replace('"files": {}', '"files": {"..": "model.safetensors"}'), "[]", '{"blocks": 3}'):
+        path.write_text(damage)
         with pytest.raises(ValueError, match=r"manifest\.json .*--overwrite"):
             prune(source, out)
-        assert "a damaged journal" in store.unfinished(out).progress
-    manifest.write_text(whole)
-    block = out / store.FOLDER / "block-00001.safetensors"
+        assert "a damaged journal" in manifest.unfinished(out).progress
+    path.write_text(whole)
+    block = out / manifest.FOLDER / "block-00001.safetensors"
     bits = block.read_bytes()
     for damage in (bits[:-8], bits[:-8] + bytes(8)):
         block.write_bytes(damage)
         with pytest.raises(ValueError, match="block-00001.safetensors is damaged"):
             prune(source, out)
-    manifest.write_text("{")
+    path.write_text("{")
     prune(source, out, resume=False, overwrite=True)  # as the message says
-    assert not (out / store.FOLDER).exists()
+    assert not (out / manifest.FOLDER).exists()
 
 
 def test_two_runs_on_one_folder(source, tmp_path):
     out = tmp_path / "out"
-    (out / store.FOLDER).mkdir(parents=True)
-    with FileLock(out / store.FOLDER / store.LOCK), pytest.raises(ValueError, match="written by another run"):
+    (out / manifest.FOLDER).mkdir(parents=True)
+    with FileLock(out / manifest.FOLDER / store.LOCK), pytest.raises(ValueError, match="written by another run"):
         prune(source, out)
     prune(source, out)
     check_as_if_never_stopped(source, out)
@@ -331,10 +408,10 @@ def test_kill_at_random_moments(source, tmp_path):
     """The real command, killed as by a power cut, again and again until it gets through."""
     out, chance = tmp_path / "out", random.Random(0)
     command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
-    manifest = out / store.FOLDER / store.MANIFEST
+    path = out / manifest.FOLDER / manifest.MANIFEST
     for kept in range(4):
         process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (manifest.exists() and manifest.read_text().count("block-0") >= kept):
+        while process.poll() is None and not (path.exists() and path.read_text().count("block-0") >= kept):
             time.sleep(0.001)
         time.sleep(chance.random() / 20)
         process.kill()
@@ -374,3 +451,10 @@ def test_experts_that_are_fused_while_loading_go_on_to_the_same_bits(tmp_path, m
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "reference").iterdir()
     )
+    prune(tmp_path, tmp_path / "sharded", resume=False, max_shard_size="20KB")  # less than a layer's experts
+    names = [path.name for path in (tmp_path / "sharded").glob("*.safetensors")]
+    found = {name: tensor for file in names for name, tensor in load_file(tmp_path / "sharded" / file).items()}
+    expected = load_file(whole)
+    assert len(names) > 3
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

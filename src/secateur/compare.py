@@ -29,12 +29,12 @@ from filelock import FileLock, Timeout
 from secateur.api import evaluate, prune
 from secateur.calibration import calibrate
 from secateur.checkpoint import Checkpoint, default_device, load, read_json
+from secateur.durable import write_whole
 from secateur.export import environment
 from secateur.pattern import parse_pattern
 from secateur.peer_llmcompressor import peak_of_process
 from secateur.peers import prune_by_llmcompressor
 from secateur.recipe import EFFORTS, make_plan, read_value
-from secateur.store import write_whole
 from secateur.tasks import check_tasks, run_tasks
 
 RESULTS = "compare.json"

@@ -61,7 +61,7 @@ def print_notices(notices: list[str]) -> None:
 @contextmanager
 def telling_of_unfinished(out: Path, speaks: bool = True) -> Iterator[None]:
     """Afterwards says how to go on with what an error or Ctrl-C left in a folder, where that is new."""
-    from secateur.store import unfinished
+    from secateur.manifest import unfinished
 
     before = unfinished(out.expanduser())
     try:

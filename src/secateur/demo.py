@@ -11,8 +11,8 @@ from secateur import export
 from secateur.api import evaluate, prune
 from secateur.capture import Progress
 from secateur.checkpoint import default_device, load, read_json
+from secateur.manifest import FOLDER, MANIFEST
 from secateur.report import Report
-from secateur.store import FOLDER, MANIFEST
 
 MODEL = "smollm2"
 PROMPT = "Photosynthesis is the process by which"

@@ -138,8 +138,8 @@ def _survey(
     model: nn.Module, stack: Stack, batches: Sequence[Batch], plan: Plan, progress: Progress, store: Store
 ) -> Stream:
     """The stream in front of a stack, checked against the plan."""
-    with store.using(stack.blocks[0]) if stack.whole else store.running(body_of(model)):
-        stream = survey(model, stack.blocks, batches, progress, memory=plan.memory)
+    with store.using(stack.blocks[0]) if stack.whole else store.running(body_of(model)) as lockstep:
+        stream = survey(model, stack.blocks, batches, progress, memory=plan.memory, lockstep=lockstep)
     _check_widths(stream, plan)
     if plan.target.kind != "pruned":
         check_all_tokens(stream)

@@ -11,18 +11,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.checkpoint import Checkpoint, read_json
+from secateur.checkpoint import INDEX, Checkpoint, read_json
+from secateur.manifest import FOLDER, unfinished
 from secateur.recipe import in_words
 from secateur.report import Report
-from secateur.store import FOLDER, unfinished
+from secateur.store import Journal
 
 METADATA = "secateur.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
@@ -81,24 +83,110 @@ def check_shard_size(size: str) -> None:
         raise ValueError(f"max-shard-size is {size!r}; write a size such as 5GB or 500MB")
 
 
-def write(checkpoint: Checkpoint, report: Report, folder: Path, title: str, max_shard_size: str = "5GB") -> None:
-    """Write model, tokenizer, every other file of the source, metadata and card to an empty folder.
+def write(
+    checkpoint: Checkpoint, report: Report, journal: Journal, folder: Path, title: str, max_shard_size: str
+) -> dict[str, str]:
+    """Write model, tokenizer, every other file of the source, metadata and card to a folder.
+
+    The journal says which shards are whole there, and hears of each that follows; the first process plans them all.
+    Memory: one shard.
+
+    Returns:
+        for each file its name in the finished model.
 
     Raises:
         OSError, SafetensorError: the disk is full or not writable.
+        ValueError: a damaged journal.
     """
-    checkpoint.model.save_pretrained(
-        folder, state_dict=tensors_to_save(checkpoint, report), max_shard_size=max_shard_size
-    )
+    model, outcome = checkpoint.model, journal.outcome()
+    if outcome is None:
+        shards = _shards(checkpoint, max_shard_size)
+        outcome = {"report": report.to_dict(), "max_shard_size": max_shard_size, "shards": shards}
+        journal.keep_outcome(outcome)
+    journal.restore(model)
+    for number in range(len(journal.manifest.shards or ()), len(outcome["shards"])):
+        names = outcome["shards"][number]
+        made = _write_shard(checkpoint, report, names, folder, number, outcome["max_shard_size"])
+        journal.keep_shard(model, names, made)
+    weights = _weight_files(journal)
+    if len(weights) > 1:
+        _write_index(folder, weights, report.model_parameters)
     _write_config(checkpoint, folder)
     _copy_companions(checkpoint.folder, folder)
     (folder / METADATA).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
     _make_readable(folder)
+    others = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+    return weights | {name: name for name in others}
 
 
-def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]:
-    """The model's tensors, each in its checkpoint's dtype; tied tensors stay one.
+def _shards(checkpoint: Checkpoint, max_shard_size: str) -> list[list[str]]:
+    """Names of the model's tensors, in lists that fill up to a size.
+
+    Tied tensors stay together, so that they are saved once, and so do a layer's, and those that are in none, which
+    transformers may have to put together to what the checkpoint holds.
+    """
+    units: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    unit_of: dict[int | str, str] = {}
+    for name, tensor in checkpoint.model.state_dict().items():
+        layer = re.match(r".*?\.\d+\.", name)
+        content = tensor.untyped_storage().data_ptr() if tensor.numel() else name
+        dtype = checkpoint.storage.get(name) or tensor.dtype
+        sizes[name] = 0 if content in unit_of else tensor.numel() * dtype.itemsize
+        units.setdefault(unit_of.setdefault(content, layer[0] if layer else ""), []).append(name)
+    split = split_state_dict_into_shards_factory(
+        units,
+        get_storage_size=lambda names: sum(sizes[name] for name in names),
+        filename_pattern="{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    return [[name for unit in shard for name in units[unit]] for shard in split.filename_to_tensors.values()]
+
+
+def _write_shard(
+    checkpoint: Checkpoint, report: Report, names: Collection[str], folder: Path, number: int, max_shard_size: str
+) -> list[Path]:
+    """Let transformers save some of the model's tensors, with config and code; returns the files.
+
+    A layer that is larger than a shard may be becomes several files.
+    """
+    scratch = folder / "shard"
+    shutil.rmtree(scratch, ignore_errors=True)
+    tensors = tensors_to_save(checkpoint, report, names)
+    checkpoint.model.save_pretrained(scratch, state_dict=tensors, max_shard_size=max_shard_size)
+    (scratch / INDEX).unlink(missing_ok=True)
+    made = []
+    for path in sorted(scratch.iterdir()):
+        name = f"{number:05d}-{path.name}" if path.suffix == ".safetensors" else path.name
+        made.append(path.replace(folder / name))
+    scratch.rmdir()
+    return made
+
+
+def _weight_files(journal: Journal) -> dict[str, str]:
+    """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
+    made = [name for shard in journal.manifest.shards or () for name in shard]
+    if len(made) == 1:
+        return {made[0]: "model.safetensors"}
+    return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
+
+
+def _write_index(folder: Path, weights: dict[str, str], parameters: int) -> None:
+    """Write which tensor is in which file, as transformers does."""
+    size, weight_map = 0, {}
+    for made, name in weights.items():
+        with safe_open(folder / made, framework="pt") as shard:
+            weight_map |= dict.fromkeys(shard.keys(), name)
+        with (folder / made).open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+        size += (folder / made).stat().st_size - header
+    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[str]) -> dict[str, Tensor]:
+    """Some of the model's tensors, each in its checkpoint's dtype; tied tensors stay one.
 
     A tensor that the forward pass held in a narrower dtype than the checkpoint does, and that was not pruned, is read
     from the checkpoint again, so that its bits are the original ones.
@@ -106,7 +194,9 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report) -> dict[str, Tensor]
     done: dict[tuple[int, int, torch.dtype], Tensor] = {}
     tensors: dict[str, Tensor] = {}
     pruned = {matrix.name.partition("[")[0] for matrix in report.matrices}
-    for name, tensor in checkpoint.model.state_dict().items():
+    content = checkpoint.model.state_dict()
+    for name in names:
+        tensor = content[name]
         dtype = checkpoint.storage.get(name) or tensor.dtype
         key = (tensor.data_ptr(), tensor.numel(), dtype)
         if key not in done:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from secateur.lockstep import Lockstep
 from secateur.model import Block
 from secateur.report import BlockFigures
 
@@ -25,8 +26,8 @@ class Residence(Protocol):
         """Meanwhile the block's weights can be run, read and written."""
         ...
 
-    def running(self, model: nn.Module, /) -> AbstractContextManager[None]:
-        """Meanwhile the whole model can run forward, and backward to its hidden states."""
+    def running(self, model: nn.Module, /) -> AbstractContextManager[Lockstep]:
+        """Meanwhile the whole model can run forward, some passes side by side, and backward to its hidden states."""
         ...
 
 
@@ -50,9 +51,9 @@ class InMemory:
         """As it is."""
         return nullcontext()
 
-    def running(self, _model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, _model: nn.Module) -> AbstractContextManager[Lockstep]:
         """As it is."""
-        return nullcontext()
+        return nullcontext(Lockstep())
 
     def finished(self, _block: Block) -> None:
         """Nothing was done before."""
@@ -80,8 +81,11 @@ class Mapped:
         return self._copied_in(_tensors(block.module))
 
     @contextmanager
-    def running(self, model: nn.Module) -> Iterator[None]:
+    def running(self, model: nn.Module) -> Iterator[Lockstep]:
         """Copies of what is in no layer, and of each layer while it runs; the first ones stay where there is room.
+
+        The others are copied in, and read from their files, once for all passes that go side by side. The hidden
+        states of these take no more memory than the largest layer does.
 
         A weight that can be run as it lies in its file is not copied: nothing is written to it here. A backward pass
         keeps the activations that it needs, but no copies of weights: they are made again.
@@ -91,30 +95,42 @@ class Mapped:
         with ExitStack() as stack:
             outside = [tensor for tensor in self._to_copy(model) if id(tensor) not in inside]
             stack.enter_context(self._copied_in(outside))
-            kept, room = stack.enter_context(ExitStack()), self.room
+            kept, room, lockstep = stack.enter_context(ExitStack()), self.room, Lockstep()
             for layer in layers:
                 room -= sum(self._bytes(tensor) for tensor in self._to_copy(layer))
-                self._copied_in_by_hooks(layer, stack, kept if room >= 0 else None)
+                if self.room and room >= 0:
+                    self._copied_in_by_hooks(layer, stack, lockstep, kept)
+                else:
+                    lockstep.room = max(lockstep.room, sum(self._bytes(tensor) for tensor in _tensors(layer)))
+                    self._copied_in_by_hooks(layer, stack, lockstep, None)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
-            yield
+            yield lockstep
 
-    def _copied_in_by_hooks(self, layer: nn.Module, stack: ExitStack, kept: ExitStack | None) -> None:
-        """Copies of the layer's tensors from its hook before a forward pass to that behind it.
+    def _copied_in_by_hooks(
+        self, layer: nn.Module, stack: ExitStack, lockstep: Lockstep, kept: ExitStack | None
+    ) -> None:
+        """Copies of the layer's tensors from the first hook before a forward pass to the last behind one.
 
         Args:
             kept: where the layer stays, what ends that: one for all, since layers that share tensors have to leave in
                 the opposite of the order in which they came.
         """
-        here, inside = ExitStack(), False
+        here, inside, left = ExitStack(), False, 0
 
         def enters(_module: nn.Module, _args: Any) -> None:
             nonlocal inside
+            if kept is None:
+                lockstep.give_way()
             if not inside:
                 (kept or here).enter_context(self._copied_in(self._to_copy(layer)))
-            inside = kept is not None
+            inside = True
 
         def leaves(_module: nn.Module, _args: Any, _output: Any) -> None:
-            here.close()
+            nonlocal inside, left
+            left += 1
+            if kept is None and left == lockstep.passes:
+                here.close()
+                inside, left = False, 0
 
         stack.callback(here.close)  # a forward pass that fails has no hook behind it
         stack.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)

@@ -16,12 +16,13 @@ from secateur import engine, export, parallel
 from secateur.calibration import BATCH_TOKENS, Calibration, calibrate, check_is_name
 from secateur.capture import Progress
 from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
+from secateur.durable import digest_of
 from secateur.model import config_of, parameters_of
 from secateur.recipe import describe
 from secateur.report import Report
 from secateur.residence import Mapped
 from secateur.solvers.contract import check_kind
-from secateur.store import Journal, digest_of, open_journal
+from secateur.store import Journal, open_journal
 
 LARGEST_SEED = 2**63  # of torch
 
@@ -115,11 +116,13 @@ def prune_in_place(
         assert isinstance(model, Checkpoint)
         journal.storage_of = plan.storage_of
         journal.begin(_identity(name, model.folder, plan, data.origin, environment))
+        if outcome := journal.outcome():
+            return Report.from_dict(outcome["report"])
     outcome = engine.run(module, data.batches, plan, progress, journal)
     return Report(
         recipe=describe(plan) | {"model": name},
         environment=environment,
-        identity={} if journal is None else journal.identity,
+        identity={} if journal is None else journal.manifest.identity,
         calibration=data.origin,
         matrices=outcome.matrices,
         blocks=outcome.blocks,
@@ -130,7 +133,7 @@ def prune_in_place(
         notices=(model.notices if isinstance(model, Checkpoint) else [])
         + data.notices
         + outcome.notices
-        + ([] if journal is None else journal.notices),
+        + ([] if journal is None else journal.manifest.notices),
     )
 
 
@@ -155,7 +158,7 @@ def prune_to_folder(
         _check_writable(out, source.name, texts.source, folder, overwrite, resume)
     with open_journal(out, resume, overwrite) as journal:
         finished = None
-        if parallel.is_first() and resume and (journal.files or not journal.identity):
+        if parallel.is_first() and resume and (journal.manifest.files or not journal.manifest.identity):
             finished = _finished(out, source, folder, plan, texts, overwrite)
         if finished := parallel.from_first(finished):
             return finished
@@ -165,7 +168,9 @@ def prune_to_folder(
         journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         report = prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)
-        journal.finish(lambda made: export.write(checkpoint, report, made, out.name, max_shard_size))
+        journal.finish(
+            checkpoint.model, lambda made: export.write(checkpoint, report, journal, made, out.name, max_shard_size)
+        )
     return report
 
 

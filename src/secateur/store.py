@@ -2,22 +2,20 @@
 
 `OUT/.secateur/` holds one file a block (its tensors, with its figures in the header) and one manifest. Files are
 written and flushed first, and the manifest is replaced last: what it doesn't name never happened. The finished model is
-made in the same folder and moved to `OUT` when the manifest says that it is whole; then the journal goes.
+made in the same folder, shard by shard. The files of blocks go as soon as a shard that holds them is whole, so that no
+disk has to hold the model twice. It is moved to `OUT` when the manifest says that it is whole; then the journal goes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur import parallel
+from secateur import durable, parallel
+from secateur.lockstep import Lockstep
+from secateur.manifest import FOLDER, MANIFEST, SAVED, Manifest, differences_of, read_manifest
 from secateur.model import Block
 from secateur.report import BlockFigures, BlockReport, MatrixReport
 from secateur.residence import InMemory, Residence
 
-FOLDER = ".secateur"
-MANIFEST, LOCK, FINISHED = "manifest.json", "lock", "finished"
+LOCK, OUTCOME, FINISHED = "lock", "outcome.json", "finished"
 LAST_MOVED = "config.json"  # without it a folder is no model, so none is half one
 
 
@@ -43,26 +42,16 @@ class Journal:
 
     Args:
         overwrite: what lies here may be replaced by another run.
-        identity: what a run that goes on must share with the one that began, as nested plain data.
-        blocks: SHA-256 of each finished block's file, by the block's name; the files are numbered in this order.
-        seconds: time spent by the processes before this one.
-        replaces: the files that `OUT` held when the run began.
-        files: of the finished model, once that is whole.
+        manifest: what has happened so far; its seconds are those of the processes before this one.
         storage_of: from a parameter's name and its own dtype to the one it is saved in.
         residence: where the model's weights are.
-        notices: what the user should know of how the run went on.
     """
 
     folder: Path
     overwrite: bool = False
-    identity: dict[str, Any] = field(default_factory=dict)
-    blocks: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    replaces: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    manifest: Manifest = field(default_factory=Manifest)
     storage_of: Callable[[str, torch.dtype], torch.dtype] = lambda _name, own: own
     residence: Residence = field(default_factory=InMemory)
-    notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     _done: set[str] = field(default_factory=set)  # blocks that this process is past
 
@@ -74,17 +63,17 @@ class Journal:
         """
         if parallel.is_first():
             self._begin(json.loads(json.dumps(identity)))
-        state = (self.identity, self.blocks, self.seconds, self.notices)
-        self.identity, self.blocks, self.seconds, self.notices = parallel.from_first(state)
+        self.manifest = parallel.from_first(self.manifest)
 
     def _begin(self, identity: dict[str, Any]) -> None:
-        begun_by, go_on = (each.get("environment", {}).get("processes", 1) for each in (self.identity, identity))
-        differences = list(_differences(self.identity, identity)) if self.identity else []
-        if self.identity and begun_by != go_on:  # torchrun gives each process other threads than one alone has
+        before = self.manifest.identity
+        begun_by, go_on = (each.get("environment", {}).get("processes", 1) for each in (before, identity))
+        differences = list(differences_of(before, identity)) if before else []
+        if before and begun_by != go_on:  # torchrun gives each process other threads than one alone has
             apart = ("environment processes ", "environment threads ")
             differences = [difference for difference in differences if not difference.startswith(apart)]
-        if self.identity and begun_by != go_on and not differences:
-            self.notices.append(
+        if before and begun_by != go_on and not differences:
+            self.manifest.notices.append(
                 f"{begun_by} processes began this run and {go_on} go on with it: the model is that of an uninterrupted "
                 f"run to the rounding of sums, not to the bit"
             )
@@ -93,11 +82,11 @@ class Journal:
                 f"{self.folder.parent} holds an unfinished run that differs: {'; '.join(differences)}. Go on with "
                 f"what it began with, or start again with --overwrite"
             )
-        if differences or not self.identity:
+        if differences or not before:
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            self.blocks, self.files, self.seconds, self.notices = {}, [], 0.0, []
-            self.replaces = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
-        self.identity = identity
+            there = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
+            self.manifest = Manifest(replaces=there)
+        self.manifest.identity = identity
 
     @contextmanager
     def using(self, block: Block) -> Iterator[None]:
@@ -107,7 +96,7 @@ class Journal:
         if block.name in self._done:
             self._adopt(block)
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    def running(self, model: nn.Module) -> AbstractContextManager[Lockstep]:
         """As the residence says."""
         return self.residence.running(model)
 
@@ -117,11 +106,10 @@ class Journal:
         Raises:
             ValueError: a damaged file.
         """
-        if block.name not in self.blocks:
+        if block.name not in self.manifest.blocks:
             return None
-        if digest_of(self._path(block)) != self.blocks[block.name]:
-            raise ValueError(f"{self._path(block)} is damaged (its bits changed): start again with --overwrite")
-        with self._file(block) as file:
+        self._check_bits(block.name)
+        with self._file(block.name) as file:
             figures = json.loads(file.metadata()["figures"])
             refit = figures["refit"]
             matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
@@ -135,7 +123,7 @@ class Journal:
             ValueError: a file that is damaged or doesn't fit the block.
         """
         parameters = _parameters(block)
-        with self._file(block) as file:
+        with self._file(block.name) as file:
             held = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in held}
             if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
@@ -143,11 +131,17 @@ class Journal:
             for name, parameter in parameters.items():
                 parameter.data = file.get_tensor(name)
 
-    def _path(self, block: Block) -> Path:
-        return self.folder / f"block-{list(self.blocks).index(block.name):05d}.safetensors"
+    def _path(self, block: str) -> Path:
+        return self.folder / f"block-{list(self.manifest.blocks).index(block):05d}.safetensors"
+
+    def _check_bits(self, block: str) -> None:
+        """Raise ValueError where a block's file isn't what was written."""
+        path = self._path(block)
+        if not path.is_file() or durable.digest_of(path) != self.manifest.blocks[block]:
+            raise ValueError(f"{path} is damaged (its bits changed): start again with --overwrite")
 
     @contextmanager
-    def _file(self, block: Block) -> Iterator[Any]:
+    def _file(self, block: str) -> Iterator[Any]:
         path = self._path(block)
         if not parallel.is_first() and not path.exists():
             raise ValueError(f"{path} is not here: OUT must lie on a disk that all processes share")
@@ -165,41 +159,111 @@ class Journal:
         """
         if parallel.is_first():
             self._write_block(block, figures)
-        self.blocks = parallel.from_first(self.blocks)
+        self.manifest.blocks = parallel.from_first(self.manifest.blocks)
         self._done.add(block.name)
 
     def _write_block(self, block: Block, figures: BlockFigures) -> None:
         try:
-            self.blocks[block.name] = ""
-            path = self._path(block)
+            self.manifest.blocks[block.name] = ""
+            path = self._path(block.name)
             save_file(self._tensors(block), path, metadata={"figures": json.dumps(asdict(figures))})
-            _flush(path)
-            self.blocks[block.name] = digest_of(path)
+            durable.flush(path)
+            self.manifest.blocks[block.name] = durable.digest_of(path)
             self._write_manifest()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{block.name} could not be written to {self.folder} ({error})") from error
 
-    def finish(self, write: Callable[[Path], None]) -> None:
-        """Move the model that `write` makes in a folder to `OUT`, which then holds nothing else.
+    def outcome(self) -> dict[str, Any] | None:
+        """What `keep_outcome` was given by this or an earlier process; None while there are blocks to prune.
 
         Raises:
-            ValueError: the disk is full or not writable; the blocks are kept, and so is what `OUT` held, unless the
-                model was whole and only the move was stopped: `publish` then completes it.
+            ValueError: a damaged file.
+        """
+        if self.manifest.shards is None:
+            return None
+        path = self.folder / OUTCOME
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
+
+    def keep_outcome(self, outcome: dict[str, Any]) -> None:
+        """State that every block is finished: a run that goes on has only to save. Raises OSError."""
+        durable.write_whole(self.folder / OUTCOME, json.dumps(outcome, allow_nan=False) + "\n")
+        self.manifest.shards = []
+        self._write_manifest()
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the model the blocks that other processes than this one finished, but for those that are saved.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        parameters = _parameters_by_name(model)
+        for block, digest in self.manifest.blocks.items():
+            if digest == SAVED:
+                self._path(block).unlink(missing_ok=True)
+            elif block not in self._done:
+                self._check_bits(block)
+                with self._file(block) as file:
+                    for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                        parameters[name].data = file.get_tensor(name)
+
+    def keep_shard(self, model: nn.Module, names: Collection[str], paths: Collection[Path]) -> None:
+        """Make a shard of the finished model durable, and let go of the blocks that it holds, on the disk too.
+
+        Args:
+            names: the model's tensors in it.
+            paths: its files, in the folder that `finish` gives.
+        """
+        for path in paths:
+            durable.flush(path)
+        durable.flush(self.folder / FINISHED)
+        held = {name.removesuffix(".weight") for name in names}
+        inside: dict[str, list[str]] = {}
+        for block, digest in self.manifest.blocks.items():
+            if digest != SAVED:
+                with self._file(block) as file:
+                    if held.issuperset(file.keys()):
+                        inside[block] = list(file.keys())
+        assert self.manifest.shards is not None
+        self.manifest.shards.append([path.name for path in paths if path.suffix == ".safetensors"])
+        self.manifest.blocks |= dict.fromkeys(inside, SAVED)
+        self._write_manifest()
+        parameters = _parameters_by_name(model)
+        for block, matrices in inside.items():
+            for name in matrices:
+                _let_go(parameters[name])
+            self._path(block).unlink()
+
+    def finish(self, model: nn.Module, write: Callable[[Path], dict[str, str]]) -> None:
+        """Move what `write` makes of the model in a folder to `OUT`, which then holds nothing else.
+
+        Args:
+            write: returns the name in `OUT` of each file in the folder, where it finds the shards that are whole.
+
+        Raises:
+            ValueError: the disk is full or not writable; the blocks and whole shards are kept, and so is what `OUT`
+                held, unless the model was whole and only the move was stopped: `publish` then completes it.
         """
         if parallel.is_first():
             self._write_model(write)
+        else:
+            for parameter in model.parameters():  # a file that is mapped keeps its place on the disk
+                _let_go(parameter)
         parallel.wait()
 
-    def _write_model(self, write: Callable[[Path], None]) -> None:
+    def _write_model(self, write: Callable[[Path], dict[str, str]]) -> None:
         made = self.folder / FINISHED
         try:
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir()
-            write(made)
-            for path in made.iterdir():
-                _flush(path)
-            _flush(made)
-            self.files = sorted(path.name for path in made.iterdir())
+            if self.manifest.shards is None:
+                shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(exist_ok=True)
+            files = write(made)
+            for name in files:
+                durable.flush(made / name)
+            durable.flush(made)
+            self.manifest.files = files
             self._write_manifest()
             self.publish()
         except (OSError, SafetensorError) as error:
@@ -211,24 +275,25 @@ class Journal:
         Raises:
             ValueError: a file of the finished model is gone.
         """
-        made, out = self.folder / FINISHED, self.folder.parent
-        if gone := [name for name in self.files if not (made / name).exists() and not (out / name).exists()]:
+        made, out, files = self.folder / FINISHED, self.folder.parent, self.manifest.files
+        if gone := [name for here, name in files.items() if not (made / here).exists() and not (out / name).exists()]:
             raise ValueError(f"{self.folder} is damaged ({gone[0]} is gone): start again with --overwrite")
         if (made / LAST_MOVED).exists():
             (out / LAST_MOVED).unlink(missing_ok=True)
-            _flush(out)
-        for name in {*self.replaces} - {*self.files}:
+            durable.flush(out)
+        for name in {*self.manifest.replaces} - {*files.values()}:
             (out / name).unlink(missing_ok=True)
-        for name in sorted(self.files, key=lambda name: name == LAST_MOVED):
-            if (made / name).exists():
+        for here, name in sorted(files.items(), key=lambda file: file[1] == LAST_MOVED):
+            if (made / here).exists():
                 if name == LAST_MOVED:
-                    _flush(out)
-                (made / name).replace(out / name)
-        _flush(out)
+                    durable.flush(out)
+                (made / here).replace(out / name)
+        durable.flush(out)
 
     def close(self) -> None:
         """Remove the journal where its run is finished, or nothing was; the manifest goes after what it names."""
-        published = self.files and not any((self.folder / FINISHED / name).exists() for name in self.files)
+        files = self.manifest.files
+        published = files and not any((self.folder / FINISHED / name).exists() for name in files)
         if (self.folder / MANIFEST).exists() and not published:
             return
         for path in self.folder.iterdir():
@@ -240,20 +305,12 @@ class Journal:
         shutil.rmtree(self.folder)
 
     def _write_manifest(self) -> None:
-        manifest = {
-            "identity": self.identity,
-            "blocks": self.blocks,
-            "seconds": self.spent,
-            "replaces": self.replaces,
-            "files": self.files,
-            "notices": self.notices,
-        }
-        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        replace(self.manifest, seconds=self.spent).write(self.folder)
 
     @property
     def spent(self) -> float:
         """Seconds of work so far, of every process that took part."""
-        return self.seconds + time.perf_counter() - self.started
+        return self.manifest.seconds + time.perf_counter() - self.started
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
         """The block's pruned parameters, in the narrower of the dtypes that they are held and saved in."""
@@ -308,63 +365,16 @@ def open_journal(out: Path, resume: bool, overwrite: bool = False) -> Iterator[J
 
 def _take_over(journal: Journal, resume: bool) -> None:
     """Read what an earlier process left; a model that it had finished is brought to its place whatever comes next."""
-    earlier = Journal(journal.folder)
     try:
-        _read_manifest(earlier)
-        if earlier.files:
-            earlier.publish()
+        manifest = read_manifest(journal.folder)
+        if manifest.files:
+            Journal(journal.folder, manifest=manifest).publish()
     except ValueError:
         if not journal.overwrite:
             raise
         return
     if resume:
-        for name in ("identity", "blocks", "seconds", "replaces", "files", "notices"):
-            setattr(journal, name, getattr(earlier, name))
-
-
-class Unfinished(NamedTuple):
-    """How far a run has come, in words, and the files that it replaces or writes."""
-
-    progress: str
-    files: set[str]
-
-
-def unfinished(out: Path) -> Unfinished | None:
-    """The unfinished run that `out` holds, if it holds one."""
-    if not (out / FOLDER / MANIFEST).is_file():
-        return None
-    journal = Journal(out / FOLDER)
-    try:
-        _read_manifest(journal)
-    except ValueError:  # whoever goes on with it is told why
-        return Unfinished(f"a damaged journal is in {out / FOLDER}", set())
-    return Unfinished(
-        f"{len(journal.blocks)} finished blocks are in {out / FOLDER}", {*journal.replaces, *journal.files}
-    )
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(journal: Journal) -> None:
-    """Take over what an earlier process wrote, if it wrote anything."""
-    path = journal.folder / MANIFEST
-    if not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        journal.identity, journal.seconds = dict(found["identity"]), float(found["seconds"])
-        journal.blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
-        journal.replaces, journal.files = ([str(name) for name in found[key]] for key in ("replaces", "files"))
-        journal.notices = [str(notice) for notice in found["notices"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
-    plain = re.compile(r"[^/\\]*[^/\\.][^/\\]*")
-    if foreign := [name for name in (*journal.files, *journal.replaces) if not plain.fullmatch(name)]:
-        raise ValueError(f"{path} names {foreign[0]!r}, which is no plain file name: start again with --overwrite")
+        journal.manifest = manifest
 
 
 def _parameters(block: Block) -> dict[str, nn.Parameter]:
@@ -372,28 +382,11 @@ def _parameters(block: Block) -> dict[str, nn.Parameter]:
     return {matrix.name.partition("[")[0]: matrix.parameter for matrix in block.matrices}
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """`name: before, now ...` for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name} {key}".strip())
-    elif before != now:
-        yield f"{name} was {before}, is {now}"
+def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by the names of their matrices in a block's file."""
+    return {name.removesuffix(".weight"): parameter for name, parameter in model.named_parameters()}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and wait until it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    partial.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _let_go(parameter: nn.Parameter) -> None:
+    """Drop a parameter's content, and with it what is mapped for it."""
+    parameter.data = parameter.data.new_empty(0)

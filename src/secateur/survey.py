@@ -7,8 +7,12 @@ what is wrong with a model or a text is found before any weight is changed.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from secateur import parallel
 from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
+from secateur.lockstep import Lockstep
 from secateur.memory import HiddenStates, Memory
 from secateur.model import Block, Call, UnsupportedModelError, body_of, device_of, hidden_of, run_without_cache
 from secateur.observe import Matrix, Use, WeightWatcher
@@ -35,6 +40,7 @@ def survey(
     progress: Progress,
     missed: dict[str, ValueError] | None = None,
     memory: Memory | None = None,
+    lockstep: Lockstep | None = None,
 ) -> Stream:
     """Run the dense model once over the calibration batches and record how its blocks are called.
 
@@ -44,25 +50,32 @@ def survey(
         missed: takes the matrices that should be pruned but can't be observed, with the error of each. Without it, the
             first is raised.
         memory: where hidden states go; None = they are held, whatever their size.
+        lockstep: how passes go side by side; None = one after another.
 
     Raises:
         UnsupportedModelError: blocks that are skipped, run twice, or not chained one after another.
         ValueError: NaN or infinity in an activation, or a prunable matrix that saw no token.
     """
-    memory = memory or Memory()
+    memory, lockstep = memory or Memory(), lockstep or Lockstep()
     device = device_of(model)
     padding: list[Tensor | None] = []
     dealt = parallel.dealt(len(batches))
     recorder = _Recorder(blocks, HiddenStates(memory, len(dealt)))
-    for done, index in enumerate(dealt, 1):
-        batch = batches[index]
-        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-        padding.append(_real_tokens(on_device))
-        if padding[-1] is None:
+
+    def run(index: int) -> None:
+        on_device = {name: tensor.to(device) for name, tensor in batches[index].items()}
+        padding.append(real := _real_tokens(on_device))
+        if real is None:
             on_device.pop("attention_mask", None)
-        with recorder.watch(padding[-1]):
+        with recorder.one_pass(real):
             run_without_cache(model, body_of(model), **on_device)
-        progress("dense pass", done, len(dealt))
+        progress("dense pass", recorder.passes, len(dealt))
+
+    with recorder.watch():
+        waiting, width = [*dealt], 1
+        while waiting:
+            lockstep.run([partial(run, index) for index in waiting[:width]])
+            waiting, width = waiting[width:], lockstep.width(recorder.hidden[0].nbytes)
     groups = recorder.finish()
     if missed is not None:
         missed |= recorder.missed
@@ -87,8 +100,20 @@ def _real_tokens(batch: Batch) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
+@dataclass(eq=False)
+class _Pass:
+    """One forward pass: its real tokens, what its last block gave, and how often each ran."""
+
+    real: Tensor | None
+    last_output: tuple[str, Tensor, int] | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+_PASS: ContextVar[_Pass] = ContextVar("pass")
+
+
 class _Recorder:
-    """Records calls, products and shared inputs over the batches of a dense pass."""
+    """Records calls, products and shared inputs over the batches of a dense pass, whose passes go in order."""
 
     def __init__(self, blocks: list[Block], hidden: HiddenStates) -> None:
         self.blocks, self.hidden = blocks, hidden
@@ -99,16 +124,13 @@ class _Recorder:
         self.other_uses: dict[str, set[str]] = {}
         self._inputs: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
         self._number_of_inputs = 0
-        self._last_output: tuple[str, Tensor, int] | None = None
-        self._real: Tensor | None = None
+        self.passes = 0
         self._entered: set[int] = set()
         self.missed: dict[str, ValueError] = {}
 
     @contextmanager
-    def watch(self, real: Tensor | None) -> Iterator[WeightWatcher]:
-        """Watch one forward pass of the whole model."""
-        self._real = real
-        self._last_output = None
+    def watch(self) -> Iterator[None]:
+        """Watch forward passes of the whole model, each within `one_pass`."""
         watcher = WeightWatcher([], self._on_use)  # looks for a block's matrices when that begins to run
         with ExitStack() as stack:
             entering = register_module_forward_pre_hook(lambda module, _args: self._entered.add(id(module)))
@@ -119,40 +141,51 @@ class _Recorder:
                 after = module.register_forward_hook(self._after(block, watcher), with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            yield stack.enter_context(watcher)
+            stack.enter_context(watcher)
+            yield
         self._inputs.clear()
-        for name, uses in watcher.other_uses.items():
-            self.other_uses.setdefault(name, set()).update(uses)
-        num_calls = {block.name: len(self.calls[block.name]) for block in self.blocks}
-        if odd := [f"{name} ran {count} times" for name, count in num_calls.items() if count != len(self.hidden)]:
-            raise UnsupportedModelError(
-                f"each block must run once a forward pass; of {len(self.hidden)} passes {odd[0]}"
-            )
+        self.other_uses = watcher.other_uses
+
+    @contextmanager
+    def one_pass(self, real: Tensor | None) -> Iterator[None]:
+        """Take what runs meanwhile for one forward pass of the whole model."""
+        token = _PASS.set(_Pass(real))
+        try:
+            yield
+            calls = _PASS.get().calls
+            if odd := [name for name in self.calls if calls[name] != 1]:
+                raise UnsupportedModelError(
+                    f"each block must run once a forward pass; {odd[0]} ran {calls[odd[0]]} times in one"
+                )
+        finally:
+            _PASS.reset(token)
+        self.passes += 1
 
     def _before(self, block: Block, watcher: WeightWatcher) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             watcher.look_for(block.matrices)
             hidden, call = Call.split(block, args, kwargs)
             self._inputs.clear()
-            if self._last_output is None:
+            own = _PASS.get()
+            own.calls[block.name] += 1
+            if own.last_output is None:
                 if block is not self.blocks[0]:
                     raise UnsupportedModelError(
                         f"{block.name} runs before {self.blocks[0].name}: blocks must run in order"
                     )
-                self._check_padding(block, hidden)
+                self._check_padding(block, hidden, own.real)
                 self.hidden.append(hidden.detach().clone())
-            elif not same_tensor(hidden, *self._last_output[1:]):
+            elif not same_tensor(hidden, *own.last_output[1:]):
                 raise UnsupportedModelError(
-                    f"the input of {block.name} is not the output of {self._last_output[0]} on all calibration inputs: "
+                    f"the input of {block.name} is not the output of {own.last_output[0]} on all calibration inputs: "
                     f"the model changes hidden states between its blocks, which a block by block replay would miss"
                 )
             self.calls[block.name].append(call)
 
         return hook
 
-    def _check_padding(self, block: Block, hidden: Tensor) -> None:
+    def _check_padding(self, block: Block, hidden: Tensor, real: Tensor | None) -> None:
         """Raise UnsupportedModelError where the attention mask is not that of a block's positions (a decoder's)."""
-        real = self._real
         if real is not None and tuple(hidden.shape[: real.ndim]) != tuple(real.shape):
             raise UnsupportedModelError(
                 f"the attention mask {tuple(real.shape)} doesn't fit the positions in front of {block.name}, whose "
@@ -162,13 +195,13 @@ class _Recorder:
     def _after(self, block: Block, watcher: WeightWatcher) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             watcher.look_for([])  # copies of its weights may go, and their addresses to others
-            hidden = hidden_of(output, block)
-            real = hidden if self._real is None else hidden[self._real]
+            hidden, own = hidden_of(output, block), _PASS.get()
+            real = hidden if own.real is None else hidden[own.real]
             if not bool(torch.isfinite(real).all()):
                 raise ValueError(
                     f"{block.name} gives NaN or infinite activations in the dense model: try another dtype"
                 )
-            self._last_output = (block.name, hidden, hidden._version)
+            own.last_output = (block.name, hidden, hidden._version)
 
         return hook
 
@@ -182,7 +215,7 @@ class _Recorder:
             self._number_of_inputs += 1
             self._inputs[key] = (x, self._number_of_inputs)
         self.inputs_seen.setdefault(name, []).append(self._inputs[key][1])
-        self.tokens[name] = self.tokens.get(name, 0) + len(real_tokens(use, self._real))
+        self.tokens[name] = self.tokens.get(name, 0) + len(real_tokens(use, _PASS.get().real))
 
     def finish(self) -> dict[str, list[InputGroup]]:
         """The input groups of each block, in order of first use; a matrix with no product goes to `block.dense`."""

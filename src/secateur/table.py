@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.compare import DENSE, Comparison
-from secateur.store import write_whole
+from secateur.durable import write_whole
 from secateur.tasks import headline
 
 _HTML = """<!doctype html>
