@@ -4,7 +4,8 @@
 
 Writes random models to disk, prunes each by `secateur prune` in a process of its own, and samples that process's
 anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random weights:
-memory doesn't depend on them. Runs that the JSON already has are replaced one by one, the others stay.
+memory doesn't depend on them. Bytes read from the disk are counted too, which says how often a model that is larger
+than memory was read. Runs that the JSON already has are replaced one by one, the others stay.
 
 `--cgroup FOLDER` puts each process in a memory cgroup whose limit you have set, where the system counts the pages of
 mapped files too, and takes them away when they are too many:
@@ -34,25 +35,28 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8,
 EXPERTS = WIDE | {"intermediate_size": 512}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-RECIPES = {"sparsegpt": ("--method", "sparsegpt"), "balanced": ("--effort", "balanced")}
-SAMPLES, LENGTH = 4, 128
+RECIPES = {"magnitude": ("--method", "magnitude"), "sparsegpt": ("--method", "sparsegpt"), "balanced": ("--effort", "balanced")}
+LENGTH = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """A random model, a Mixtral where it has experts and a Llama elsewhere, and the recipes that prune it."""
+    """A random model, a Mixtral where it has experts and a Llama elsewhere, the recipes that prune it, and on how many
+    sequences."""
 
     name: str
     layers: int
     widths: dict[str, int]
     experts: int = 0
     recipes: tuple[str, ...] = ("sparsegpt",)
+    samples: int = 4
 
 
 CASES = {
     "layers": [Case(f"{n} layers", n, WIDE, recipes=("sparsegpt", "balanced")) for n in (8, 16, 32, 64)],
     "experts": [Case(f"8 experts, {n} layers", n, EXPERTS, experts=8) for n in (8, 16, 32, 64)],
     "large": [Case("4 GB", 43, LARGE)],
+    "reads": [Case("4 GB, 8 batches", 43, LARGE, recipes=("magnitude",), samples=128)],
     "llama-7b": [Case("Llama-2-7B", 32, LLAMA_7B, recipes=("sparsegpt", "balanced"))],  # 13 GB; for a GPU
 }
 
@@ -70,14 +74,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = write_model(Path(scratch) / "model", case)
             for recipe in case.recipes:
-                flags = (*RECIPES[recipe], "--device", arguments.device)
+                flags = (*RECIPES[recipe], "--device", arguments.device, "--samples", str(case.samples))
                 run = measure(model, Path(scratch) / "out", flags, arguments.cgroup)
                 name = ", ".join([recipe, *(["capped"] if arguments.cgroup else []), case.name])
-                runs[name] = {"widths": case.widths, "layers": case.layers, "environment": environment()} | run
+                settings = {"widths": case.widths, "layers": case.layers, "samples": case.samples, "seq_len": LENGTH}
+                runs[name] = settings | {"environment": environment()} | run
                 peak, size = (round(run[key] / 1e6) for key in ("peak_anonymous_bytes", "model_bytes"))
                 print(f"{name}: peak {peak} MB, files of {size} MB", flush=True)
-                settings = {"samples": SAMPLES, "seq_len": LENGTH}
-                arguments.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
+                arguments.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 def write_model(folder: Path, case: Case) -> Path:
@@ -110,20 +114,22 @@ def write_model(folder: Path, case: Case) -> Path:
 def measure(model: Path, out: Path, flags: tuple[str, ...], cgroup: Path | None) -> dict[str, Any]:
     """Prune in a process of its own; its peak of anonymous memory in bytes, and seconds."""
     command = [sys.executable, "-m", "secateur", "prune", str(model), str(out), *flags, "--overwrite"]
-    command += ["--samples", str(SAMPLES), "--seq-len", str(LENGTH), "--max-shard-size", "500MB"]
+    command += ["--seq-len", str(LENGTH), "--max-shard-size", "500MB"]
     if cgroup is not None:  # the shell joins, and becomes the command
         forget(model)
         command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
-    started, peak = time.perf_counter(), 0
+    started, peak, read = time.perf_counter(), 0, 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            peak = max(peak, anonymous_memory(process.pid))
+            peak = max(peak, figure_of(process.pid, "status", r"RssAnon:\s+(\d+) kB") * 1024)
+            read = max(read, figure_of(process.pid, "io", r"\bread_bytes: (\d+)"))
             time.sleep(0.01)
         errors = process.stderr.read() if process.stderr else ""
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {errors}")
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    result = {"model_bytes": size, "peak_anonymous_bytes": peak, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    result = {"model_bytes": size, "peak_anonymous_bytes": peak, "read_bytes": read, "seconds": seconds}
     return result if cgroup is None else result | {"limit_bytes": limit_of(cgroup)}
 
 
@@ -141,13 +147,13 @@ def limit_of(cgroup: Path) -> int:
     return int((newer if newer.exists() else older).read_text())
 
 
-def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process in bytes; 0 once it is gone."""
+def figure_of(pid: int, file: str, pattern: str) -> int:
+    """What the system says of a process; 0 once it is gone."""
     try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(pattern, Path(f"/proc/{pid}/{file}").read_text())
     except OSError:
         return 0
-    return 1024 * int(found[1]) if found else 0
+    return int(found[1]) if found else 0
 
 
 if __name__ == "__main__":

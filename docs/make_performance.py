@@ -54,16 +54,22 @@ def large_lines() -> str:
             where = where.format(limit=run.get("limit_bytes", 0) / 1e9)
             size, peak = (run[f"{what}_bytes"] / 1e9 for what in ("model", "peak_anonymous"))
             lines.append(f"A model of {size:.1f} GB on disk{where}, by `sparsegpt`: peak {peak:.2f} GB.")
+    if run := runs.get("magnitude, capped, 4 GB, 8 batches"):
+        size, read_bytes, limit = (run[f"{what}_bytes"] / 1e9 for what in ("model", "read", "limit"))
+        lines.append(
+            f"A model of {size:.1f} GB on disk in a memory cgroup of {limit:.1f} GB, on 8 batches of 2048 tokens, by "
+            f"`magnitude`: {read_bytes:.0f} GB read from the disk in all, {read_bytes / size:.1f} times the model. The "
+            f"dense pass alone would read it 8 times if each batch went on its own."
+        )
     return "\n".join(lines)
 
 
 def memory_settings() -> str:
-    settings, runs = read("memory")["settings"], read("memory")["runs"]
-    run = runs["sparsegpt, 64 layers"]
+    run = read("memory")["runs"]["sparsegpt, 64 layers"]
     where = run["environment"]
     return (
         f"Random Llamas, and Mixtrals where there are experts (each a tensor in the files, fused as they are loaded), in "
-        f"bf16, {run['widths']['hidden_size']} wide, {settings['samples']} x {settings['seq_len']} calibration tokens; "
+        f"bf16, {run['widths']['hidden_size']} wide, {run['samples']} x {run['seq_len']} calibration tokens; "
         f"torch {where['torch']}, transformers {where['transformers']}."
     )
 
@@ -204,7 +210,7 @@ the model's mapped files are not in it, the imports of torch and transformers ar
 {large_lines()}
 
     python benchmarks/memory.py --cases layers experts large --out benchmarks/results/memory.json
-    python benchmarks/memory.py --cases large --cgroup FOLDER --out benchmarks/results/memory.json
+    python benchmarks/memory.py --cases large reads --cgroup FOLDER --out benchmarks/results/memory.json
 
 ## Runs that survive
 

@@ -142,7 +142,7 @@ def test_too_little_memory_halves_the_chunk_which_is_journalled_and_used_again(t
 
     def stopped(self, block, figures):
         stop(self, block, figures)
-        if len(self.blocks) == 1:
+        if len(self.manifest.blocks) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Workspace, "halve", halved)
