@@ -35,7 +35,11 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8,
 EXPERTS = WIDE | {"intermediate_size": 512}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-RECIPES = {"magnitude": ("--method", "magnitude"), "sparsegpt": ("--method", "sparsegpt"), "balanced": ("--effort", "balanced")}
+RECIPES = {
+    "magnitude of q_proj": ("--method", "magnitude", "--include", "*.q_proj"),
+    "sparsegpt": ("--method", "sparsegpt"),
+    "balanced": ("--effort", "balanced"),
+}
 LENGTH = 128
 
 
@@ -56,7 +60,7 @@ CASES = {
     "layers": [Case(f"{n} layers", n, WIDE, recipes=("sparsegpt", "balanced")) for n in (8, 16, 32, 64)],
     "experts": [Case(f"8 experts, {n} layers", n, EXPERTS, experts=8) for n in (8, 16, 32, 64)],
     "large": [Case("4 GB", 43, LARGE)],
-    "reads": [Case("4 GB, 8 batches", 43, LARGE, recipes=("magnitude",), samples=128)],
+    "reads": [Case("4 GB, 8 batches", 43, LARGE, recipes=("magnitude of q_proj",), samples=128)],
     "llama-7b": [Case("Llama-2-7B", 32, LLAMA_7B, recipes=("sparsegpt", "balanced"))],  # 13 GB; for a GPU
 }
 

@@ -54,12 +54,12 @@ def large_lines() -> str:
             where = where.format(limit=run.get("limit_bytes", 0) / 1e9)
             size, peak = (run[f"{what}_bytes"] / 1e9 for what in ("model", "peak_anonymous"))
             lines.append(f"A model of {size:.1f} GB on disk{where}, by `sparsegpt`: peak {peak:.2f} GB.")
-    if run := runs.get("magnitude, capped, 4 GB, 8 batches"):
-        size, read_bytes, limit = (run[f"{what}_bytes"] / 1e9 for what in ("model", "read", "limit"))
+    if run := runs.get("magnitude of q_proj, capped, 4 GB, 8 batches"):
+        size, read_bytes = (run[f"{what}_bytes"] / 1e9 for what in ("model", "read"))
         lines.append(
-            f"A model of {size:.1f} GB on disk in a memory cgroup of {limit:.1f} GB, on 8 batches of 2048 tokens, by "
-            f"`magnitude`: {read_bytes:.0f} GB read from the disk in all, {read_bytes / size:.1f} times the model. The "
-            f"dense pass alone would read it 8 times if each batch went on its own."
+            f"\nThe same on 8 batches of 2048 tokens, `q_proj` alone and by `magnitude`: {read_bytes:.0f} GB were read "
+            f"from the disk, {read_bytes / size:.1f} times the model. The dense pass would read it 8 times if each batch "
+            f"went through the model on its own."
         )
     return "\n".join(lines)
 

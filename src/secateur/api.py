@@ -243,6 +243,8 @@ def solve(
     plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
     if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
         raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
+    if W.device != H.device:
+        raise ValueError(f"W is on {W.device} and H on {H.device}: put both on one device")
     for name, tensor in (("W", W), ("H", H)):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinity")

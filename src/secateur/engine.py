@@ -254,7 +254,7 @@ def _prune_matrix(
     try:
         aimed = aim(W, moments, plan.target, gain)
         while (solved := _solve(aimed, gram, pattern, row_scale, plan, workspace.limit)) is None:
-            workspace.halve(f"solving {matrix.name}", W.device)
+            workspace.halve("the solver's work", W.device)
     except NotPositiveDefiniteError as error:
         raise NotPositiveDefiniteError(f"{matrix.name}: {error}") from error
     except ValueError as error:
