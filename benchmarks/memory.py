@@ -60,7 +60,7 @@ CASES = {
     "layers": [Case(f"{n} layers", n, WIDE, recipes=("sparsegpt", "balanced")) for n in (8, 16, 32, 64)],
     "experts": [Case(f"8 experts, {n} layers", n, EXPERTS, experts=8) for n in (8, 16, 32, 64)],
     "large": [Case("4 GB", 43, LARGE)],
-    "reads": [Case("4 GB, 8 batches", 43, LARGE, recipes=("magnitude of q_proj",), samples=128)],
+    "reads": [Case("2 GB, 6 batches", 22, LARGE, recipes=("magnitude of q_proj",), samples=96)],
     "llama-7b": [Case("Llama-2-7B", 32, LLAMA_7B, recipes=("sparsegpt", "balanced"))],  # 13 GB; for a GPU
 }
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import WIDE, write_model
+from memory import WIDE, Case, write_model
 
 from secateur.calibration import BATCH_TOKENS
 from secateur.export import environment
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_model(Path(scratch) / "model", LAYERS, WIDE)
+        model = write_model(Path(scratch) / "model", Case("divided", LAYERS, WIDE))
         start = min(cpu_seconds([[sys.executable, "-c", IMPORTS]])[0] for _ in range(3))
         for name, flags in RECIPES.items():
             errors: dict[int, list[float]] = {}

@@ -3,7 +3,8 @@
     python benchmarks/resume.py --out benchmarks/results/resume.json
 
 A random Llama of 8 layers is pruned by the real command; the process is killed at a moment drawn from the length of a
-whole run, resumed, killed again where the next moment falls into it, and so on until it ends; 20 kills in all.
+whole run, resumed, killed again where the next moment falls into it, and so on until it ends; 20 kills in all. Every
+third waits for the saving to begin, which is short, and comes at a moment drawn from that.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import LENGTH, SAMPLES, WIDE, write_model
+from memory import LENGTH, WIDE, Case, write_model
 
 from secateur.export import environment
 
-KILLS, LAYERS = 20, 8
+KILLS, LAYERS, SAMPLES, SHARD = 20, 8, 4, "20MB"
+SAVING_SECONDS = 0.5  # about
 
 
 def main() -> None:
@@ -34,14 +36,14 @@ def main() -> None:
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = write_model(folder / "model", LAYERS, WIDE)
+        model = write_model(folder / "model", Case("resumed", LAYERS, WIDE))
         started = time.perf_counter()
         subprocess.run(command(model, folder / "reference"), check=True, capture_output=True)
         whole = time.perf_counter() - started
         kills: list[dict[str, Any]] = []
         rounds = 0
         while len(kills) < KILLS:
-            kills += one_run(model, folder / "out", whole, KILLS - len(kills), chance)
+            kills += one_run(model, folder / "out", whole, len(kills), chance)
             rounds += 1
             check_same(folder / "reference", folder / "out")
             leftovers = sorted(path.name for path in folder.iterdir() if path.name not in ("model", "reference", "out"))
@@ -54,23 +56,34 @@ def main() -> None:
 def command(model: Path, out: Path) -> list[str]:
     """The real command."""
     given = [sys.executable, "-m", "secateur", "prune", str(model), str(out), "--resume"]
-    return [*given, "--samples", str(SAMPLES), "--seq-len", str(LENGTH)]
+    return [*given, "--samples", str(SAMPLES), "--seq-len", str(LENGTH), "--max-shard-size", SHARD]
 
 
-def one_run(model: Path, out: Path, whole: float, most: int, chance: random.Random) -> list[dict[str, Any]]:
-    """Kill and resume until the run ends, `most` times at most; what was finished at each kill."""
+def one_run(model: Path, out: Path, whole: float, before: int, chance: random.Random) -> list[dict[str, Any]]:
+    """Kill and resume until the run ends, or there were enough kills with those before; what each found done."""
     kills: list[dict[str, Any]] = []
     while True:
         process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        after = whole * chance.random() if len(kills) < most else None
+        number = before + len(kills)
+        after = whole * chance.random() if number < KILLS else None
+        if number < KILLS and number % 3 == 2:
+            while process.poll() is None and manifest_of(out).get("shards") is None:
+                time.sleep(0.002)
+            after = SAVING_SECONDS * chance.random()
         try:
             _, errors = process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            manifest = out / ".secateur" / "manifest.json"
-            blocks = len(json.loads(manifest.read_text())["blocks"]) if manifest.exists() else 0
-            kills.append({"after_seconds": after, "finished_blocks": blocks})
+            manifest = manifest_of(out)
+            shards = manifest.get("shards")
+            kills.append(
+                {
+                    "after_seconds": after,
+                    "finished_blocks": len(manifest.get("blocks", ())),
+                    "whole_shards": None if shards is None else len(shards),
+                }
+            )
             print(kills[-1], flush=True)
             continue
         if process.returncode:
@@ -78,10 +91,21 @@ def one_run(model: Path, out: Path, whole: float, most: int, chance: random.Rand
         return kills
 
 
+def manifest_of(out: Path) -> dict[str, Any]:
+    """What the journal says; nothing where there is none."""
+    try:
+        return json.loads((out / ".secateur" / "manifest.json").read_text())
+    except OSError:
+        return {}
+
+
 def check_same(reference: Path, out: Path) -> None:
-    """Raise AssertionError unless both folders hold the same files and bits."""
-    assert sorted(path.name for path in reference.iterdir()) == sorted(path.name for path in out.iterdir())
-    assert (out / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    """Raise AssertionError unless both folders hold the same files and bits of weights."""
+    names = sorted(path.name for path in reference.iterdir())
+    assert names == sorted(path.name for path in out.iterdir())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    assert len(weights) > 1
+    assert all((out / name).read_bytes() == (reference / name).read_bytes() for name in weights)
 
 
 if __name__ == "__main__":

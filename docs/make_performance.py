@@ -54,12 +54,12 @@ def large_lines() -> str:
             where = where.format(limit=run.get("limit_bytes", 0) / 1e9)
             size, peak = (run[f"{what}_bytes"] / 1e9 for what in ("model", "peak_anonymous"))
             lines.append(f"A model of {size:.1f} GB on disk{where}, by `sparsegpt`: peak {peak:.2f} GB.")
-    if run := runs.get("magnitude of q_proj, capped, 4 GB, 8 batches"):
+    if run := runs.get("magnitude of q_proj, capped, 2 GB, 6 batches"):
         size, read_bytes = (run[f"{what}_bytes"] / 1e9 for what in ("model", "read"))
         lines.append(
-            f"\nThe same on 8 batches of 2048 tokens, `q_proj` alone and by `magnitude`: {read_bytes:.0f} GB were read "
-            f"from the disk, {read_bytes / size:.1f} times the model. The dense pass would read it 8 times if each batch "
-            f"went through the model on its own."
+            f"\nA model of {size:.1f} GB in the same cgroup, on 6 batches of 2048 tokens, `q_proj` alone and by "
+            f"`magnitude`: {read_bytes:.0f} GB were read from the disk, {read_bytes / size:.1f} times the model. The dense "
+            f"pass alone would read it 6 times if each batch went through the model on its own."
         )
     return "\n".join(lines)
 
@@ -75,17 +75,21 @@ def memory_settings() -> str:
 
 
 def kills_line() -> str:
-    if not (RESULTS / "resume.json").is_file():
-        return (
-            "Twenty kills at random moments: not measured yet. `tests/test_store.py` kills the real command four times."
-        )
     resume = read("resume")
-    blocks = [kill["finished_blocks"] for kill in resume["kills"]]
-    counts = ", ".join(f"{blocks.count(number)} after {number}" for number in sorted(set(blocks)))
+    pruning, saving = [], []
+    for kill in resume["kills"]:
+        (pruning if kill["whole_shards"] is None else saving).append(kill)
     return (
-        f"{len(blocks)} kills in {resume['runs']} runs of a model with {resume['layers']} blocks ({counts} finished blocks): "
-        f"every run ended with the bits of one that was never stopped, and left no file behind."
+        f"{len(resume['kills'])} kills in {resume['runs']} runs of a model with {resume['layers']} blocks: {len(pruning)} "
+        f"while blocks were pruned ({_counts(pruning, 'finished_blocks')} finished blocks) and {len(saving)} while it was "
+        f"saved ({_counts(saving, 'whole_shards')} whole shards). Every run ended with the bits of one that was never "
+        f"stopped, and left no file behind."
     )
+
+
+def _counts(kills: list[dict[str, Any]], what: str) -> str:
+    found = [kill[what] for kill in kills]
+    return ", ".join(f"{found.count(number)} after {number}" for number in sorted(set(found)))
 
 
 def peer_table() -> str:
