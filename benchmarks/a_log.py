@@ -33,7 +33,7 @@ SCORES = ("random", "magnitude", "state")
 
 def main() -> None:
     """Evaluate the dense model and every score at every sparsity, and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name in ("model", "calibration", "text", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()

@@ -35,7 +35,7 @@ PATTERNS = ("50%", "2:4")
 
 def main() -> None:
     """Run the sweep and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--families", nargs="*", default=list(zoo.FAMILIES))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ WINDOWS, LENGTH = 128, 128
 
 def main() -> None:
     """Run every method at every pattern and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -41,7 +41,8 @@ def main() -> None:
     reference = embed(dense, held_out)
     cells = {}
     for pattern in PATTERNS:
-        for recipe in [*({"method": name} for name in METHODS), {"effort": "balanced", "allocation": "uniform"}]:
+        recipes: list[dict[str, Any]] = [{"method": name} for name in METHODS]
+        for recipe in [*recipes, {"effort": "balanced", "allocation": "uniform"}]:
             model = copy.deepcopy(dense)
             report = secateur.prune(model, pattern=pattern, calibration=batches, **recipe)
             embeddings = embed(model, held_out)

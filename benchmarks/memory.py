@@ -31,10 +31,25 @@ import torch
 
 from secateur.export import environment
 
-WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+WIDE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 EXPERTS = WIDE | {"intermediate_size": 512}
-LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+LARGE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+LLAMA_7B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
 RECIPES = {
     "magnitude of q_proj": ("--method", "magnitude", "--include", "*.q_proj"),
     "sparsegpt": ("--method", "sparsegpt"),
@@ -67,7 +82,7 @@ CASES = {
 
 def main() -> None:
     """Measure every run and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["layers", "experts"])
     parser.add_argument("--device", default="cpu")
@@ -101,7 +116,12 @@ def write_model(folder: Path, case: Case) -> Path:
     )
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "num_hidden_layers": case.layers, "max_position_embeddings": 512, **case.widths}
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "num_hidden_layers": case.layers,
+        "max_position_embeddings": 512,
+        **case.widths,
+    }
     torch.set_default_dtype(torch.bfloat16)
     if case.experts:
         model = MixtralForCausalLM(MixtralConfig(num_local_experts=case.experts, **sizes))

@@ -31,7 +31,7 @@ PASSES = 3
 
 def main() -> None:
     """Time a run of each method, then its parts, and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--samples", type=int, default=32)

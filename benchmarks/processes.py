@@ -34,7 +34,7 @@ IMPORTS = "import secateur.cli, secateur.api; from transformers import AutoModel
 
 def main() -> None:
     """Measure every number of processes and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import statistics
@@ -55,9 +56,7 @@ def main() -> None:
 def load_reference(clone: Path) -> type:
     """The class SparseGPT of the clone."""
     sys.path.insert(0, str(clone))
-    import sparsegpt
-
-    return sparsegpt.SparseGPT
+    return importlib.import_module("sparsegpt").SparseGPT
 
 
 def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, reference: type) -> dict[str, Any]:

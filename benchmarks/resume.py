@@ -30,7 +30,7 @@ SAVING_SECONDS = 0.5  # about
 
 def main() -> None:
     """Kill, resume, compare, and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     chance = random.Random(0)
