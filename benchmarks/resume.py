@@ -67,7 +67,7 @@ def one_run(model: Path, out: Path, whole: float, before: int, chance: random.Ra
         number = before + len(kills)
         after = whole * chance.random() if number < KILLS else None
         if number < KILLS and number % 3 == 2:
-            while process.poll() is None and manifest_of(out).get("shards") is None:
+            while process.poll() is None and not manifest_of(out).get("outcome"):
                 time.sleep(0.002)
             after = SAVING_SECONDS * chance.random()
         try:
@@ -76,12 +76,11 @@ def one_run(model: Path, out: Path, whole: float, before: int, chance: random.Ra
             process.kill()
             process.communicate()
             manifest = manifest_of(out)
-            shards = manifest.get("shards")
             kills.append(
                 {
                     "after_seconds": after,
                     "finished_blocks": len(manifest.get("blocks", ())),
-                    "whole_shards": None if shards is None else len(shards),
+                    "whole_shards": len(manifest["shards"]) if manifest.get("outcome") else None,
                 }
             )
             print(kills[-1], flush=True)

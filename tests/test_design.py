@@ -47,7 +47,7 @@ LAYERS = (
         "evaluation",
         "tasks",
     ),
-    ("assets", "converted", "checkpoint", "durable", "manifest", "store", "export", "inspection"),
+    ("assets", "converted", "checkpoint", "durable", "block_files", "manifest", "store", "export", "inspection"),
     ("run", "api", "demo", "peer_llmcompressor", "peers", "compare", "table", "console", "cli", "__main__"),
 )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM
 from zoo import tiny
@@ -287,8 +289,6 @@ def test_a_forward_pass_that_fails_leaves_no_copy(folder):
 
 
 def test_layers_that_share_a_tensor_and_stay_leave_it_as_it_was():
-    from torch import nn
-
     layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]).half()
     layers[0][0].weight = layers[1][0].weight
 
@@ -340,6 +340,48 @@ def test_passes_side_by_side_share_a_layers_copy_and_find_what_passes_alone_do(f
         for each in found
     ]
     assert members[0] == members[1]
+
+
+def note_cache(model, caches, *_):
+    caches.append(model.config.use_cache)
+
+
+def test_passes_that_do_not_meet_the_same_layers_keep_their_batches(folder):
+    """A layer in front of the blocks that only one batch runs: the others come before it everywhere else."""
+
+    class Adapted(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.adapters = inner, nn.ModuleList([nn.Linear(32, 32).half()])
+
+        def forward(self, ids):
+            hidden = self.inner(ids)
+            return self.adapters[0](hidden) if bool((ids == 99).any()) else hidden
+
+    found = []
+    batches = [{"input_ids": ids % 90, "attention_mask": torch.ones_like(ids)} for ids in tokens(10)]
+    batches[1]["input_ids"][0, 0] = 99
+    batches[1]["attention_mask"][0, :4] = 0
+    batches[3]["attention_mask"][1, :6] = 0
+    for room in (0, 10**9):
+        model = load(str(folder), converted=folder / "converted").model
+        torch.manual_seed(0)
+        model.model.embed_tokens = Adapted(model.model.embed_tokens)
+        residence = Mapped("cpu", torch.float32)
+        caches = []
+        model.model.layers[-1].register_forward_pre_hook(partial(note_cache, model, caches))
+        with observable(model):
+            with residence.running(model.model):
+                blocks = find_stacks(model, batches[0]).blocks
+            with residence.running(model.model) as lockstep:
+                lockstep.room = room
+                found.append(survey(model, blocks, batches, lambda *_: None, lockstep=lockstep))
+        assert caches == [False] * 6
+        assert model.config.use_cache
+    alone, together = found
+    assert all(torch.equal(a, b) for a, b in zip(alone.hidden, together.hidden, strict=True))
+    masks = [[None if mask is None else mask.sum().item() for mask in each.padding] for each in found]
+    assert masks[0] == masks[1] == [None, BATCHES[0].numel() - 4, None, BATCHES[0].numel() - 6, None]
 
 
 def tensors_in(call):

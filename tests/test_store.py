@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sha
         if count[0] < step:
             break
         sizes.append(weight_bytes(out))
-        kept.append(len(manifest.read_manifest(out / manifest.FOLDER).shards or ()))
+        kept.append(len(manifest.read_manifest(out / manifest.FOLDER).shards))
         with monkeypatch.context() as patched:
             if kept[-1]:
                 patched.setattr(engine, "run", None)  # nothing is pruned, nor replayed
@@ -153,10 +154,17 @@ def test_a_block_that_is_gone_and_was_not_saved_is_not_taken_for_a_saved_one(sou
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, max_shard_size=SHARD)
     assert manifest.read_manifest(out / manifest.FOLDER).shards == []
+    kept = manifest.read_manifest(out / manifest.FOLDER)
+    for blocks in (kept.blocks | {"model.layers.1": manifest.SAVED}, dict([*kept.blocks.items()][:2])):
+        shutil.copytree(out, tmp_path / "copy")
+        replace(kept, blocks=blocks).write(tmp_path / "copy" / manifest.FOLDER)
+        with pytest.raises(ValueError, match=r"is damaged \(model\.layers\.\d\S+ is in no file\).*--overwrite"):
+            prune(source, tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy")
     (out / manifest.FOLDER / "block-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"block-00001.safetensors is damaged"):
         prune(source, out)
-    (out / manifest.FOLDER / store.OUTCOME).write_text("[")
+    (out / manifest.FOLDER / store.OUTCOME).write_text("{}")
     with pytest.raises(ValueError, match=r"outcome\.json is damaged .*--overwrite"):
         prune(source, out)
     prune(source, out, resume=False, overwrite=True)
@@ -165,6 +173,70 @@ def test_a_block_that_is_gone_and_was_not_saved_is_not_taken_for_a_saved_one(sou
 
 def cut():
     raise KeyboardInterrupt
+
+
+def stopped_while_saving(source, out, monkeypatch, shards):
+    """Leave so many whole shards in `out`."""
+    keep = store.Journal.keep_shard
+
+    def kept(self, *others):
+        keep(self, *others)
+        if len(self.manifest.shards) == shards:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Journal, "keep_shard", kept)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, max_shard_size=SHARD)
+    assert f"in {shards} finished shards" in manifest.unfinished(out).progress
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the end", "all", "a folder"])
+def test_a_damaged_shard_is_not_published(source, tmp_path, monkeypatch, damage):
+    out = tmp_path / "out"
+    stopped_while_saving(source, out, monkeypatch, 2)
+    shard = out / manifest.FOLDER / store.FINISHED / "00001-model.safetensors"
+    bits = shard.read_bytes()
+    if damage == "all":
+        shard.unlink()
+    elif damage == "a folder":
+        shutil.rmtree(shard.parent)
+    else:
+        shard.write_bytes(bits[:-1] + bytes([bits[-1] ^ 1]) if damage == "a bit" else bits[:-100])
+    with pytest.raises(ValueError, match=r"0000\d-model.safetensors is damaged .*--overwrite"):
+        prune(source, out)
+    assert not (out / "config.json").exists()
+    prune(source, out, resume=False, overwrite=True)
+    check_as_if_never_stopped(source, out)
+
+
+def test_a_run_that_has_only_to_save_needs_no_machine_like_the_first(source, sharded, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped_while_saving(source, out, monkeypatch, 1)
+    more = torch.get_num_threads() + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: more)
+        with pytest.raises(ValueError, match="differs: recipe pattern was 50%, is 60%. Go on"):
+            prune(source, out, pattern="60%")
+        prune(source, out)
+    assert (out / "model-00003-of-00004.safetensors").read_bytes() == (
+        sharded / "model-00003-of-00004.safetensors"
+    ).read_bytes()
+
+
+def test_starting_again_leaves_nothing_of_a_run_that_was_stopped_while_saving(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped_while_saving(source, out, monkeypatch, 2)
+    commit, found = store.Journal.commit, []
+
+    def committed(self, *others):
+        commit(self, *others)
+        found.append(sorted(path.name for path in out.rglob("*.safetensors")))
+
+    monkeypatch.setattr(store.Journal, "commit", committed)
+    prune(source, out, resume=False, overwrite=True)
+    assert found == [[f"block-{number:05d}.safetensors" for number in range(done)] for done in (1, 2, 3)]
+    check_as_if_never_stopped(source, out)
 
 
 def test_power_cuts_while_the_finished_model_is_moved(source, tmp_path, monkeypatch):
@@ -325,7 +397,7 @@ def test_another_run_in_place_of_one_that_was_cut_off_when_all_was_moved(source,
         patched.setattr(store.Journal, "close", lambda _self: None)
         prune(source, out, seed=7)
     with monkeypatch.context() as patched:
-        stop_at(patched, 3 * 2 + 1, KeyboardInterrupt())
+        stop_at(patched, 3 * 2 + 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, overwrite=True)
     assert "2 finished blocks" in manifest.unfinished(out).progress
@@ -378,7 +450,13 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
     interrupted(source, out, monkeypatch)
     path = out / manifest.FOLDER / manifest.MANIFEST
     whole = path.read_text()
-    for damage in ("{", whole.replace('"files": {}', '"files": {"..": "model.safetensors"}'), "[]", '{"blocks": 3}'):
+    for damage in (
+        "{",
+        whole.replace('"replaces": []', '"replaces": [".secateur"]'),
+        whole.replace('"files": {}', '"files": {"..": "model.safetensors"}'),
+        "[]",
+        '{"blocks": 3}',
+    ):
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"manifest\.json .*--overwrite"):
             prune(source, out)

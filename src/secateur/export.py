@@ -103,8 +103,8 @@ def write(
         shards = _shards(checkpoint, max_shard_size)
         outcome = {"report": report.to_dict(), "max_shard_size": max_shard_size, "shards": shards}
         journal.keep_outcome(outcome)
-    journal.restore(model)
-    for number in range(len(journal.manifest.shards or ()), len(outcome["shards"])):
+    journal.restore(model, _pruned(report), outcome["shards"])
+    for number in range(len(journal.manifest.shards), len(outcome["shards"])):
         names = outcome["shards"][number]
         made = _write_shard(checkpoint, report, names, folder, number, outcome["max_shard_size"])
         journal.keep_shard(model, names, made)
@@ -166,7 +166,7 @@ def _write_shard(
 
 def _weight_files(journal: Journal) -> dict[str, str]:
     """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
-    made = [name for shard in journal.manifest.shards or () for name in shard]
+    made = [name for shard in journal.manifest.shards for name in shard]
     if len(made) == 1:
         return {made[0]: "model.safetensors"}
     return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
@@ -193,7 +193,7 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
     """
     done: dict[tuple[int, int, torch.dtype], Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    pruned = {matrix.name.partition("[")[0] for matrix in report.matrices}
+    pruned = _pruned(report)
     content = checkpoint.model.state_dict()
     for name in names:
         tensor = content[name]
@@ -209,6 +209,11 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
                 done[key] = tensor.to(dtype)
         tensors[name] = done[key]
     return tensors
+
+
+def _pruned(report: Report) -> set[str]:
+    """The matrices that were pruned, and the stacks of experts of which some were."""
+    return {matrix.name.partition("[")[0] for matrix in report.matrices}
 
 
 def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:

@@ -1,6 +1,7 @@
 """Forward passes of one model side by side, so that a layer that has to be brought in serves them all.
 
-Each pass is a coroutine on this thread. In front of such a layer it gives way, until all the others are there too.
+Each pass is a coroutine on this thread. In front of such a layer it gives way, until all the others are there too, or
+in front of another. What a pass sets for the length of several layers, other than context variables, the others see.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ class Lockstep:
 
     Args:
         room: bytes that the hidden states of all of them may take; 0 = passes go one after another.
+
+    Attributes:
+        passes: how many go side by side now.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.room, self.passes = room, 1
-        self._scheduler = getcurrent()
+        self._scheduler: greenlet | None = None
 
     def width(self, hidden: int) -> int:
         """How many passes may go side by side, where the hidden states of each take so many bytes.
@@ -30,7 +34,7 @@ class Lockstep:
         return max(1, self.room // (2 * max(1, hidden)))
 
     def run(self, passes: Sequence[Callable[[], None]]) -> None:
-        """Run passes side by side, in their order between any two layers. An error of one ends them all."""
+        """Run passes side by side, in their order where all meet the same layers. An error of one ends all."""
         if len(passes) == 1:
             passes[0]()
             return
@@ -51,5 +55,5 @@ class Lockstep:
 
     def give_way(self) -> None:
         """Let the other passes come as far as this one."""
-        if self.passes > 1:
+        if self.passes > 1 and self._scheduler is not None:
             self._scheduler.switch()

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from secateur.durable import write_whole
 
 FOLDER, MANIFEST = ".secateur", "manifest.json"
-SAVED = ""  # in place of the digest of a block whose file is gone, since the finished model's files hold it
-PLAIN = re.compile(r"[^/\\]*[^/\\.][^/\\]*")
+SAVED = "saved"  # in place of the digest of a block whose file is gone, since whole shards hold it
+PLAIN = re.compile(r"(?!\.secateur$)[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*")
 
 
 @dataclass
@@ -22,10 +22,12 @@ class Manifest:
 
     Args:
         identity: what a run that goes on must share with the one that began, as nested plain data.
-        blocks: SHA-256 of each finished block's file, by the block's name; the files are numbered in this order.
+        blocks: SHA-256 of each finished block's file, or `SAVED`, by its name; the files are numbered in this order.
         seconds: of work so far, of every process that took part.
         replaces: the files that `OUT` held when the run began.
-        shards: files of the finished model that are whole, shard by shard; None while there are blocks to prune.
+        outcome: SHA-256 of the file that says what the run found, and how the model is saved; "" while there are
+            blocks to prune.
+        shards: SHA-256 of the whole files of the finished model by name, shard by shard.
         files: those of the whole finished model, as they are called in the journal and in `OUT`; once it is whole.
         notices: what the user should know of how the run went on.
     """
@@ -34,7 +36,8 @@ class Manifest:
     blocks: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     replaces: list[str] = field(default_factory=list)
-    shards: list[list[str]] | None = None
+    outcome: str = ""
+    shards: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
@@ -54,19 +57,19 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        shards = found["shards"]
         manifest = Manifest(
             identity=dict(found["identity"]),
             blocks={str(block): str(digest) for block, digest in found["blocks"].items()},
             seconds=float(found["seconds"]),
             replaces=[str(name) for name in found["replaces"]],
-            shards=None if shards is None else [[str(name) for name in shard] for shard in shards],
+            outcome=str(found["outcome"]),
+            shards=[{str(name): str(digest) for name, digest in shard.items()} for shard in found["shards"]],
             files={str(made): str(name) for made, name in found["files"].items()},
             notices=[str(notice) for notice in found["notices"]],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
-    names = [*manifest.replaces, *(name for shard in manifest.shards or () for name in shard)]
+    names = [*manifest.replaces, *(name for shard in manifest.shards for name in shard)]
     names += [name for pair in manifest.files.items() for name in pair]
     if foreign := [name for name in names if not PLAIN.fullmatch(name)]:
         raise ValueError(f"{path} names {foreign[0]!r}, which is no plain file name: start again with --overwrite")
@@ -88,10 +91,10 @@ def unfinished(out: Path) -> Unfinished | None:
         manifest = read_manifest(out / FOLDER)
     except ValueError:  # whoever goes on with it is told why
         return Unfinished(f"a damaged journal is in {out / FOLDER}", set())
-    return Unfinished(
-        f"{len(manifest.blocks)} finished blocks are in {out / FOLDER}",
-        {*manifest.replaces, *manifest.files.values()},
-    )
+    done = f"{len(manifest.blocks)} finished blocks"
+    if manifest.outcome:
+        done = f"all blocks, some of them in {len(manifest.shards)} finished shards,"
+    return Unfinished(f"{done} are in {out / FOLDER}", {*manifest.replaces, *manifest.files.values()})
 
 
 def differences_of(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -91,12 +91,19 @@ def run_without_cache(model: Any, part: nn.Module, **inputs: Any) -> Any:
     Some take `use_cache` as an argument that defaults to True, others read it from a configuration.
     """
     extra = {"use_cache": False} if "use_cache" in signature(part.forward).parameters else {}
+    with without_cache(model):
+        return part(**inputs, **extra)
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Meanwhile no configuration of the model or its parts asks for a cache."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
     try:
-        return part(**inputs, **extra)
+        yield
     finally:
         for config in caching:
             config.use_cache = True

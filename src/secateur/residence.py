@@ -6,8 +6,9 @@ drops them when memory is short. Only what runs is copied, to the device and in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -95,16 +96,18 @@ class Mapped:
         with ExitStack() as stack:
             outside = [tensor for tensor in self._to_copy(model) if id(tensor) not in inside]
             stack.enter_context(self._copied_in(outside))
-            kept, room, lockstep = stack.enter_context(ExitStack()), self.room, Lockstep()
-            for layer in layers:
-                room -= sum(self._bytes(tensor) for tensor in self._to_copy(layer))
-                if self.room and room >= 0:
-                    self._copied_in_by_hooks(layer, stack, lockstep, kept)
-                else:
-                    lockstep.room = max(lockstep.room, sum(self._bytes(tensor) for tensor in _tensors(layer)))
-                    self._copied_in_by_hooks(layer, stack, lockstep, None)
+            kept, staying = stack.enter_context(ExitStack()), self._staying(layers)
+            sizes = [sum(map(self._bytes, _tensors(layer))) for layer in layers[staying:]]
+            lockstep = Lockstep(room=max(sizes, default=0))
+            for number, layer in enumerate(layers):
+                self._copied_in_by_hooks(layer, stack, lockstep, kept if number < staying else None)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             yield lockstep
+
+    def _staying(self, layers: Sequence[nn.Module]) -> int:
+        """How many layers stay, from the first."""
+        sizes = accumulate(sum(map(self._bytes, self._to_copy(layer))) for layer in layers)
+        return sum(size <= self.room for size in sizes) if self.room else 0
 
     def _copied_in_by_hooks(
         self, layer: nn.Module, stack: ExitStack, lockstep: Lockstep, kept: ExitStack | None

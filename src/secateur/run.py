@@ -116,7 +116,7 @@ def prune_in_place(
         assert isinstance(model, Checkpoint)
         journal.storage_of = plan.storage_of
         journal.begin(_identity(name, model.folder, plan, data.origin, environment))
-        if outcome := journal.outcome():
+        if outcome := parallel.from_first(journal.outcome() if parallel.is_first() else None):
             return Report.from_dict(outcome["report"])
     outcome = engine.run(module, data.batches, plan, progress, journal)
     return Report(

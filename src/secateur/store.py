@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur import durable, parallel
+from secateur.block_files import adopt, check_bits, names_in, opened
 from secateur.lockstep import Lockstep
 from secateur.manifest import FOLDER, MANIFEST, SAVED, Manifest, differences_of, read_manifest
 from secateur.model import Block
@@ -72,6 +73,8 @@ class Journal:
         if before and begun_by != go_on:  # torchrun gives each process other threads than one alone has
             apart = ("environment processes ", "environment threads ")
             differences = [difference for difference in differences if not difference.startswith(apart)]
+        if self.manifest.outcome:  # nothing is left to compute
+            differences = [difference for difference in differences if not difference.startswith("environment ")]
         if before and begun_by != go_on and not differences:
             self.manifest.notices.append(
                 f"{begun_by} processes began this run and {go_on} go on with it: the model is that of an uninterrupted "
@@ -83,10 +86,23 @@ class Journal:
                 f"what it began with, or start again with --overwrite"
             )
         if differences or not before:
-            (self.folder / MANIFEST).unlink(missing_ok=True)
+            self._forget()
             there = sorted(path.name for path in self.folder.parent.iterdir() if path.is_file())
             self.manifest = Manifest(replaces=there)
         self.manifest.identity = identity
+
+    def _forget(self) -> None:
+        """Remove what an earlier run wrote here, the manifest first."""
+        manifest = self.folder / MANIFEST
+        try:
+            if manifest.exists():
+                manifest.unlink()
+                durable.flush(self.folder)
+            shutil.rmtree(self.folder / FINISHED, ignore_errors=True)
+            for path in (*self.folder.glob("block-*.safetensors"), self.folder / OUTCOME):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.folder} can't be written ({error})") from error
 
     @contextmanager
     def using(self, block: Block) -> Iterator[None]:
@@ -94,7 +110,7 @@ class Journal:
         with self.residence.using(block):
             yield
         if block.name in self._done:
-            self._adopt(block)
+            adopt(self._path(block.name), _parameters(block))
 
     def running(self, model: nn.Module) -> AbstractContextManager[Lockstep]:
         """As the residence says."""
@@ -108,48 +124,17 @@ class Journal:
         """
         if block.name not in self.manifest.blocks:
             return None
-        self._check_bits(block.name)
-        with self._file(block.name) as file:
+        path = self._path(block.name)
+        check_bits(path, self.manifest.blocks[block.name])
+        with opened(path) as file:
             figures = json.loads(file.metadata()["figures"])
             refit = figures["refit"]
             matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
             self._done.add(block.name)
             return BlockFigures(matrices, None if refit is None else BlockReport(**refit), figures["chunk"])
 
-    def _adopt(self, block: Block) -> None:
-        """Let the block's parameters be those of its file, mapped.
-
-        Raises:
-            ValueError: a file that is damaged or doesn't fit the block.
-        """
-        parameters = _parameters(block)
-        with self._file(block.name) as file:
-            held = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in held}
-            if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
-                raise KeyError(f"it doesn't hold the matrices of {block.name}")
-            for name, parameter in parameters.items():
-                parameter.data = file.get_tensor(name)
-
     def _path(self, block: str) -> Path:
         return self.folder / f"block-{list(self.manifest.blocks).index(block):05d}.safetensors"
-
-    def _check_bits(self, block: str) -> None:
-        """Raise ValueError where a block's file isn't what was written."""
-        path = self._path(block)
-        if not path.is_file() or durable.digest_of(path) != self.manifest.blocks[block]:
-            raise ValueError(f"{path} is damaged (its bits changed): start again with --overwrite")
-
-    @contextmanager
-    def _file(self, block: str) -> Iterator[Any]:
-        path = self._path(block)
-        if not parallel.is_first() and not path.exists():
-            raise ValueError(f"{path} is not here: OUT must lie on a disk that all processes share")
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
 
     def commit(self, block: Block, figures: BlockFigures) -> None:
         """Make a finished block durable.
@@ -164,7 +149,7 @@ class Journal:
 
     def _write_block(self, block: Block, figures: BlockFigures) -> None:
         try:
-            self.manifest.blocks[block.name] = ""
+            self.manifest.blocks[block.name] = "being written"
             path = self._path(block.name)
             save_file(self._tensors(block), path, metadata={"figures": json.dumps(asdict(figures))})
             durable.flush(path)
@@ -179,35 +164,52 @@ class Journal:
         Raises:
             ValueError: a damaged file.
         """
-        if self.manifest.shards is None:
+        if not self.manifest.outcome:
             return None
         path = self.folder / OUTCOME
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): start again with --overwrite") from error
+        check_bits(path, self.manifest.outcome)
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def keep_outcome(self, outcome: dict[str, Any]) -> None:
-        """State that every block is finished: a run that goes on has only to save. Raises OSError."""
-        durable.write_whole(self.folder / OUTCOME, json.dumps(outcome, allow_nan=False) + "\n")
-        self.manifest.shards = []
-        self._write_manifest()
+        """State that every block is finished: a run that goes on has only to save.
 
-    def restore(self, model: nn.Module) -> None:
-        """Give the model the blocks that other processes than this one finished, but for those that are saved.
+        Args:
+            outcome: plain data, among it the list `shards` of the tensors that will be in each.
 
         Raises:
-            ValueError: a damaged file.
+            OSError: the disk is full or not writable.
         """
-        parameters = _parameters_by_name(model)
+        path = self.folder / OUTCOME
+        durable.write_whole(path, json.dumps(outcome) + "\n")
+        self.manifest.outcome = durable.digest_of(path)
+        self._write_manifest()
+
+    def restore(self, model: nn.Module, pruned: Collection[str], shards: Sequence[Collection[str]]) -> None:
+        """Give the model the blocks that other processes than this one finished, but for those in whole shards.
+
+        Args:
+            pruned: the matrices (or stacks of experts) that the run has pruned.
+            shards: the model's tensors in each, as planned.
+
+        Raises:
+            ValueError: a damaged block or shard, or a block of which neither has the weights.
+        """
+        for files in self.manifest.shards:
+            for name, digest in files.items():
+                check_bits(self.folder / FINISHED / name, digest)
+        held = {_matrix_of(name) for shard in shards[: len(self.manifest.shards)] for name in shard}
+        parameters = {_matrix_of(name): parameter for name, parameter in model.named_parameters()}
         for block, digest in self.manifest.blocks.items():
+            path = self._path(block)
             if digest == SAVED:
-                self._path(block).unlink(missing_ok=True)
-            elif block not in self._done:
-                self._check_bits(block)
-                with self._file(block) as file:
-                    for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                        parameters[name].data = file.get_tensor(name)
+                path.unlink(missing_ok=True)
+                continue
+            if block not in self._done:
+                check_bits(path, digest)
+                adopt(path, {name: parameters[name] for name in names_in(path) if name in parameters})
+            held.update(names_in(path))
+        if lost := sorted({*pruned} - held):
+            raise ValueError(f"{self.folder} is damaged ({lost[0]} is in no file): start again with --overwrite")
 
     def keep_shard(self, model: nn.Module, names: Collection[str], paths: Collection[Path]) -> None:
         """Make a shard of the finished model durable, and let go of the blocks that it holds, on the disk too.
@@ -219,22 +221,18 @@ class Journal:
         for path in paths:
             durable.flush(path)
         durable.flush(self.folder / FINISHED)
-        held = {name.removesuffix(".weight") for name in names}
-        inside: dict[str, list[str]] = {}
-        for block, digest in self.manifest.blocks.items():
-            if digest != SAVED:
-                with self._file(block) as file:
-                    if held.issuperset(file.keys()):
-                        inside[block] = list(file.keys())
-        assert self.manifest.shards is not None
-        self.manifest.shards.append([path.name for path in paths if path.suffix == ".safetensors"])
+        held = {_matrix_of(name) for name in names}
+        files = {block: self._path(block) for block, digest in self.manifest.blocks.items() if digest != SAVED}
+        inside = {block: path for block, path in files.items() if held.issuperset(names_in(path))}
+        weights = [path for path in paths if path.suffix == ".safetensors"]
+        self.manifest.shards.append({path.name: durable.digest_of(path) for path in weights})
         self.manifest.blocks |= dict.fromkeys(inside, SAVED)
         self._write_manifest()
-        parameters = _parameters_by_name(model)
-        for block, matrices in inside.items():
-            for name in matrices:
+        parameters = {_matrix_of(name): parameter for name, parameter in model.named_parameters()}
+        for path in inside.values():
+            for name in names_in(path):
                 _let_go(parameters[name])
-            self._path(block).unlink()
+            path.unlink()
 
     def finish(self, model: nn.Module, write: Callable[[Path], dict[str, str]]) -> None:
         """Move what `write` makes of the model in a folder to `OUT`, which then holds nothing else.
@@ -256,7 +254,7 @@ class Journal:
     def _write_model(self, write: Callable[[Path], dict[str, str]]) -> None:
         made = self.folder / FINISHED
         try:
-            if self.manifest.shards is None:
+            if not self.manifest.outcome:
                 shutil.rmtree(made, ignore_errors=True)
             made.mkdir(exist_ok=True)
             files = write(made)
@@ -273,8 +271,14 @@ class Journal:
         """Move the finished model's files to `OUT` in place of those that it held. Safe to repeat.
 
         Raises:
-            ValueError: a file of the finished model is gone.
+            ValueError: a file of the finished model is gone, or the disk is not writable.
         """
+        try:
+            self._move()
+        except OSError as error:
+            raise ValueError(f"{self.folder.parent} could not be saved ({error})") from error
+
+    def _move(self) -> None:
         made, out, files = self.folder / FINISHED, self.folder.parent, self.manifest.files
         if gone := [name for here, name in files.items() if not (made / here).exists() and not (out / name).exists()]:
             raise ValueError(f"{self.folder} is damaged ({gone[0]} is gone): start again with --overwrite")
@@ -382,9 +386,9 @@ def _parameters(block: Block) -> dict[str, nn.Parameter]:
     return {matrix.name.partition("[")[0]: matrix.parameter for matrix in block.matrices}
 
 
-def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by the names of their matrices in a block's file."""
-    return {name.removesuffix(".weight"): parameter for name, parameter in model.named_parameters()}
+def _matrix_of(name: str) -> str:
+    """The name of the matrix (or stack of experts) that a tensor of the model holds, if it does."""
+    return name.removesuffix(".weight")
 
 
 def _let_go(parameter: nn.Parameter) -> None:

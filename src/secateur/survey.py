@@ -7,6 +7,7 @@ what is wrong with a model or a text is found before any weight is changed.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,16 @@ from secateur.capture import Batch, InputGroup, Progress, Stream, real_tokens
 from secateur.experts import owner_of
 from secateur.lockstep import Lockstep
 from secateur.memory import HiddenStates, Memory
-from secateur.model import Block, Call, UnsupportedModelError, body_of, device_of, hidden_of, run_without_cache
+from secateur.model import (
+    Block,
+    Call,
+    UnsupportedModelError,
+    body_of,
+    device_of,
+    hidden_of,
+    run_without_cache,
+    without_cache,
+)
 from secateur.observe import Matrix, Use, WeightWatcher
 from secateur.stacks import same_tensor
 
@@ -58,23 +68,23 @@ def survey(
     """
     memory, lockstep = memory or Memory(), lockstep or Lockstep()
     device = device_of(model)
-    padding: list[Tensor | None] = []
     dealt = parallel.dealt(len(batches))
+    padding: list[Tensor | None] = [None] * len(dealt)
     recorder = _Recorder(blocks, HiddenStates(memory, len(dealt)))
 
-    def run(index: int) -> None:
-        on_device = {name: tensor.to(device) for name, tensor in batches[index].items()}
-        padding.append(real := _real_tokens(on_device))
+    def run(number: int) -> None:
+        on_device = {name: tensor.to(device) for name, tensor in batches[dealt[number]].items()}
+        padding[number] = real = _real_tokens(on_device)
         if real is None:
             on_device.pop("attention_mask", None)
-        with recorder.one_pass(real):
+        with recorder.one_pass(number, real):
             run_without_cache(model, body_of(model), **on_device)
         progress("dense pass", recorder.passes, len(dealt))
 
-    with recorder.watch():
-        waiting, width = [*dealt], 1
+    with recorder.watch(), without_cache(model):
+        waiting, width = [*range(len(dealt))], 1
         while waiting:
-            lockstep.run([partial(run, index) for index in waiting[:width]])
+            lockstep.run([partial(run, number) for number in waiting[:width]])
             waiting, width = waiting[width:], lockstep.width(recorder.hidden[0].nbytes)
     groups = recorder.finish()
     if missed is not None:
@@ -102,8 +112,9 @@ def _real_tokens(batch: Batch) -> Tensor | None:
 
 @dataclass(eq=False)
 class _Pass:
-    """One forward pass: its real tokens, what its last block gave, and how often each ran."""
+    """One forward pass: its batch's number, its real tokens, what its last block gave, and how often each ran."""
 
+    number: int
     real: Tensor | None
     last_output: tuple[str, Tensor, int] | None = None
     calls: Counter[str] = field(default_factory=Counter)
@@ -113,11 +124,13 @@ _PASS: ContextVar[_Pass] = ContextVar("pass")
 
 
 class _Recorder:
-    """Records calls, products and shared inputs over the batches of a dense pass, whose passes go in order."""
+    """Records calls, products and shared inputs over the batches of a dense pass, whose passes may come in any order,
+    but each block runs for one at a time."""
 
     def __init__(self, blocks: list[Block], hidden: HiddenStates) -> None:
         self.blocks, self.hidden = blocks, hidden
         self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
+        self._arrived: dict[str, list[int]] = {block.name: [] for block in blocks}  # batches that a block has run on
         self.tokens: dict[str, int] = {}
         self.input_dim: dict[str, int] = {}
         self.inputs_seen: dict[str, list[Any]] = {}
@@ -147,9 +160,9 @@ class _Recorder:
         self.other_uses = watcher.other_uses
 
     @contextmanager
-    def one_pass(self, real: Tensor | None) -> Iterator[None]:
-        """Take what runs meanwhile for one forward pass of the whole model."""
-        token = _PASS.set(_Pass(real))
+    def one_pass(self, number: int, real: Tensor | None) -> Iterator[None]:
+        """Take what runs meanwhile for one forward pass of the whole model, on the batch of that number."""
+        token = _PASS.set(_Pass(number, real))
         try:
             yield
             calls = _PASS.get().calls
@@ -168,19 +181,21 @@ class _Recorder:
             self._inputs.clear()
             own = _PASS.get()
             own.calls[block.name] += 1
+            place = bisect(self._arrived[block.name], own.number)
+            self._arrived[block.name].insert(place, own.number)
             if own.last_output is None:
                 if block is not self.blocks[0]:
                     raise UnsupportedModelError(
                         f"{block.name} runs before {self.blocks[0].name}: blocks must run in order"
                     )
                 self._check_padding(block, hidden, own.real)
-                self.hidden.append(hidden.detach().clone())
+                self.hidden.insert(place, hidden.detach().clone())
             elif not same_tensor(hidden, *own.last_output[1:]):
                 raise UnsupportedModelError(
                     f"the input of {block.name} is not the output of {own.last_output[0]} on all calibration inputs: "
                     f"the model changes hidden states between its blocks, which a block by block replay would miss"
                 )
-            self.calls[block.name].append(call)
+            self.calls[block.name].insert(place, call)
 
         return hook
 
