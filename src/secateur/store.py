@@ -2,8 +2,9 @@
 
 `OUT/.secateur/` holds one file a block (its tensors, with its figures in the header) and one manifest. Files are
 written and flushed first, and the manifest is replaced last: what it doesn't name never happened. The finished model is
-made in the same folder, shard by shard. The files of blocks go as soon as a shard that holds them is whole, so that no
-disk has to hold the model twice. It is moved to `OUT` when the manifest says that it is whole; then the journal goes.
+made in the same folder, shard by shard. The file of a block goes as soon as a shard that holds it all is whole, so that
+no disk has to hold a model of many blocks twice. It is moved to `OUT` when the manifest says that it is whole, and then
+the journal goes.
 """
 
 from __future__ import annotations
