@@ -5,6 +5,8 @@
 
 Their `fasterprune` is called as it is, but for `torch.cuda.synchronize`, which fails without a GPU and is left out
 there. Ours is `secateur.solve`; both factor the Gram matrix within the time. Each runs `--repeats` times in turn.
+Operations and reads of single numbers are counted too: on a GPU each of the first is a kernel at least, and at each of
+the second the CPU waits for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from unittest import mock
 import torch
 from solvers import clock, random_problem
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import solve
 from secateur.engine import relative_error
@@ -65,6 +68,7 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, reference: type) -
     cases |= {name: lambda o=options: solve(W, H, pattern, **o).weight for name, options in OURS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     errors: dict[str, float] = {}
+    counts = {name: count(run) for name, run in cases.items()}
     for _ in range(repeats):
         for name, run in cases.items():
             started = clock(W)
@@ -79,10 +83,29 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, reference: type) -
                 "seconds": median[name],
                 "time_to_reference": median[name] / median[REFERENCE],
                 "error_to_reference": errors[name] / errors[REFERENCE],
+                **counts[name],
             }
             for name in cases
         },
     }
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what reaches the kernels: all operations but views, and reads of single numbers."""
+
+    operations = reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not func.is_view
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def count(run: Callable[[], Tensor]) -> dict[str, int]:
+    """Operations of a call, and how often it waits for one."""
+    with _Counter() as counter:
+        run()
+    return {"operations": counter.operations, "reads": counter.reads}
 
 
 def theirs(reference: type, W: Tensor, H: Tensor, pattern: str) -> Tensor:

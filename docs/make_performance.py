@@ -162,12 +162,14 @@ def reference_table() -> str:
             f"{case['seconds']:.1f}",
             f"{case['time_to_reference']:.2f}",
             f"{case['error_to_reference']:.3f}",
+            f"{case['operations']:,}",
+            f"{case['reads']:,}",
         ]
         for row in found["rows"]
         for name, case in row["cases"].items()
     ]
     size, where = found["size"], found["environment"]
-    head = [f"{size} x {size}", "method", "seconds", "time / reference", "error / reference"]
+    head = [f"{size} x {size}", "method", "seconds", "time / reference", "error / reference", "operations", "reads"]
     return f"{table(head, rows)}\n\ntorch {where['torch']}, {where['device']}, {where['threads']} threads."
 
 
@@ -272,7 +274,10 @@ Their `fasterprune` on the same weights and Gram matrix, in the same run.
 
 ## On a GPU
 
-Not measured: `python benchmarks/solvers.py --device cuda`, with `--sizes` too, runs the solvers there, and
+Not measured. `tests/test_gpu.py` runs the code on a pretended one, which says nothing of time; what can be said of that
+without one are the last columns of the table above: operations, of which each starts a kernel at least, and reads of single
+numbers, at which the CPU waits for the GPU. `python benchmarks/solvers.py --device cuda`, with `--sizes` too, and
+`python benchmarks/reference.py --device cuda` run the solvers there, and
 `python benchmarks/memory.py --cases llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.
 """
 
