@@ -25,7 +25,7 @@ from memory import LENGTH, WIDE, Case, write_model
 from secateur.export import environment
 
 KILLS, LAYERS, SAMPLES, SHARD = 20, 8, 4, "20MB"
-SAVING_SECONDS = 0.5  # about
+SAVING_SECONDS = 0.25  # about
 
 
 def main() -> None:
@@ -81,6 +81,7 @@ def one_run(model: Path, out: Path, whole: float, before: int, chance: random.Ra
                     "after_seconds": after,
                     "finished_blocks": len(manifest.get("blocks", ())),
                     "whole_shards": len(manifest["shards"]) if manifest.get("outcome") else None,
+                    "published": (out / "config.json").exists(),
                 }
             )
             print(kills[-1], flush=True)

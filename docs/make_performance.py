@@ -76,14 +76,14 @@ def memory_settings() -> str:
 
 def kills_line() -> str:
     resume = read("resume")
-    pruning, saving = [], []
+    pruning, saving, ending = [], [], []
     for kill in resume["kills"]:
-        (pruning if kill["whole_shards"] is None else saving).append(kill)
+        (saving if kill["whole_shards"] is not None else ending if kill["published"] else pruning).append(kill)
     return (
         f"{len(resume['kills'])} kills in {resume['runs']} runs of a model with {resume['layers']} blocks: {len(pruning)} "
-        f"while blocks were pruned ({_counts(pruning, 'finished_blocks')} finished blocks) and {len(saving)} while it was "
-        f"saved ({_counts(saving, 'whole_shards')} whole shards). Every run ended with the bits of one that was never "
-        f"stopped, and left no file behind."
+        f"while it was loaded and pruned ({_counts(pruning, 'finished_blocks')} finished blocks), {len(saving)} while it "
+        f"was saved ({_counts(saving, 'whole_shards')} whole shards), {len(ending)} when it was in its place. Every run "
+        f"ended with the bits of one that was never stopped, and left no file behind."
     )
 
 
