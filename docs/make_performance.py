@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "performance.md"
 MEMORY, PROCESSES, SOLVERS = (ROOT / "docs" / f"{name}.svg" for name in ("memory", "processes", "solvers"))
 # A recipe of llm-compressor's, and ours that are held against it.
 PEERS = (
-    ("llmcompressor-sparsegpt", ("sparsegpt", "fast", "balanced", "best")),
+    ("llmcompressor-sparsegpt", ("sparsegpt", "fast")),
     ("llmcompressor-wanda", ("wanda",)),
 )
 
@@ -94,7 +94,7 @@ def _counts(kills: list[dict[str, Any]], what: str) -> str:
 
 def peer_table() -> str:
     """Seconds and memory of a run against llm-compressor's, from the comparison that was timed."""
-    cells = read("compare/timing/compare.json")["cells"]
+    cells = read("compare/peers/compare.json")["cells"]
     by_name = {key.rsplit(" ", 2)[0]: cell for key, cell in cells.items() if key.endswith(" 50% 0")}
     rows = []
     for peer, ours in PEERS:
@@ -241,7 +241,7 @@ process does for itself stays (loading, the steps of the refit, rounding what it
 ## End to end against llm-compressor
 
 SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in an environment of its own
-([how](benchmarks.md#timing)); its time is that of `oneshot`, ours that of the whole run.
+([how](benchmarks.md#peers)); its time is that of `oneshot`, ours that of the whole run.
 
 {peer_table()}
 
