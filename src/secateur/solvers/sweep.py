@@ -8,7 +8,7 @@ the inverse of the trailing Hessian is `G = U[a:, a:]^T U[a:, a:]`, and each rem
 Single removal (S), one column j at a time (OBS; SparseGPT, arXiv 2301.00774):  `e = w_j / U_jj`.
 Joint removal (M), a span at once (arXiv 2410.15567):  `lambda = w_P [G_PP]^-1`,  `E = lambda U[a:b, a:b]^T`.
 
-Weights are held transposed, (C, R), so that a column of W is contiguous.
+Weights and masks are held transposed, (C, R), so that a column of W is contiguous.
 Shape legend: R output rows, C input columns, B columns of a span, P pruned weights of a row in the span.
 """
 
@@ -52,7 +52,7 @@ def sweep(
     U = damped.U
     search = GroupSearch(U, pattern) if isinstance(pattern, NM) else None
     Wt = W.T.clone(memory_format=torch.contiguous_format)  # .contiguous() would alias a W stored transposed
-    keep = torch.ones_like(W, dtype=torch.bool)
+    keep = torch.ones_like(Wt, dtype=torch.bool)
     for i, j in _tiles(columns, tile, pattern):
         errors = torch.zeros_like(Wt[i:j])
         before = Wt[i:j].clone() if search is not None and compensation == "M" and not mask_only else None
@@ -61,15 +61,16 @@ def sweep(
             current = Wt[a:b].T
             if search is None:
                 count = pattern.num_pruned(rows, b) - pattern.num_pruned(rows, a)
-                keep[:, a:b] = keep_all_but_lowest(current.square() / _single_variance(span, compensation), count)
+                kept = keep_all_but_lowest(current.square() / _single_variance(span, compensation), count)
             elif mask == "M":
-                keep[:, a:b] = search.best_keep(current, a)
+                kept = search.best_keep(current, a)
             else:
                 score = current.square() / _single_variance(span, compensation)
-                keep[:, a:b] = keep_highest_of_groups(score, search.pattern)
-            pruned = ~keep[:, a:b]
+                kept = keep_highest_of_groups(score, search.pattern)
+            keep[a:b] = kept.T
+            pruned = ~kept
             if compensation == "S":
-                _remove_columns(Wt[a:b], span, pruned.T.contiguous(), errors[a - i : b - i])
+                _remove_columns(Wt[a:b], span, ~keep[a:b], errors[a - i : b - i])
             else:
                 removed = Wt[a:b].T * pruned
                 if search is not None:
@@ -79,14 +80,14 @@ def sweep(
                 errors[a - i : b - i] = span @ multipliers.T
                 Wt[a:b] -= span.T @ errors[a - i : b - i]
             if b < j:
-                Wt[b:j] -= U[a:b, b:j].T @ errors[a - i : b - i]
+                Wt[b:j].addmm_(U[a:b, b:j].T, errors[a - i : b - i], alpha=-1)
         if before is not None:
-            pruned = ~keep[:, i:j]
+            pruned = ~keep[i:j].T
             errors = U[i:j, i:j] @ solve_pruned(U[i:j, i:j], before.T * pruned, pruned).T
             Wt[i:j] = before - U[i:j, i:j].T @ errors
         if j < columns:
-            Wt[j:] -= U[i:j, j:].T @ errors
-    return Wt.T.contiguous().masked_fill_(~keep, 0.0), keep
+            Wt[j:].addmm_(U[i:j, j:].T, errors, alpha=-1)
+    return Wt.masked_fill_(~keep, 0.0).T.contiguous(), keep.T.contiguous()
 
 
 def _tiles(columns: int, tile: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
@@ -120,7 +121,7 @@ def _remove_columns(
     if width > COLUMNS_AT_ONCE:
         half = width // 2
         _remove_columns(Wt[:half], U[:half, :half], pruned[:half], errors[:half])
-        Wt[half:] -= U[:half, half:].T @ errors[:half]
+        Wt[half:].addmm_(U[:half, half:].T, errors[:half], alpha=-1)
         _remove_columns(Wt[half:], U[half:, half:], pruned[half:], errors[half:])
         return
     for k in range(width):
