@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--sparsegpt", type=Path, required=True, help="clone of IST-DASLab/sparsegpt")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
