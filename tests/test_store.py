@@ -100,6 +100,12 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monke
     assert stopped == step - 1 > 3 * 3  # three waits a block, and those of the finished model
 
 
+def test_saving_is_told_shard_by_shard(source, tmp_path):
+    told = []
+    prune(source, tmp_path / "out", max_shard_size=SHARD, progress=lambda *step: told.append(step))
+    assert [step for step in told if step[0] == "save"] == [("save", number, 4) for number in (1, 2, 3, 4)]
+
+
 def test_shards_hold_what_one_file_holds(source, sharded):
     names = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert names == [f"model-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]

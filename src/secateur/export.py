@@ -20,6 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
+from secateur.capture import Progress
 from secateur.checkpoint import INDEX, Checkpoint, read_json
 from secateur.manifest import FOLDER, unfinished
 from secateur.recipe import in_words
@@ -84,7 +85,13 @@ def check_shard_size(size: str) -> None:
 
 
 def write(
-    checkpoint: Checkpoint, report: Report, journal: Journal, folder: Path, title: str, max_shard_size: str
+    checkpoint: Checkpoint,
+    report: Report,
+    journal: Journal,
+    folder: Path,
+    title: str,
+    max_shard_size: str,
+    progress: Progress,
 ) -> dict[str, str]:
     """Write model, tokenizer, every other file of the source, metadata and card to a folder.
 
@@ -108,6 +115,7 @@ def write(
         names = outcome["shards"][number]
         made = _write_shard(checkpoint, report, names, folder, number, outcome["max_shard_size"])
         journal.keep_shard(model, names, made)
+        progress("save", number + 1, len(outcome["shards"]))
     weights = _weight_files(journal)
     if len(weights) > 1:
         _write_index(folder, weights, report.model_parameters)

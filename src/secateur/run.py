@@ -169,7 +169,8 @@ def prune_to_folder(
         report = prune_in_place(checkpoint, None, plan, texts, progress, journal)
         report.out = str(out)
         journal.finish(
-            checkpoint.model, lambda made: export.write(checkpoint, report, journal, made, out.name, max_shard_size)
+            checkpoint.model,
+            lambda made: export.write(checkpoint, report, journal, made, out.name, max_shard_size, progress),
         )
     return report
 
