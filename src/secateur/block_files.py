@@ -49,7 +49,8 @@ def adopt(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         ValueError: a file that is damaged, or holds others than these.
     """
     with opened(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        names = file.keys()
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
             raise KeyError("it doesn't hold the matrices of its block")
         for name, parameter in parameters.items():

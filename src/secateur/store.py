@@ -205,10 +205,11 @@ class Journal:
             if digest == SAVED:
                 path.unlink(missing_ok=True)
                 continue
+            names = names_in(path)
             if block not in self._done:
                 check_bits(path, digest)
-                adopt(path, {name: parameters[name] for name in names_in(path) if name in parameters})
-            held.update(names_in(path))
+                adopt(path, {name: parameters[name] for name in names if name in parameters})
+            held.update(names)
         if lost := sorted({*pruned} - held):
             raise ValueError(f"{self.folder} is damaged ({lost[0]} is in no file): start again with --overwrite")
 
