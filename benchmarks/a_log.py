@@ -1,6 +1,6 @@
-"""Does pruning Mamba's A_log pay? Perplexity of a trained Mamba with half of A_log set to zero, by several scores.
+r"""Does pruning Mamba's A_log pay? Perplexity of a trained Mamba with half of A_log set to zero, by several scores.
 
-    python benchmarks/a_log.py --model ../shared/models/mamba-tiny --calibration ../shared/data/wikitext2-valid.txt \\
+    python benchmarks/a_log.py --model ../shared/models/mamba-tiny --calibration ../shared/data/wikitext2-valid.txt \
         --text ../shared/data/wikitext2-test.txt --out benchmarks/results/a_log.json
 
 A zero in A_log is a state that decays at rate exp(0) = 1, so it saves storage and no arithmetic. The scores:
@@ -10,21 +10,19 @@ SparseSSM (arXiv 2506.09613); `random`. No weight is updated, here as there.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments_of, write_result
 from torch.nn import functional as F
 
 import secateur
-from secateur.calibration import calibrate
-from secateur.checkpoint import load
-from secateur.export import environment
-from secateur.pattern import keep_all_but_lowest
+from secateur.calibration.batches import calibration_batches
+from secateur.checkpoints.load import load
+from secateur.numerics.masks import keep_all_but_lowest
+from secateur.recipe.recipe import CalibrationText
 
 SAMPLES, LENGTH, MAX_TOKENS = 16, 256, 16384
 SPARSITIES = (0.25, 0.5)
@@ -33,13 +31,11 @@ SCORES = ("random", "magnitude", "state")
 
 def main() -> None:
     """Evaluate the dense model and every score at every sparsity, and write one JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    for name in ("model", "calibration", "text", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "model", "calibration", "text")
     checkpoint = load(str(arguments.model), "cpu")
     dense: Any = checkpoint.model
-    draw = calibrate(arguments.calibration, checkpoint.tokenizer, dense.config, SAMPLES, LENGTH)
+    size = CalibrationText(samples=SAMPLES, seq_len=LENGTH)
+    draw = calibration_batches(arguments.calibration, checkpoint.tokenizer, dense.config, size)
     energies = state_energies(dense, draw.batches)
     mixers = [layer.mixer for layer in dense.backbone.layers]
     total = sum(parameter.numel() for parameter in dense.backbone.layers.parameters())
@@ -60,11 +56,10 @@ def main() -> None:
     cells |= against_more_zeros_elsewhere(dense, draw.batches, energies, perplexity)
     result = {
         "settings": {"model": arguments.model.name, "text": arguments.text.name, "max_tokens": MAX_TOKENS},
-        "environment": environment(),
         "share_of_block_parameters": sum(mixer.A_log.numel() for mixer in mixers) / total,
         "perplexity": cells,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.out, result)
 
 
 def against_more_zeros_elsewhere(
@@ -72,13 +67,13 @@ def against_more_zeros_elsewhere(
 ) -> dict[str, float]:
     """Half of A_log on top of `mrp` at 50%, and as many zeros by `mrp` alone, at a little more than 50%."""
     half = copy.deepcopy(dense)
-    report = secateur.prune(half, pattern="50%", method="mrp", calibration=batches)
+    report = secateur.prune(half, pattern="50%", solver="mrp", calibration=batches)
     cells = {"mrp 50%": perplexity(half)}
     extra = prune_a_log(half, energies, "state", 0.5)
     cells["mrp 50% + state 50%"] = perplexity(half)
     more = copy.deepcopy(dense)
     sparsity = 0.5 + extra / sum(matrix.rows * matrix.columns for matrix in report.matrices)
-    secateur.prune(more, pattern=f"{100 * sparsity:.2f}%", method="mrp", calibration=batches)
+    secateur.prune(more, pattern=f"{100 * sparsity:.2f}%", solver="mrp", calibration=batches)
     cells["mrp with as many zeros"] = perplexity(more)
     return cells
 

@@ -11,8 +11,6 @@ a folder, and must leave dense the same matrices as `mrp` does with the model in
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -22,9 +20,9 @@ from typing import Any
 
 import torch
 import transformers
+from common import arguments_of, write_result
 
 import secateur
-from secateur.export import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 zoo: Any = import_module("zoo")  # the tests' models
@@ -35,10 +33,7 @@ PATTERNS = ("50%", "2:4")
 
 def main() -> None:
     """Run the sweep and write one JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--families", nargs="*", default=list(zoo.FAMILIES))
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, families=list(zoo.FAMILIES))
     transformers.logging.set_verbosity_error()
     rows = {}
     for family in arguments.families:
@@ -49,11 +44,10 @@ def main() -> None:
     summary = {"classes": len(rows), "built": len(built), "passed": passed, "rows": len(zoo.ROWS)}
     result = {
         "command": "python benchmarks/coverage.py --out benchmarks/results/coverage.json",
-        "environment": environment(),
         "summary": summary,
         "families": rows,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.out, result)
     print(summary)
 
 
@@ -73,7 +67,7 @@ def check(family: str, pattern: str) -> dict[str, Any]:
     model, tokens = zoo.tiny(family), zoo.token_batches()
     row = {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
     magnitude = prune_folder(model, pattern, tokens)
-    report = secateur.prune(model, pattern=pattern, method="mrp", calibration=tokens)
+    report = secateur.prune(model, pattern=pattern, solver="mrp", calibration=tokens)
     assert magnitude.dense == report.dense, "from a folder, other matrices stay dense than in memory"
     missed = zoo.matrices_in_layers(model) - {matrix.name for matrix in report.matrices} - set(report.dense)
     assert not missed, f"missed {sorted(missed)[:3]}"
@@ -105,7 +99,7 @@ def prune_folder(model: Any, pattern: str, tokens: list[torch.Tensor]) -> Any:
         source, out = Path(folder) / "model", Path(folder) / "out"
         model.save_pretrained(source)
         models.character_tokenizer().save_pretrained(source)
-        report = secateur.prune(source, out, pattern=pattern, method="magnitude", calibration=tokens)
+        report = secateur.prune(source, out, pattern=pattern, solver="magnitude", calibration=tokens)
         pruned: Any = type(model).from_pretrained(out)
     for matrix in report.matrices:
         zeros = int((zoo.stored(pruned, matrix.name) == 0).sum())

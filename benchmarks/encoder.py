@@ -9,44 +9,41 @@ each window's embedding (mean over tokens) to the dense model's, and how often t
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments_of, write_result
 from transformers import AutoModel, AutoTokenizer
 
 import secateur
-from secateur.calibration import calibrate, cut_windows, encode, read_documents
-from secateur.export import environment
+from secateur.calibration.batches import calibration_batches
+from secateur.calibration.texts import cut_windows, encode, read_documents
+from secateur.recipe.recipe import CalibrationText
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "mrp", "admm")
+SOLVERS = ("magnitude", "wanda", "sparsegpt", "mrp", "admm")
 PATTERNS = ("50%", "2:4")
 WINDOWS, LENGTH = 128, 128
 
 
 def main() -> None:
     """Run every method at every pattern and write one JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "model")
     dense: Any = AutoModel.from_pretrained(arguments.model, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    batches = calibrate(None, tokenizer, dense.config, WINDOWS, LENGTH).batches
-    held_out = cut_windows(encode(read_documents(None, held_out=True), tokenizer), LENGTH, tokenizer, what="text")
+    size = CalibrationText(samples=WINDOWS, seq_len=LENGTH)
+    batches = calibration_batches(None, tokenizer, dense.config, size).batches
+    held_out = cut_windows(encode(read_documents(None, evaluation=True), tokenizer), LENGTH, tokenizer, what="text")
     held_out = held_out[:WINDOWS]
     reference = embed(dense, held_out)
     cells = {}
     for pattern in PATTERNS:
-        recipes: list[dict[str, Any]] = [{"method": name} for name in METHODS]
-        for recipe in [*recipes, {"effort": "balanced", "allocation": "uniform"}]:
+        recipes: list[dict[str, Any]] = [{"solver": name} for name in SOLVERS]
+        for recipe in [*recipes, {"recipe": "balanced", "settings": {"allocation": None}}]:
             model = copy.deepcopy(dense)
             report = secateur.prune(model, pattern=pattern, calibration=batches, **recipe)
             embeddings = embed(model, held_out)
-            name = f"{recipe.get('method', 'balanced, uniform allocation')} {pattern}"
+            name = f"{recipe.get('solver', 'balanced, uniform allocation')} {pattern}"
             cells[name] = {
                 "matrices": len(report.matrices),
                 "sparsity": report.sparsity,
@@ -58,8 +55,8 @@ def main() -> None:
             }
             print(name, cells[name], flush=True)
     settings = {"model": "all-MiniLM-L6-v2", "windows": WINDOWS, "length": LENGTH}
-    result = {"settings": settings, "environment": environment(), "cells": cells}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"settings": settings, "cells": cells}
+    write_result(arguments.out, result)
 
 
 @torch.no_grad()

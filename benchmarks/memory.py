@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from secateur.export import environment
+from secateur.runtime.environment import environment
 
 WIDE: dict[str, Any] = {
     "hidden_size": 512,
@@ -51,17 +51,16 @@ LLAMA_7B: dict[str, Any] = {
     "num_key_value_heads": 32,
 }
 RECIPES = {
-    "magnitude of q_proj": ("--method", "magnitude", "--include", "*.q_proj"),
-    "sparsegpt": ("--method", "sparsegpt"),
-    "balanced": ("--effort", "balanced"),
+    "magnitude of q_proj": ("--solver", "magnitude", "--include", "*.q_proj"),
+    "sparsegpt": ("--solver", "sparsegpt"),
+    "balanced": ("--recipe", "balanced"),
 }
 LENGTH = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """A random model, a Mixtral where it has experts and a Llama elsewhere, the recipes that prune it, and on how many
-    sequences."""
+    """A random model (a Mixtral where it has experts, else a Llama), and how it is pruned."""
 
     name: str
     layers: int
@@ -104,8 +103,10 @@ def main() -> None:
 
 
 def write_model(folder: Path, case: Case) -> Path:
-    """The model in bf16, in shards of 500 MB, and a tokenizer of one token a character. Each expert is a tensor of its
-    own in the files; transformers fuses them as it loads them."""
+    """Write the model in bf16, in shards of 500 MB, and a tokenizer of one token a character.
+
+    Each expert is one tensor in the files; transformers fuses them as it loads them.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         LlamaConfig,

@@ -9,7 +9,6 @@ with all imports, says how the work is divided.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,22 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import arguments_of, write_result
 from memory import WIDE, Case, write_model
 
-from secateur.calibration import BATCH_TOKENS
-from secateur.export import environment
+from secateur.calibration.batches import BATCH_TOKENS
 
 LAYERS, SAMPLES, LENGTH = 4, 64, 256
 NUMBERS = (1, 2, 4)
-RECIPES = {"sparsegpt": ("--method", "sparsegpt"), "balanced": ("--effort", "balanced")}
-IMPORTS = "import secateur.cli, secateur.api; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+RECIPES = {"sparsegpt": ("--solver", "sparsegpt"), "balanced": ("--recipe", "balanced")}
+IMPORTS = "import secateur.cli.app, secateur.api; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
 
 
 def main() -> None:
     """Measure every number of processes and write one JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model", Case("divided", LAYERS, WIDE))
@@ -53,14 +50,12 @@ def main() -> None:
                 runs[f"{name}, {number}"] = {
                     "wall_seconds": time.perf_counter() - began,
                     "cpu_seconds": seconds,
-                    "tokens": [LENGTH * windows for windows in dealt(report, number)],
+                    "tokens": [LENGTH * windows for windows in shares(report, number)],
                     "largest_difference_of_a_layer_error": max(apart),
                 }
                 print(name, number, runs[f"{name}, {number}"], flush=True)
     settings = {"layers": LAYERS, "samples": SAMPLES, "seq_len": LENGTH, "cores": os.cpu_count(), "start": start}
-    arguments.out.write_text(
-        json.dumps({"settings": settings, "environment": environment(), "runs": runs}, indent=1) + "\n"
-    )
+    write_result(arguments.out, {"settings": settings, "runs": runs})
 
 
 def command(model: Path, out: Path, flags: tuple[str, ...]) -> list[str]:
@@ -68,10 +63,10 @@ def command(model: Path, out: Path, flags: tuple[str, ...]) -> list[str]:
     return [*given, "--samples", str(SAMPLES), "--seq-len", str(LENGTH)]
 
 
-def dealt(report: dict[str, Any], number: int) -> list[int]:
+def shares(report: dict[str, Any], number: int) -> list[int]:
     """How many calibration windows each process had."""
     refit = report["recipe"]["refit"]
-    size = (BATCH_TOKENS if refit == "none" else refit["step_tokens"]) // LENGTH
+    size = (BATCH_TOKENS if refit is None else refit["step_tokens"]) // LENGTH
     return [size * len(range(rank, SAMPLES // size, number)) for rank in range(number)]
 
 

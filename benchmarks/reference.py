@@ -3,15 +3,14 @@
     git clone https://github.com/IST-DASLab/sparsegpt CLONE
     python benchmarks/reference.py --sparsegpt CLONE --out benchmarks/results/reference.json
 
-Their `fasterprune` is called as it is, but for `torch.cuda.synchronize`, which fails without a GPU and is left out
-there. Ours is `secateur.solve`; both factor the Gram matrix within the time. Each runs `--repeats` times in turn.
+Their `fasterprune` is called as it is, except that `torch.cuda.synchronize`, which fails without a GPU, is left out
+there. Ours is `secateur.solve`; both factor the Hessian within the time. Each runs `--repeats` times in turn.
 Operations and reads of single numbers are counted too: on a GPU each of the first is a kernel at least, and at each of
 the second the CPU waits for it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -24,36 +23,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+from common import arguments_of, write_result
 from solvers import clock, random_problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import solve
-from secateur.engine import relative_error
-from secateur.export import environment
-from secateur.pattern import NM, parse_pattern
+from secateur.numerics.hessian import relative_error
+from secateur.recipe.patterns import NM, parse_pattern
 
 REFERENCE = "reference sparsegpt"
-OURS: dict[str, dict[str, Any]] = {"sparsegpt": {"method": "sparsegpt"}, "mrp full row": {"method": "mrp"}}
+OURS: dict[str, dict[str, Any]] = {"sparsegpt": {"name": "sparsegpt"}, "mrp full row": {"name": "mrp"}}
 
 
 def main() -> None:
     """Measure every pattern and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparsegpt", type=Path, required=True, help="clone of IST-DASLab/sparsegpt")
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = arguments_of(__doc__, "sparsegpt", size=4096, patterns=["50%", "2:4"], repeats=5, device="cpu")
     reference = load_reference(args.sparsegpt)
     W, H = random_problem(args.size, args.size, args.device)
     rows = [measure(W, H, pattern, args.repeats, reference) for pattern in args.patterns]
     print(json.dumps(rows, indent=1))
-    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    where = environment() | {"device": args.device, "card": card}
-    args.out.write_text(json.dumps({"environment": where, "size": args.size, "rows": rows}, indent=1) + "\n")
+    write_result(args.out, {"size": args.size, "rows": rows}, args.device)
 
 
 def load_reference(clone: Path) -> type:
@@ -65,7 +55,7 @@ def load_reference(clone: Path) -> type:
 def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, reference: type) -> dict[str, Any]:
     """Median seconds and relative layer error of every case, and both as ratios to the reference's."""
     cases: dict[str, Callable[[], Tensor]] = {REFERENCE: lambda: theirs(reference, W, H, pattern)}
-    cases |= {name: lambda o=options: solve(W, H, pattern, **o).weight for name, options in OURS.items()}
+    cases |= {name: lambda o=options: solve(W, H, pattern, o).weight for name, options in OURS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     errors: dict[str, float] = {}
     counts = {name: count(run) for name, run in cases.items()}

@@ -9,41 +9,38 @@ a float64 direct solve. Each iteration is one product of the size of W times H.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import arguments_of
 from torch import Tensor
 
 from secateur import solve
-from secateur.linalg import Damped, MaskedInverse, Stop, masked_cg
+from secateur.numerics.conjugate_gradients import MaskedInverse, Stop, masked_cg
+from secateur.numerics.damping import DampedHessian
 
 GAPS = (1e-2, 1e-3, 1e-4, 1e-5)
 MOST = 80
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    """Compare the ways on every matrix and write one JSON."""
+    args = arguments_of(__doc__, "golden")
     result: dict[str, Any] = {}
     for name in sorted(path.stem for path in args.golden.glob("*.npz")):
         arrays = np.load(args.golden / f"{name}.npz")
         W, H = torch.from_numpy(arrays["W"]).double(), torch.from_numpy(arrays["H"]).double()
         for pattern in ("50%", "70%", "2:4"):
-            result[f"{name} {pattern}"] = compare(W, H, solve(W, H, pattern, block=128).keep)
+            result[f"{name} {pattern}"] = compare(W, H, solve(W, H, pattern, {"name": "mrp", "block": 128}).keep)
             print(name, pattern, result[f"{name} {pattern}"], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def compare(W: Tensor, H: Tensor, keep: Tensor) -> dict[str, dict[str, int | None]]:
     """First iteration at which each way is within each gap."""
-    damped = Damped(H, 0.01)
+    damped = DampedHessian(H, 0.01)
     Hd, U, mask, pruned = damped.matrix, damped.U, keep.double(), (~keep).double()
     Hinv = U.T @ U
     best = loss(W, direct(W, Hd, keep), Hd)

@@ -9,7 +9,6 @@ third waits for the saving to begin, which is short, and comes at a moment drawn
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -20,9 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import arguments_of, write_result
 from memory import LENGTH, WIDE, Case, write_model
-
-from secateur.export import environment
 
 KILLS, LAYERS, SAMPLES, SHARD = 20, 8, 4, "20MB"
 SAVING_SECONDS = 0.25  # about
@@ -30,9 +28,7 @@ SAVING_SECONDS = 0.25  # about
 
 def main() -> None:
     """Kill, resume, compare, and write one JSON."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -50,7 +46,7 @@ def main() -> None:
             assert not leftovers, leftovers
             shutil.rmtree(folder / "out")
     result = {"layers": LAYERS, "kills": kills, "runs": rounds, "bit_identical": True, "seconds_uninterrupted": whole}
-    arguments.out.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
+    write_result(arguments.out, result)
 
 
 def command(model: Path, out: Path) -> list[str]:

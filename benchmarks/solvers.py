@@ -2,7 +2,7 @@
 
     python benchmarks/solvers.py --out benchmarks/results/solvers.json
 
-Every time includes the factorisation of the Gram matrix. Each method runs `--repeats` times in turn with the others
+Every time includes the factorisation of the Hessian. Each method runs `--repeats` times in turn with the others
 and the median counts; wide matrices run once. Inputs are random with a decaying spectrum and a few strong channels.
 Flops are those of the products that torch counts, plus C^3 for the factor; the machine's peak is that of the largest
 product of the same run. `--sizes` is square matrices from 512 to 4096 and Llama-2-7B's widest one, 4096 x 11008.
@@ -10,50 +10,49 @@ product of the same run. `--sizes` is square matrices from 512 to 4096 and Llama
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments_of, write_result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur import solve
-from secateur.engine import relative_error
-from secateur.export import environment
+from secateur.numerics.hessian import relative_error
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 4096)]
 SIZES = [(512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (4096, 11008)]
 WIDE = 2048  # from here on one repeat
 COUNTED = 4096  # above, counting flops would take minutes more
 CASES: dict[str, dict[str, Any]] = {
-    "sparsegpt": {"method": "sparsegpt"},
-    "mrp block 128": {"method": "mrp", "block": 128},
-    "mrp full row": {"method": "mrp"},
-    "mrp full row, tolerance 1e-4": {"method": "mrp", "tolerance": 1e-4},
+    "sparsegpt": {"name": "sparsegpt"},
+    "mrp block 128": {"name": "mrp", "block": 128},
+    "mrp full row": {"name": "mrp"},
+    "mrp full row, tolerance 1e-4": {"name": "mrp", "tolerance": 1e-4},
 }
 SIZE_CASES: dict[str, dict[str, Any]] = {
-    "sparsegpt": {"method": "sparsegpt"},
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "mrp": {"method": "mrp"},
-    "admm": {"method": "admm"},
+    "sparsegpt": {"name": "sparsegpt"},
+    "magnitude": {"name": "magnitude"},
+    "wanda": {"name": "wanda"},
+    "mrp": {"name": "mrp"},
+    "admm": {"name": "admm"},
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--largest", type=int, default=11008, help="skip shapes with a larger side")
-    parser.add_argument("--sizes", action="store_true", help="every method against the size of the matrix")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    """Measure every shape and write one JSON."""
+    args = arguments_of(
+        __doc__,
+        patterns=["50%", "2:4"],
+        repeats=3,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        largest=11008,  # skip shapes with a larger side
+        sizes=False,  # every solver against the size of the matrix
+    )
     torch.set_num_threads(args.threads)
     rows = []
     for shape in SIZES if args.sizes else SHAPES:
@@ -63,14 +62,11 @@ def main() -> None:
             repeats = 1 if args.sizes and max(shape) >= WIDE else args.repeats
             rows += [measure(W, H, pattern, repeats, cases) for pattern in args.patterns]
             print(json.dumps(rows[-len(args.patterns) :], indent=1), flush=True)
-    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    result = {"environment": environment() | {"device": args.device, "card": card}, "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.out, {"rows": rows}, args.device)
 
 
 def random_problem(rows: int, columns: int, device: str) -> tuple[Tensor, Tensor]:
-    """Weights and a Gram matrix with a power-law spectrum and log-normal channel strengths."""
+    """Weights and a Hessian with a power-law spectrum and log-normal channel strengths."""
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, columns + 1) ** -0.4
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5
@@ -88,7 +84,7 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, cases: dict[str, d
     for _ in range(repeats):
         for name, options in cases.items():
             started = clock(W)
-            solved = solve(W, H, pattern, **options)
+            solved = solve(W, H, pattern, options)
             seconds[name].append(clock(W) - started)
             errors[name] = relative_error(solved.weight, W, H)
             infos[name] = solved.info
@@ -118,7 +114,7 @@ def count_flops(W: Tensor, H: Tensor, pattern: str, options: dict[str, Any]) -> 
     if len(H) > COUNTED:
         return None
     with FlopCounterMode(display=False) as counter:
-        solved = solve(W, H, pattern, **options)
+        solved = solve(W, H, pattern, options)
     return counter.get_total_flops() + (len(H) ** 3 if "damping" in solved.info else 0)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pages import picture, table, write_or_check
-
 from secateur.compare import Comparison
 from secateur.table import tables, without_members
 from secateur.tasks import headline

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Before anything imports secateur: annotations become checks.
-install_import_hook("secateur", "beartype.beartype")
+# Before anything imports secateur: annotations become checks. Not those of the API and the recipe, which check what
+# users
+# pass by themselves.
+FOLDERS = ("runtime", "numerics", "solvers", "models", "calibration", "pruning", "resume", "checkpoints", "evaluation")
+install_import_hook([f"secateur.{folder}" for folder in FOLDERS], "beartype.beartype")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,7 +21,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """xdist runs two workers on two cores."""
+    """Xdist runs two workers on two cores."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for commands the tests start
 

@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.model import Block
-from secateur.pattern import NM, Pattern, Unstructured
-from secateur.stacks import find_stacks
+import secateur
+from secateur.calibration.dense_pass import DensePass, run_dense_pass
+from secateur.models.blocks import Block
+from secateur.models.discovery import find_block_chains
+from secateur.recipe.patterns import NM, Pattern, Unstructured
+from secateur.recipe.recipe import Recipe
+from secateur.recipe.resolve import resolve_recipe
 
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "sparsegpt": {"method": "sparsegpt"},
-    "mrp": {"method": "mrp"},
-    "admm": {"method": "admm"},
-    "mrp-SS": {"method": "mrp", "mask": "S", "compensation": "S"},
-    "mrp-SM-32": {"method": "mrp", "mask": "S", "compensation": "M", "block": 32},
-    "mrp-SM-all": {"method": "mrp", "mask": "S", "compensation": "M", "block": "all"},
-    "mrp-MS": {"method": "mrp", "mask": "M", "compensation": "S"},
-    "mrp-MM-32": {"method": "mrp", "mask": "M", "compensation": "M", "block": 32},
-    "mrp-MM-all": {"method": "mrp", "mask": "M", "compensation": "M"},
+    "magnitude": {"solver": "magnitude"},
+    "wanda": {"solver": "wanda"},
+    "sparsegpt": {"solver": "sparsegpt"},
+    "mrp": {"solver": "mrp"},
+    "admm": {"solver": "admm"},
+    "mrp-SS": {"solver": "mrp", "mask": "S", "compensation": "S"},
+    "mrp-SM-32": {"solver": "mrp", "mask": "S", "compensation": "M", "block": 32},
+    "mrp-SM-all": {"solver": "mrp", "mask": "S", "compensation": "M", "block": "all"},
+    "mrp-MS": {"solver": "mrp", "mask": "M", "compensation": "S"},
+    "mrp-MM-32": {"solver": "mrp", "mask": "M", "compensation": "M", "block": 32},
+    "mrp-MM-all": {"solver": "mrp", "mask": "M", "compensation": "M"},
 }
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.37), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 8), NM(5, 12)]
 CASES = [
@@ -40,7 +44,7 @@ def case_id(value: Any) -> str:
 def problem(
     rows: int = 20, columns: int = 48, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Weights and the Gram matrix of correlated inputs with a few strong channels, as in language models."""
+    """Weights and the Hessian of correlated inputs with a few strong channels, as in language models."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
     X = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mix
@@ -75,6 +79,30 @@ def loss(new: Tensor, W: Tensor, H: Tensor, damping: float = 0.0) -> float:
     return float(((D @ Hd) * D).sum())
 
 
-def find_blocks(model: Any, **globs: Any) -> list[Block]:
+def solve_by(W: Tensor, H: Tensor, pattern: Any, solver: str = "mrp", **options: Any) -> secateur.Solved:
+    """`secateur.solve` with the solver's options as keywords."""
+    others = {name: options.pop(name) for name in ("damping", "refine") if name in options}
+    return secateur.solve(W, H, pattern, {"name": solver, **options}, **others)
+
+
+def find_blocks(model: Any, recipe: Recipe | None = None, **globs: Any) -> list[Block]:
     """The blocks that run on a few tokens."""
-    return find_stacks(model, {"input_ids": torch.arange(3, 11)[None]}, **globs).blocks
+    return find_chain(model, recipe, **globs).blocks
+
+
+def find_chain(model: Any, recipe: Recipe | None = None, **globs: Any) -> Any:
+    """The first chain that runs on a few tokens."""
+    chosen = recipe or resolve_recipe("fast", **globs)
+    return find_block_chains(model, {"input_ids": torch.arange(3, 11)[None]}, chosen).chains[0]
+
+
+def dense_pass(model: Any, batches: list[Tensor], **options: Any) -> DensePass:
+    """The dense pass of a model's first chain."""
+    model.eval()
+    found = run_dense_pass(model, find_chain(model), [{"input_ids": batch} for batch in batches], quiet, **options)
+    found.check_none_missed()
+    return found
+
+
+def quiet(*_: object) -> None:
+    """Show no progress."""

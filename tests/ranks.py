@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from zoo import tiny
 
 import secateur
-from secateur import parallel
+from secateur.runtime import distributed
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "best": ("llama", {"effort": "best", "pattern": "50%"}),
-    "residual": ("llama", {"method": "sparsegpt", "pattern": "2:4", "target": "residual"}),
-    "owl": ("llama", {"method": "wanda", "pattern": "60%", "allocation": "owl"}),
-    "experts": ("mixtral", {"method": "mrp", "pattern": "50%", "allocation": "curve"}),
-    "mamba": ("mamba", {"method": "admm", "pattern": "2:4", "refit": "block", "refit_passes": 1}),
+    "best": ("llama", {"recipe": "best", "pattern": "50%"}),
+    "residual": ("llama", {"solver": "sparsegpt", "pattern": "2:4", "settings": {"target.kind": "residual"}}),
+    "owl": ("llama", {"solver": "wanda", "pattern": "60%", "settings": {"allocation.rule": "owl"}}),
+    "experts": ("mixtral", {"solver": "mrp", "pattern": "50%", "settings": {"allocation.rule": "curve"}}),
+    "mamba": ("mamba", {"solver": "admm", "pattern": "2:4", "settings": {"refit.epochs": 1}}),
 }
 
 
@@ -41,15 +41,15 @@ def run(name: str) -> tuple[Any, secateur.Report]:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    with parallel.joined("cpu"):
+    with distributed.process_group("cpu"):
         for name in RUNS:
             model, report = run(name)
-            if parallel.size() > 1:
-                everybodys = parallel.gather(
+            if distributed.world_size() > 1:
+                everybodys = distributed.all_gather(
                     {key: float(value.double().sum()) for key, value in model.state_dict().items()}
                 )
                 assert all(sums == everybodys[0] for sums in everybodys), f"{name}: the ranks end with other weights"
-            if parallel.is_first():
+            if distributed.is_main():
                 save_file(
                     {key: value.contiguous().clone() for key, value in model.state_dict().items()},
                     out / f"{name}.safetensors",

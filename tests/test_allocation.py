@@ -8,24 +8,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import find_blocks
+from helpers import dense_pass, find_blocks, quiet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tokens
 
 import secateur
-from secateur import allocation as al
-from secateur import api
-from secateur.pattern import NM, Unstructured
-from secateur.residence import InMemory
-from secateur.sensitivity import output_sensitivity
-from secateur.survey import survey
+from secateur.models.placement import InMemory
+from secateur.numerics.masks import is_met
+from secateur.pruning import allocation as al
+from secateur.pruning import loss_curves
+from secateur.pruning.context import RunContext
+from secateur.pruning.fisher import output_fisher_information
+from secateur.recipe.patterns import NM, Unstructured
+from secateur.recipe.recipe import Recipe
 
 GRID = [0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 
 
 def curve(steepness, weights, scale=1.0):
-    return al._Curve(GRID, [scale * level**steepness for level in GRID], weights)
+    return loss_curves.LossCurve(GRID, [scale * level**steepness for level in GRID], weights)
 
 
 def total_zeros(patterns, curves):
@@ -41,7 +43,7 @@ def total_zeros(patterns, curves):
 @example([(1.0, 33, 1.0), (1.0, 33, 1.0)], 0.984375, 0.5)  # both bounds rounded down left one zero without a place
 def test_totals_are_exact_and_bounds_hold(shapes, sparsity, spread):
     curves = {str(index): curve(*shape) for index, shape in enumerate(shapes)}
-    patterns = al._minimise(curves, Unstructured(sparsity), spread)
+    patterns = loss_curves.minimise_loss(curves, Unstructured(sparsity), spread)
     everything = sum(each.weights for each in curves.values())
     assert total_zeros(patterns, curves) == round(sparsity * everything)
     for name, pattern in patterns.items():
@@ -51,14 +53,14 @@ def test_totals_are_exact_and_bounds_hold(shapes, sparsity, spread):
 
 def test_minimum_is_that_of_brute_force():
     curves = {"a": curve(3, 1000), "b": curve(3, 1000, scale=8), "c": curve(6, 2000)}
-    patterns = al._minimise(curves, Unstructured(0.5), 0.45)
+    patterns = loss_curves.minimise_loss(curves, Unstructured(0.5), 0.45)
 
     def summed(a, b):
         c = (0.5 * 4000 - 1000 * (a + b)) / 2000
         if not 0.05 <= c <= 0.95:
             return float("inf")
         shares = {"a": a, "b": b, "c": c}
-        each = (al._interpolated(curves[n], torch.tensor([s], dtype=torch.float64)) for n, s in shares.items())
+        each = (loss_curves._interpolated(curves[n], torch.tensor([s], dtype=torch.float64)) for n, s in shares.items())
         return float(sum(each))
 
     steps = [0.05 + 0.01 * k for k in range(91)]
@@ -69,22 +71,22 @@ def test_minimum_is_that_of_brute_force():
 
 def test_n_m_levels_are_exchanged_between_matrices_of_one_size():
     def levels(scale, weights=64):
-        return al._Curve([0.25, 0.5, 0.75], [scale * 1.0, scale * 2.0, scale * 8.0], weights)
+        return loss_curves.LossCurve([0.25, 0.5, 0.75], [scale * 1.0, scale * 2.0, scale * 8.0], weights)
 
     curves = {"cheap": levels(0.01), "dear": levels(1.0), "other": levels(5.0, weights=128)}
-    patterns = al._exchange_levels(curves, NM(2, 4), spread=0.25)
+    patterns = loss_curves.exchange_levels(curves, NM(2, 4), spread=0.25)
     assert patterns == {"cheap": NM(1, 4), "dear": NM(3, 4), "other": NM(2, 4)}
-    assert set(al._exchange_levels(curves, NM(2, 4), spread=0.2).values()) == {NM(2, 4)}
+    assert set(loss_curves.exchange_levels(curves, NM(2, 4), spread=0.2).values()) == {NM(2, 4)}
 
 
 def prune(**options):
     model = tiny_model("llama")
-    return model, secateur.prune(model, method="mrp", calibration=tokens(), **options)
+    return model, secateur.prune(model, solver="mrp", calibration=tokens(), **options)
 
 
 @pytest.mark.parametrize("rule", ["owl", "curve"])
 def test_a_run_has_exactly_the_zeros_of_a_uniform_one(rule):
-    model, report = prune(pattern="60%", allocation=rule)
+    model, report = prune(pattern="60%", settings={"allocation.rule": rule})
     weights = sum(matrix.rows * matrix.columns for matrix in report.matrices)
     assert sum(matrix.zeros for matrix in report.matrices) == round(0.6 * weights)
     assert len({matrix.pattern for matrix in report.matrices}) > 1
@@ -94,37 +96,37 @@ def test_a_run_has_exactly_the_zeros_of_a_uniform_one(rule):
 
 
 def test_a_mixed_n_m_run_keeps_the_mean_and_every_pattern():
-    model, report = prune(pattern="2:4", allocation="curve", allocation_spread=0.25)
+    model, report = prune(pattern="2:4", settings={"allocation": {"rule": "curve", "spread": 0.25}})
     assert report.sparsity == 0.5
     assert {matrix.pattern for matrix in report.matrices} > {"2:4"}
     for matrix in report.matrices:
         zero = model.get_parameter(matrix.name + ".weight").data == 0
-        assert secateur.parse_pattern(matrix.pattern).is_met_by(zero)
+        assert is_met(secateur.parse_pattern(matrix.pattern), zero)
 
 
 def test_owl_spares_blocks_with_outliers_and_refuses_n_m():
     measured = {f"layers.{block}.w": al._Outliers(1000, share) for block, share in enumerate((0.0, 0.01, 0.1))}
     blocks = {name: name.removesuffix(".w") for name in measured}
-    patterns = al._by_outliers(measured, blocks, Unstructured(0.7), al.Allocation("owl", spread=0.1))
+    patterns = al.owl_patterns(measured, blocks, Unstructured(0.7), spread=0.1)
     shares = [pattern.sparsity for pattern in patterns.values()]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) / 3 == pytest.approx(0.7)
     with pytest.raises(ValueError, match="owl has no form for 2:4"):
-        prune(pattern="2:4", allocation="owl")
+        prune(pattern="2:4", settings={"allocation.rule": "owl"})
 
 
 def test_curve_is_the_loss_of_a_real_refit():
     """A curve's point equals what a solver with the same mask loses, to the curve's tolerance."""
     from helpers import problem, refit_oracle
 
-    from secateur.gram import Gram
+    from secateur.numerics.hessian import Hessian
 
     W, H = problem(rows=24, columns=48)
     sensitivity = torch.linspace(0.1, 2.0, 24, dtype=torch.float64)
-    gram = Gram(H, 1)
-    found = al.loss_curve(W, gram, sensitivity, [Unstructured(level) for level in GRID])
+    hessian = Hessian(H, 1)
+    found = loss_curves.loss_curve(W, hessian, sensitivity, [Unstructured(level) for level in GRID])
     scaled = W * sensitivity.sqrt()[:, None]
-    score = scaled.square() / gram.damped(0.01).U.square().sum(0)
+    score = scaled.square() / hessian.damped.U.square().sum(0)
     keep = torch.ones_like(score, dtype=torch.bool)
     keep.view(-1)[score.flatten().argsort()[: round(0.5 * score.numel())]] = False
     D = refit_oracle(scaled, H, keep) - scaled
@@ -135,13 +137,13 @@ def test_curve_is_the_loss_of_a_real_refit():
 def test_a_curve_costs_nothing_where_dead_inputs_do():
     from helpers import problem
 
-    from secateur.gram import Gram
+    from secateur.numerics.hessian import Hessian
 
     W, H = problem(rows=24, columns=48)
     H[:24] = 0
     H[:, :24] = 0
     levels = [Unstructured(0.3), Unstructured(0.5), Unstructured(0.6)]
-    losses = al.loss_curve(W, Gram(H, 1), torch.ones(24, dtype=torch.float64), levels).losses
+    losses = loss_curves.loss_curve(W, Hessian(H, 1), torch.ones(24, dtype=torch.float64), levels).losses
     assert losses[:2] == [0.0, 0.0]
     assert losses[2] > 0
 
@@ -152,7 +154,7 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
     batches = [{"input_ids": ids} for ids in tokens(4)]
     blocks = find_blocks(model)
     with torch.no_grad():
-        found = output_sensitivity(model, blocks, batches, windows=3, seed=7, residence=InMemory())
+        found = output_fisher_information(model, blocks, batches, windows=3, seed=7, placement=InMemory())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     seen: dict[str, list[torch.Tensor]] = {}
     for block in blocks:
@@ -171,32 +173,34 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
 
 
 def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
-    from test_engine import mixtral
+    from test_loop import mixtral
 
     model = mixtral(num_local_experts=4, num_experts_per_tok=1)
     blocks = find_blocks(model)
-    from secateur.model import _eager_experts
+    from secateur.models.determinism import _eager_experts
 
     with torch.no_grad(), _eager_experts(model):
         few = [{"input_ids": torch.tensor([[5]])}]
-        one_token = output_sensitivity(model, blocks, few, windows=1, seed=0, residence=InMemory())
+        one_token = output_fisher_information(model, blocks, few, windows=1, seed=0, placement=InMemory())
         everyone = [{"input_ids": ids} for ids in tokens(64)]
-        found = output_sensitivity(model, blocks, everyone, windows=64, seed=0, residence=InMemory())
+        found = output_fisher_information(model, blocks, everyone, windows=64, seed=0, placement=InMemory())
     rows = {name: squares for name, squares in found.items() if "layers.0.mlp.experts.down_proj" in name}
     idle = [squares for name, squares in one_token.items() if "layers.0.mlp.experts.down_proj" in name]
     assert sorted(bool((squares > 0).any()) for squares in idle) == [False, False, False, True]
     assert all(squares.shape == (32,) for squares in idle)
     assert len(rows) == 4
     assert all(bool((squares > 0).any()) for squares in rows.values())
-    report = secateur.prune(mixtral(), pattern="50%", method="mrp", allocation="curve", calibration=tokens(64))
+    report = secateur.prune(
+        mixtral(), pattern="50%", solver="mrp", settings={"allocation.rule": "curve"}, calibration=tokens(64)
+    )
     assert report.sparsity == pytest.approx(0.5, abs=1e-6)
 
 
 def test_experts_that_see_few_tokens_or_none_are_measured():
-    from test_engine import mixtral
+    from test_loop import mixtral
 
     model, few = mixtral(num_local_experts=8), [ids[:1, :6] for ids in tokens(4)]
-    report = secateur.prune(model, pattern="50%", method="mrp", allocation="curve", calibration=few)
+    report = secateur.prune(model, pattern="50%", solver="mrp", settings={"allocation.rule": "curve"}, calibration=few)
     assert min(matrix.tokens for matrix in report.matrices) == 0
     assert report.sparsity == pytest.approx(0.5, abs=1e-4)
 
@@ -211,7 +215,9 @@ def test_predictions_are_not_always_one_a_token_of_the_mask():
     whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens(16)]
     pairs = [batch | {"decoder_input_ids": batch["input_ids"][:, :7]} for batch in whole]
     for model, batches in ((classifier, whole), (t5, pairs)):
-        report = secateur.prune(model, pattern="50%", method="mrp", allocation="curve", calibration=batches)
+        report = secateur.prune(
+            model, pattern="50%", solver="mrp", settings={"allocation.rule": "curve"}, calibration=batches
+        )
         assert report.sparsity == pytest.approx(0.5, abs=1e-4)
         assert len({matrix.sparsity for matrix in report.matrices}) > 2
 
@@ -220,14 +226,12 @@ def test_predictions_are_not_always_one_a_token_of_the_mask():
 def test_measuring_changes_neither_the_model_nor_the_stream(rule):
     model = tiny_model("llama").eval()
     batches = [{"input_ids": ids} for ids in tokens()]
-    blocks = find_blocks(model)
     before = copy.deepcopy(model.state_dict())
+    found = dense_pass(model, tokens())
+    stream, context = found.stream, RunContext(Recipe(allocation={"rule": rule}), quiet)
     with torch.no_grad():
-        stream = survey(model, blocks, batches, api.no_progress)
         hidden = [each.clone() for each in stream.hidden]
-        al.allocate(
-            model, blocks, stream, batches, Unstructured(0.5), al.Allocation(rule), 0, api.no_progress, InMemory()
-        )
+        al.allocate(model, found.blocks, stream, batches, context)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(torch.equal(a, b) for a, b in zip(stream.hidden, hidden, strict=True))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -258,7 +262,7 @@ def test_sensitivity_counts_every_use_of_a_blocks_output():
     ids = tokens(2)[0]
     blocks = find_blocks(model)
     with torch.no_grad():
-        found = output_sensitivity(model, blocks, [{"input_ids": ids}], windows=1, seed=0, residence=InMemory())
+        found = output_fisher_information(model, blocks, [{"input_ids": ids}], windows=1, seed=0, placement=InMemory())
     seen: list[torch.Tensor] = []
     name = "inner.model.layers.0.mlp.down_proj"
     model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: seen.append(out[0]))

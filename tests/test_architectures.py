@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 REFUSED = {
     "dbrx": "enters torch.Tensor.matmul in an unknown form",
     "deepseek_v4": "enters torch.bmm in an unknown form",
-    "longcat_flash": "enters no product even where every token is sent to it",
+    "longcat_flash": "enters no product even when every token is sent to it",
     "xlnet": "enters torch.functional.einsum in an unknown form",
 }
 # Pruned in memory, but AutoModelForCausalLM doesn't know the configuration that their text models are saved with.
@@ -34,9 +34,9 @@ def test_every_class_is_pruned_whole_and_exactly(family):
     model = tiny(family)
     if family in REFUSED:
         with pytest.raises(ValueError, match=re.escape(REFUSED[family])):
-            secateur.prune(model, pattern="2:4", method="wanda", calibration=token_batches())
+            secateur.prune(model, pattern="2:4", solver="wanda", calibration=token_batches())
         return
-    report = secateur.prune(model, pattern="2:4", method="wanda", calibration=token_batches())
+    report = secateur.prune(model, pattern="2:4", solver="wanda", calibration=token_batches())
     assert matrices_in_layers(model) <= {matrix.name for matrix in report.matrices} | set(report.dense)
     for matrix in report.matrices:
         weight = stored(model, matrix.name)

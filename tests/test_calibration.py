@@ -10,9 +10,16 @@ import torch
 from models import character_tokenizer, tiny_model
 
 import secateur
-from secateur.calibration import calibrate, encode, opening, read_documents, shipped_text
+from secateur.calibration.batches import calibration_batches
+from secateur.calibration.texts import encode, opening, read_documents, shipped_text
+from secateur.recipe.recipe import CalibrationText
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(200))
+
+
+def calibrate(source, tokenizer, config, samples=128, seq_len=None, seed=0):
+    """Batches with the options of a text as keywords."""
+    return calibration_batches(source, tokenizer, config, CalibrationText(samples=samples, seq_len=seq_len), seed)
 
 
 def config(positions=None):
@@ -124,7 +131,7 @@ def test_data_set_streams_stop_at_the_limit(monkeypatch):
     assert len(read) < 10
     assert found.origin["samples"] == 4
     read.clear()
-    assert next(iter(read_documents("c4", held_out=True))) == "abcdefgh" * 4
+    assert next(iter(read_documents("c4", evaluation=True))) == "abcdefgh" * 4
     assert read[0] == "validation"
 
 
@@ -153,8 +160,8 @@ def test_token_tensors_and_batches_are_taken_as_they_are():
     ("content", "options", "message"),
     [
         ("", {}, "text.txt is empty"),
-        ("short", {}, "has 5 tokens, less than one sequence of 64: lower --seq-len"),
-        ("x" * 99, {"seq_len": 1}, "at least 2 tokens"),
+        ("short", {}, "has 5 tokens, less than one sequence of 64: lower seq_len"),
+        ("x" * 99, {"seq_len": 1}, "seq_len is 1: it must be greater than or equal to 2"),
         ("x" * 99, {"seq_len": 300}, "300, but the model has 256 positions"),
         ("x" * 99, {"samples": 0}, "samples is 0"),
     ],
@@ -210,3 +217,27 @@ def test_a_text_in_place_of_its_name_is_told(text):
         secateur.prune(model, pattern="50%", calibration=text, tokenizer=character_tokenizer())
     with pytest.raises(ValueError, match="a text itself was given"):
         secateur.evaluate(model, text, tokenizer=character_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, ""),
+        ([{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}], "Hello there"),
+        (["Hi"], "Hi"),
+    ],
+)
+def test_messages_without_content_or_in_parts_are_read(tmp_path, content, text):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    assert list(read_documents(path)) == [[{"role": "user", "content": text}]]
+
+
+@pytest.mark.parametrize(
+    "message", ["hello", {"content": "no role"}, {"role": "user", "content": [{"image": "x.png"}]}]
+)
+def test_messages_that_are_no_text_are_named_with_their_line(tmp_path, message):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"messages": [message]}))
+    with pytest.raises(secateur.SecateurError, match=r"chat.jsonl, line 2: .*(role|content)"):
+        list(read_documents(path))

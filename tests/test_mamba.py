@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import dense_pass
 from models import tokens
 from torch.nn import functional as F
 from zoo import tiny
 
 import secateur
-from secateur import api
-from secateur.stacks import find_stacks
-from secateur.survey import survey
 
 TRAINED = Path(__file__).parents[1].parent / "shared" / "models" / "mamba-tiny"
 TEXT = Path(__file__).parents[1].parent / "shared" / "data" / "wikitext2-valid.txt"
@@ -40,13 +38,13 @@ def inputs_by_hand(mixer: Any, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"in_proj": hidden, "x_proj": x, "dt_proj": dt, "out_proj": torch.stack(scanned, 1) * F.silu(gate)}
 
 
-def test_the_gram_matrix_of_every_projection_is_that_of_the_equations():
+def test_the_hessian_of_every_projection_is_that_of_the_equations():
     model = tiny("mamba")
     batches = [{"input_ids": ids} for ids in tokens(8)]
-    blocks = find_stacks(model, batches[0]).blocks
+    found = dense_pass(model, tokens(8))
+    stream, blocks = found.stream, found.blocks
     with torch.no_grad():
-        stream = survey(model, blocks, batches, api.no_progress)
-        grams = stream.observe(blocks[0], stream.groups[blocks[0].name])
+        hessians = stream.observe(blocks[0], stream.groups[blocks[0].name])
         double = model.double()
         mixer = double.backbone.layers[0].mixer
         sums: dict[str, Any] = {}
@@ -55,22 +53,22 @@ def test_the_gram_matrix_of_every_projection_is_that_of_the_equations():
             for name, X in inputs_by_hand(mixer, hidden).items():
                 rows = X.reshape(-1, X.shape[-1])
                 sums[name] = sums.get(name, 0) + rows.T @ rows / (8 * 24)
-    assert {name.rsplit(".", 1)[1] for name in grams} == set(sums)
-    for name, gram in grams.items():
+    assert {name.rsplit(".", 1)[1] for name in hessians} == set(sums)
+    for name, hessian in hessians.items():
         expected = sums[name.rsplit(".", 1)[1]]
-        assert torch.allclose(gram.xx.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), name
+        assert torch.allclose(hessian.H.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), name
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="the trained Mamba lies in ../shared, which is not here")
 def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt_and_magnitude(tmp_path):
     figures = {}
-    for method in ("magnitude", "sparsegpt", "mrp"):
+    for solver in ("magnitude", "sparsegpt", "mrp"):
         report = secateur.prune(
-            TRAINED, tmp_path / method, pattern="50%", method=method, calibration=TEXT, samples=32, seq_len=128
+            TRAINED, tmp_path / solver, pattern="50%", solver=solver, calibration=TEXT, samples=32, seq_len=128
         )
         kinds = {matrix.name.rsplit(".", 1)[1] for matrix in report.matrices}
         assert kinds == {"in_proj", "x_proj", "dt_proj", "out_proj"}
         assert all(matrix.sparsity == 0.5 for matrix in report.matrices)
         text = TEXT.with_name("wikitext2-test.txt")
-        figures[method] = secateur.evaluate(tmp_path / method, text, seq_len=256, max_tokens=4096)["perplexity"]
+        figures[solver] = secateur.evaluate(tmp_path / solver, text, seq_len=256, max_tokens=4096)["perplexity"]
     assert figures["mrp"] < figures["sparsegpt"] < figures["magnitude"]

@@ -1,9 +1,10 @@
-"""Caps on memory: hidden states in files, Gram matrices in passes, smaller chunks where a GPU's memory is too small."""
+"""Caps on memory: hidden states in files, Hessians in passes, smaller chunks where a GPU's memory is too small."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from models import save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
 import secateur
-from secateur import memory, solvers
-from secateur.memory import HiddenStates, Memory, Workspace, parse_memory
+from secateur.calibration import hidden_states
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.calibration.stream import Stream
+from secateur.recipe.solvers import Magnitude
+from secateur.resume.block_store import JournalledBlocks
+from secateur.runtime.chunking import DEFAULT, MIN_CHUNK_BYTES, chunk_bytes, max_chunk_bytes
+from secateur.runtime.memory import MemoryBudget, Workspace, memory_budget
 from secateur.solvers import Solved
-from secateur.solvers.magnitude import Magnitude
-from secateur.workspace import DEFAULT, LEAST, chunk_bytes, limited
+from secateur.solvers.magnitude import solve_magnitude
 
-SETTINGS = {"pattern": "50%", "effort": "balanced", "calibration": tokens(8)}
+SETTINGS = {"pattern": "50%", "recipe": "balanced", "calibration": tokens(8)}
 CPU = torch.device("cpu")
 
 
@@ -26,13 +31,13 @@ CPU = torch.device("cpu")
 def in_files(monkeypatch):
     """How many hidden states went to files, by folder."""
     seen = {}
-    original = memory._in_file
+    original = hidden_states._in_file
 
     def counted(tensor, folder):
         seen[folder] = seen.get(folder, 0) + 1
         return original(tensor, folder)
 
-    monkeypatch.setattr(memory, "_in_file", counted)
+    monkeypatch.setattr(hidden_states, "_in_file", counted)
     return seen
 
 
@@ -55,16 +60,16 @@ def test_hidden_states_in_files_give_the_same_bits_and_leave_nothing(tmp_path, i
 def test_a_cap_sends_hidden_states_to_the_folder_of_the_run_and_gathers_in_passes(tmp_path, in_files, monkeypatch):
     save_checkpoint(tmp_path / "model", hidden_size=64)
     passes = []
-    observe = secateur.engine.Stream.observe
+    observe = Stream.observe
     monkeypatch.setattr(
-        secateur.engine.Stream,
+        Stream,
         "observe",
         lambda self, block, groups: passes.append(len(groups)) or observe(self, block, groups),
     )
-    free = secateur.prune(tmp_path / "model", tmp_path / "free", **SETTINGS | {"effort": "fast"})
+    free = secateur.prune(tmp_path / "model", tmp_path / "free", **SETTINGS | {"recipe": "fast"})
     assert passes == [4, 4]
     passes.clear()
-    capped = secateur.prune(tmp_path / "model", tmp_path / "out", **SETTINGS | {"effort": "fast"}, max_memory="40KB")
+    capped = secateur.prune(tmp_path / "model", tmp_path / "out", **SETTINGS | {"recipe": "fast"}, max_memory="40KB")
     assert passes == [1] * 8  # 64 x 64 fp32 are 16 KB, and half of the cap is 20
     assert set(in_files) == {tmp_path / "out" / ".secateur"}
     passes.clear()
@@ -73,47 +78,55 @@ def test_a_cap_sends_hidden_states_to_the_folder_of_the_run_and_gathers_in_passe
     assert not (tmp_path / "out" / ".secateur").exists()
     first, their_first = capped.matrices[0], free.matrices[0]  # later ones are observed behind pruned matrices
     assert first.relative_error == pytest.approx(their_first.relative_error, rel=1e-2)
-    assert capped.recipe["max_memory"] == 40_000
+    assert capped.recipe["max_memory"] == "40KB"
 
 
 def test_a_cap_without_a_folder_says_what_does_not_fit():
     model = tiny_model("llama")
     before = weights_of(model)
-    with pytest.raises(ValueError, match=r"hidden states .* more than a quarter of --max-memory .*--offload-dir"):
+    with pytest.raises(ValueError, match=r"hidden states .* more than a quarter of max_memory .*offload_dir"):
         secateur.prune(model, **SETTINGS, max_memory="10KB")
     assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
 
 
 def test_sizes_and_folders_are_checked(tmp_path):
-    assert parse_memory("8GB", None).limit == 8 * 10**9
-    assert parse_memory("500MiB", tmp_path) == Memory(500 << 20, tmp_path)
-    assert parse_memory(None, None) == Memory()
+    assert memory_budget("8GB", None).limit == 8 * 10**9
+    assert memory_budget("500MiB", tmp_path) == MemoryBudget(500 << 20, tmp_path)
+    assert memory_budget(None, None) == MemoryBudget()
     for wrong in ("much", "0GB", "-1GB", "8 apples", "8IB"):
-        with pytest.raises(ValueError, match="max-memory is"):
-            parse_memory(wrong, None)
+        with pytest.raises(ValueError, match="max_memory is"):
+            memory_budget(wrong, None)
     with pytest.raises(ValueError, match="no folder that can be written"):
-        parse_memory(None, tmp_path / "absent")
+        memory_budget(None, tmp_path / "absent")
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(memory.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(hidden_states.tempfile, "NamedTemporaryFile", full)
     with pytest.raises(ValueError, match="hidden states could not be written .*No space left"):
-        HiddenStates.of([torch.ones(2, 3)], Memory(folder=tmp_path), 1)
+        HiddenStates.of([torch.ones(2, 3)], MemoryBudget(folder=tmp_path), 1)
 
 
 def test_smaller_chunks_give_the_same_solution():
     W, H = problem(rows=1000, columns=48, dtype=torch.float32)
-    assert LEAST // 4 // 49 < len(W) < DEFAULT["cpu"] // 4 // 49  # elements a row's preconditioner takes: 7 x 7
-    whole = secateur.solve(W, H, "50%", tolerance=1e-6)
-    with limited(LEAST):
-        assert chunk_bytes(CPU) == LEAST < DEFAULT["cpu"]
-        chunked = secateur.solve(W, H, "50%", tolerance=1e-6)
+    assert (
+        MIN_CHUNK_BYTES // 4 // 49 < len(W) < DEFAULT["cpu"] // 4 // 49
+    )  # elements a row's preconditioner takes: 7 x 7
+    whole = secateur.solve(W, H, "50%", {"name": "mrp", "tolerance": 1e-6})
+    with max_chunk_bytes(MIN_CHUNK_BYTES):
+        assert chunk_bytes(CPU) == MIN_CHUNK_BYTES < DEFAULT["cpu"]
+        chunked = secateur.solve(W, H, "50%", {"name": "mrp", "tolerance": 1e-6})
     assert not torch.equal(whole.weight, chunked.weight)  # each chunk stops by itself
     assert torch.equal(whole.keep, chunked.keep)
     assert float((whole.weight - chunked.weight).norm() / whole.weight.norm()) < 1e-3
+
+
+def provide(monkeypatch, solver):
+    """Let a plug-in provide the solver `greedy`."""
+    point = SimpleNamespace(name="greedy", load=lambda: solver)
+    monkeypatch.setattr("secateur.recipe.solvers.entry_points", lambda group: [point])
 
 
 @dataclass(frozen=True)
@@ -122,17 +135,17 @@ class Greedy:
 
     needs_at_most: int = 1 << 20
 
-    def __call__(self, W, gram, pattern) -> Solved:
+    def __call__(self, W, hessian, pattern) -> Solved:
         if chunk_bytes(W.device) > self.needs_at_most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return Magnitude()(W, gram, pattern)
+        return solve_magnitude(Magnitude(), W, hessian, pattern)
 
 
 def test_too_little_memory_halves_the_chunk_which_is_journalled_and_used_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(solvers.SOLVERS, "greedy", Greedy)
+    provide(monkeypatch, Greedy)
     save_checkpoint(tmp_path / "model", num_hidden_layers=3)
-    settings = {"pattern": "50%", "method": "greedy", "calibration": tokens(8)}
-    stop = secateur.store.Journal.commit
+    settings = {"pattern": "50%", "solver": "greedy", "calibration": tokens(8)}
+    stop = JournalledBlocks.commit
     limits = []
     halve = Workspace.halve
 
@@ -142,12 +155,12 @@ def test_too_little_memory_halves_the_chunk_which_is_journalled_and_used_again(t
 
     def stopped(self, block, figures):
         stop(self, block, figures)
-        if len(self.manifest.blocks) == 1:
+        if len(self.manifest.state.blocks) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Workspace, "halve", halved)
     with monkeypatch.context() as patched:
-        patched.setattr(secateur.store.Journal, "commit", stopped)
+        patched.setattr(JournalledBlocks, "commit", stopped)
         with pytest.raises(KeyboardInterrupt):
             secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
     assert limits == [8 << 20, 4 << 20, 2 << 20, 1 << 20]  # from 16 MB on, once for all matrices
@@ -157,10 +170,12 @@ def test_too_little_memory_halves_the_chunk_which_is_journalled_and_used_again(t
     assert (
         load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.mlp.up_proj.weight"] == 0
     ).float().mean() == 0.5
-    assert json.loads((tmp_path / "out" / "secateur.json").read_text())["recipe"]["method"] == "greedy"
+    assert json.loads((tmp_path / "out" / "secateur.json").read_text())["recipe"]["solver"]["name"] == "greedy"
 
 
 def test_memory_too_small_for_any_chunk_is_named(monkeypatch):
-    monkeypatch.setitem(solvers.SOLVERS, "greedy", Greedy)
+    provide(monkeypatch, Greedy)
     with pytest.raises(ValueError, match=r"model\.layers\.0\S*: the solver.s work does not fit into the memory of cpu"):
-        secateur.prune(tiny_model("llama"), pattern="50%", method="greedy", needs_at_most=1, calibration=tokens(8))
+        secateur.prune(
+            tiny_model("llama"), pattern="50%", solver={"name": "greedy", "needs_at_most": 1}, calibration=tokens(8)
+        )

@@ -7,14 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.pattern import (
-    NM,
-    Unstructured,
-    keep_all_but_lowest,
-    keep_highest_of_groups,
-    keep_highest_of_rows,
-    parse_pattern,
-)
+from secateur.numerics.masks import is_met, keep_all_but_lowest, keep_highest_of_groups, keep_highest_of_rows
+from secateur.recipe.patterns import NM, Unstructured, parse_pattern
 
 
 @pytest.mark.parametrize(
@@ -34,6 +28,11 @@ from secateur.pattern import (
 def test_parse(text, pattern):
     assert parse_pattern(text) == pattern
     assert parse_pattern(str(pattern)) == pattern
+
+
+def test_a_switch_is_no_pattern():
+    with pytest.raises(ValueError, match="pattern is True; give a share"):
+        parse_pattern(True)
 
 
 @pytest.mark.parametrize("text", ["150%", "-0.1", "1.5", "4:4", "0:4", "5:4", "8:32", "half", "2:4:8", "", "nan%"])
@@ -76,12 +75,12 @@ def test_groups_keep_n_of_m(n, m, seed):
     lowest_kept = score.view(5, 3, m).masked_fill(~groups, 9.0).amin(-1)
     highest_pruned = score.view(5, 3, m).masked_fill(groups, -1.0).amax(-1)
     assert bool((lowest_kept >= highest_pruned).all())
-    assert pattern.is_met_by(~keep)
-    assert not pattern.is_met_by(~keep & (torch.arange(3 * m) > 0) & (torch.arange(3 * m) >= m))
+    assert is_met(pattern, ~keep)
+    assert not is_met(pattern, ~keep & (torch.arange(3 * m) > 0) & (torch.arange(3 * m) >= m))
 
 
 def test_width_error_says_what_to_do():
-    with pytest.raises(ValueError, match=r"multiple of 4, but it is 10.*--exclude"):
+    with pytest.raises(ValueError, match=r"multiple of 4, but it is 10.*exclude"):
         NM(2, 4).check_width(10)
 
 

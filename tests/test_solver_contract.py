@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle
+from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle, solve_by
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tokens
 
 import secateur
-from secateur.pattern import NM, Unstructured
-from secateur.solvers import SOLVERS, Solved, make_solver
+from secateur.numerics.masks import is_met
+from secateur.recipe.patterns import NM, Unstructured
+from secateur.recipe.solvers import SOLVERS, read_solver
+from secateur.solvers import Solved
+from secateur.solvers.checked import SOLVE
 
+ENTRY_POINTS = "secateur.recipe.solvers.entry_points"
 NO_UPDATE = ("magnitude", "wanda")
 every_case = pytest.mark.parametrize(("name", "pattern"), CASES, ids=case_id)
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -25,12 +31,12 @@ def sized(pattern, seed=0):
 
 
 def solve(name, W, H, pattern, **more):
-    options = {key: value for key, value in METHODS[name].items() if key != "method"} | more
-    return secateur.solve(W, H, pattern, method=METHODS[name]["method"], **options)
+    return solve_by(W, H, pattern, **METHODS[name] | more)
 
 
 def test_every_builtin_method_is_in_this_suite():
-    assert {options["method"] for options in METHODS.values()} == set(SOLVERS)
+    assert {options["solver"] for options in METHODS.values()} == set(SOLVERS)
+    assert set(SOLVE) == set(SOLVERS.values())
 
 
 @every_case
@@ -40,7 +46,7 @@ def test_counts_are_exact_and_weights_agree_with_the_mask(name, pattern):
     assert int((~solved.keep).sum()) == pattern.num_pruned(*W.shape)
     assert bool((solved.weight[~solved.keep] == 0).all())
     assert bool((solved.weight[solved.keep] != 0).all())
-    assert pattern.is_met_by(solved.weight == 0)
+    assert is_met(pattern, solved.weight == 0)
     if isinstance(pattern, NM):
         groups = solved.keep.view(len(W), -1, pattern.m)
         assert bool((groups.sum(-1) == pattern.n).all())
@@ -93,7 +99,7 @@ def test_sparsity_zero_and_one(name, sparsity):
 
 @every_case
 def test_dead_inputs_go_first_and_kept_ones_stay(name, pattern):
-    if METHODS[name]["method"] == "magnitude":
+    if METHODS[name]["solver"] == "magnitude":
         pytest.skip("magnitude looks at no data")
     W, H = sized(pattern)
     dead = [1, 7, 20, 33]
@@ -123,7 +129,7 @@ def test_dead_inputs_leave_the_rest_as_if_they_were_not_there(name):
     Hz[dead] = 0
     Hz[:, dead] = 0
     pruned_live = 256
-    tight = {"tolerance": 1e-12} if METHODS[name]["method"] in ("mrp", "admm") else {}
+    tight = {"tolerance": 1e-12} if METHODS[name]["solver"] in ("mrp", "admm") else {}
     with_dead = solve(name, W, Hz, Unstructured((pruned_live + 16 * len(dead)) / (16 * 40)), **tight)
     alone = W[:, live].contiguous(), H[live][:, live].contiguous()
     without = solve(name, *alone, Unstructured(pruned_live / (16 * len(live))), **tight)
@@ -175,8 +181,8 @@ def test_more_joint_is_better_on_average(pattern):
 def test_mrp_ss_is_sparsegpt():
     W, H = problem()
     for pattern in ("50%", "2:4"):
-        ours = secateur.solve(W, H, pattern, method="mrp", mask="S", compensation="S", block=16)
-        assert torch.equal(ours.weight, secateur.solve(W, H, pattern, method="sparsegpt", block=16).weight)
+        ours = solve_by(W, H, pattern, "mrp", mask="S", compensation="S", block=16)
+        assert torch.equal(ours.weight, solve_by(W, H, pattern, "sparsegpt", block=16).weight)
 
 
 def test_sparsegpt_equals_its_plain_form():
@@ -184,7 +190,7 @@ def test_sparsegpt_equals_its_plain_form():
     W, H = problem(6, 16)
     live = H.diagonal().mean()
     Hd = H + 0.01 * live * torch.eye(16, dtype=H.dtype)
-    solved = secateur.solve(W, H, "2:4", method="sparsegpt", block=8)
+    solved = solve_by(W, H, "2:4", "sparsegpt", block=8)
     plain = W.clone()
     for j in range(16):
         G = torch.linalg.inv(Hd[j:, j:])
@@ -207,7 +213,7 @@ def test_any_small_shape_and_sparsity(rows, groups, sparsity, seed, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_rank_deficient_gram_matrix(name):
+def test_rank_deficient_hessian(name):
     W, _ = problem()
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solved = solve(name, W, x.T @ x / 3, NM(2, 4))
@@ -217,16 +223,19 @@ def test_rank_deficient_gram_matrix(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "obc"}, "unknown method 'obc': choose one of admm, magnitude, mrp, sparsegpt, wanda"),
-        ({"method": "wanda", "block": 3}, "method wanda has no option 'block': it has no options"),
-        ({"method": "mrp", "blocks": 3}, "has no option 'blocks': its options are mask"),
-        ({"method": "mrp", "mask": "X"}, "mask is 'X'"),
-        ({"method": "mrp", "mask": "M"}, "no form for the unstructured 50%"),
-        ({"method": "mrp", "block": 0}, "block is 0"),
-        ({"method": "mrp", "damping": 0.0}, "damping is 0"),
-        ({"method": "mrp", "damping": float("nan")}, "damping is nan"),
-        ({"method": "mrp", "tolerance": 0.0}, "tolerance is 0"),
-        ({"method": "mrp", "iterations": 0}, "iterations is 0"),
+        ({"solver": "obc"}, "unknown solver 'obc': choose one of admm, magnitude, mrp, sparsegpt, wanda"),
+        (
+            {"solver": "wanda", "block": 3},
+            r"solver wanda has no option 'block': it has none \(block belongs to sparsegpt, mrp\)",
+        ),
+        ({"solver": "mrp", "blocks": 3}, "has no option 'blocks': its options are mask.*did you mean 'block'"),
+        ({"solver": "mrp", "mask": "X"}, "mask is 'X': it must be 'S' or 'M'"),
+        ({"solver": "mrp", "mask": "M"}, "no form for the unstructured 50%"),
+        ({"solver": "mrp", "block": 0}, "block is 0: it must be greater than or equal to 1 or be 'all'"),
+        ({"solver": "mrp", "damping": 0.0}, "damping is 0.0: it must be greater than 0"),
+        ({"solver": "mrp", "damping": float("nan")}, "damping is nan: it must be a finite number"),
+        ({"solver": "mrp", "tolerance": 0.0}, "tolerance is 0.0: it must be greater than 0"),
+        ({"solver": "mrp", "max_iterations": 0}, "max_iterations is 0"),
         ({"pattern": "2:5"}, "multiple of 5, but it is 48"),
         ({"pattern": "1.5"}, "between 0"),
     ],
@@ -235,7 +244,7 @@ def test_bad_requests_are_named(arguments, message):
     W, H = problem()
     request = {"pattern": "50%"} | arguments
     with pytest.raises(ValueError, match=message):
-        secateur.solve(W, H, **request)
+        solve_by(W, H, **request)
 
 
 def test_bad_matrices_are_named():
@@ -269,17 +278,18 @@ def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):
         name = "ours"
 
         def load(self):
-            return SOLVERS["wanda"]
+            return Cheat
 
-    monkeypatch.setattr("secateur.solvers.entry_points", lambda group: [Point()] if group == "secateur.solvers" else [])
-    assert isinstance(make_solver("ours"), SOLVERS["wanda"])
+    monkeypatch.setattr(ENTRY_POINTS, lambda group: [Point()] if group == "secateur.solvers" else [])
+    assert isinstance(read_solver("ours"), Cheat)
+    assert read_solver({"name": "ours", "how": "nan"}).how == "nan"
 
 
 @pytest.mark.parametrize(
     ("loads", "message"),
     [
-        (ImportError("no module"), "plug-in of method ours can't be loaded: no module"),
-        (lambda: None, "plug-in of method ours is no dataclass"),
+        (ImportError("no module"), "plug-in of solver ours can't be loaded: no module"),
+        (lambda: None, "plug-in of solver ours is .* it must be a dataclass"),
     ],
 )
 def test_a_broken_plugin_is_named_and_stops_no_other_method(monkeypatch, loads, message):
@@ -291,14 +301,14 @@ def test_a_broken_plugin_is_named_and_stops_no_other_method(monkeypatch, loads, 
                 raise loads
             return loads
 
-    monkeypatch.setattr("secateur.solvers.entry_points", lambda group: [Point()])
-    assert isinstance(make_solver("wanda"), SOLVERS["wanda"])
+    monkeypatch.setattr(ENTRY_POINTS, lambda group: [Point()])
+    assert isinstance(read_solver("wanda"), SOLVERS["wanda"])
     with pytest.raises(ValueError, match="mrp has no option 'foo'"):
-        make_solver("mrp", {"foo": 1})
+        read_solver({"name": "mrp", "foo": 1})
     with pytest.raises(ValueError, match=message):
-        make_solver("ours")
+        read_solver("ours")
     with pytest.raises(ValueError, match="choose one of admm, magnitude, mrp, ours, sparsegpt, wanda"):
-        make_solver("theirs")
+        read_solver("theirs")
 
 
 @dataclass(frozen=True)
@@ -307,9 +317,9 @@ class Cheat:
 
     how: str = ""
 
-    def __call__(self, W, gram, pattern):
+    def __call__(self, W, hessian, pattern):
         if self.how == "damping":
-            gram.xx.diagonal().add_(1.0)
+            hessian.H.diagonal().add_(1.0)
         if self.how == "in place":
             W.mul_(2.0)
         keep = torch.ones_like(W, dtype=torch.bool) if self.how == "nothing" else keep_highest(W, pattern)
@@ -329,23 +339,23 @@ def keep_highest(W, pattern):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("nothing", "breaks 2:4: it prunes 0 weights, not"),
-        ("elsewhere", "breaks 2:4"),
+        ("nothing", "breaks 2:4: row 0 has 0 zeros in columns 0 to 3"),
+        ("elsewhere", r"breaks 2:4: row \d+ has \d zeros in columns"),
         ("weights", "other than zero where its mask prunes"),
         ("nan", "NaN or infinite weights"),
-        ("figures", "figures are no plain numbers"),
-        ("damping", "wrote into its weights or its Gram matrix"),
-        ("in place", "wrote into its weights or its Gram matrix"),
+        ("figures", "figures that are not plain numbers"),
+        ("damping", "wrote into its weights or its Hessian"),
+        ("in place", "wrote into its weights or its Hessian"),
         ("", None),
     ],
 )
 def test_a_method_that_breaks_the_contract_is_refused(monkeypatch, how, message):
-    monkeypatch.setitem(SOLVERS, "cheat", Cheat)
+    monkeypatch.setattr(ENTRY_POINTS, lambda group: [SimpleNamespace(name="cheat", load=lambda: Cheat)])
     model = tiny_model("llama")
     W, H = problem(8, 16)
     calls = (
-        lambda: secateur.solve(W, H, "2:4", method="cheat", how=how),
-        lambda: secateur.prune(model, pattern="2:4", method="cheat", how=how, calibration=tokens(4)),
+        lambda: solve_by(W, H, "2:4", "cheat", how=how),
+        lambda: secateur.prune(model, pattern="2:4", solver={"name": "cheat", "how": how}, calibration=tokens(4)),
     )
     for call in calls:
         if message is None:
@@ -356,5 +366,19 @@ def test_a_method_that_breaks_the_contract_is_refused(monkeypatch, how, message)
 
 
 def test_text_where_an_option_is_a_number():
-    with pytest.raises(ValueError, match="damping is 'a'; it must be a number"):
+    with pytest.raises(ValueError, match="damping is 'a': it must be a number"):
         secateur.solve(torch.ones(2, 4), torch.eye(4), "50%", damping="a")
+
+
+def test_weights_whose_squares_overflow_are_named():
+    W, H = problem(8, 16, dtype=torch.float32)
+    with pytest.raises(secateur.SecateurError, match=r"W holds .*e\+20, whose square overflows fp32"):
+        secateur.solve(W * 1e20, H, "50%")
+    assert bool(torch.isfinite(secateur.solve(W.double() * 1e20, H.double(), "50%").weight).all())
+
+
+@pytest.mark.parametrize("wrong", [np.ones((4, 4)), [[1.0]], torch.ones(4, 4, dtype=torch.long), None])
+def test_what_is_not_a_floating_tensor_is_named(wrong):
+    for arguments in ((wrong, torch.eye(4)), (torch.ones(4, 4), wrong)):
+        with pytest.raises(secateur.SecateurError, match="give a torch tensor of a floating dtype"):
+            secateur.solve(*arguments, "50%")

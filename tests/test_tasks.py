@@ -9,8 +9,8 @@ import torch
 from models import character_tokenizer, tiny_model
 
 import secateur
-from secateur import evaluation
-from secateur.tasks import headline, run_tasks
+from secateur.evaluation import perplexity as evaluation
+from secateur.evaluation.tasks import headline, run_tasks
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 10
 TASK = """task: foxes
@@ -74,8 +74,8 @@ def test_figures_equal_the_harness_called_by_hand(task_dir):
     ("tasks", "options", "message"),
     [
         (["no_such_task"], {}, "task 'no_such_task' is not known"),
-        (["foxes"], {"task_dir": "/nowhere"}, "is no folder"),
-        (["foxes"], {"limit": 0}, "task limit is 0"),
+        (["foxes"], {"task_dir": "/nowhere"}, "is not a folder"),
+        (["foxes"], {"limit": 0}, "task_limit is 0"),
     ],
 )
 def test_bad_requests_are_named(task_dir, tasks, options, message):
@@ -105,7 +105,7 @@ def test_piqa_and_blimp_equal_the_harness(shared, tmp_path):
 
 def test_divergence_from_an_equal_model_is_nothing(text):
     model, tokenizer = small_model()
-    with pytest.raises(ValueError, match="can't be held against itself"):
+    with pytest.raises(ValueError, match="can't be compared with itself"):
         secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=model)
     dense = tiny_model("llama", max_position_embeddings=256)
     figures = secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=dense)

@@ -10,16 +10,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.api import coverage_of, evaluate, inspect, prune, solve
-    from secateur.pattern import NM, Pattern, Unstructured, parse_pattern
-    from secateur.report import Report
+    from secateur.errors import SecateurError
+    from secateur.pruning.report import Report
+    from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
+    from secateur.recipe.recipe import CalibrationText, Recipe, Rule
+    from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
     from secateur.solvers import Solved
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Allocation": "secateur.recipe.steps",
+    "BlockRefit": "secateur.recipe.steps",
+    "CalibrationText": "secateur.recipe.recipe",
+    "DenseTarget": "secateur.recipe.steps",
+    "NM": "secateur.recipe.patterns",
+    "Pattern": "secateur.recipe.patterns",
+    "Recipe": "secateur.recipe.recipe",
+    "Report": "secateur.pruning.report",
+    "Rule": "secateur.recipe.recipe",
+    "SecateurError": "secateur.errors",
+    "Solved": "secateur.solvers",
+    "SwapRefinement": "secateur.recipe.steps",
+    "Unstructured": "secateur.recipe.patterns",
+    "coverage_of": "secateur.api",
+    "evaluate": "secateur.api",
+    "inspect": "secateur.api",
+    "parse_pattern": "secateur.recipe.patterns",
+    "prune": "secateur.api",
+    "solve": "secateur.api",
+}
+
 __all__ = [
     "NM",
+    "Allocation",
+    "BlockRefit",
+    "CalibrationText",
+    "DenseTarget",
     "Pattern",
+    "Recipe",
     "Report",
+    "Rule",
+    "SecateurError",
     "Solved",
+    "SwapRefinement",
     "Unstructured",
     "coverage_of",
     "evaluate",
@@ -28,20 +62,6 @@ __all__ = [
     "prune",
     "solve",
 ]
-
-_HOME = {
-    "NM": "secateur.pattern",
-    "Pattern": "secateur.pattern",
-    "Report": "secateur.report",
-    "Solved": "secateur.solvers",
-    "Unstructured": "secateur.pattern",
-    "coverage_of": "secateur.api",
-    "evaluate": "secateur.api",
-    "inspect": "secateur.api",
-    "parse_pattern": "secateur.pattern",
-    "prune": "secateur.api",
-    "solve": "secateur.api",
-}
 
 
 def __getattr__(name: str) -> Any:

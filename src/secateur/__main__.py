@@ -1,5 +1,5 @@
 """`python -m secateur`."""
 
-from secateur.cli import main
+from secateur.cli.app import main
 
 main()

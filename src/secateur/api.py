@@ -1,138 +1,249 @@
-"""The functions behind the commands: prune, evaluate, inspect, solve."""
+"""The functions behind the commands: prune, evaluate, inspect, coverage, solve."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur import export, parallel
-from secateur.calibration import DEFAULT_SAMPLES, calibrate
-from secateur.capture import Progress
-from secateur.checkpoint import Checkpoint, default_device, load
-from secateur.coverage import Coverage, measure_coverage
-from secateur.evaluation import divergence, perplexity
-from secateur.gram import Gram
-from secateur.inspection import Inspection, inspect_folder
-from secateur.memory import parse_memory
-from secateur.model import config_of, evaluation_mode, full_precision
-from secateur.pattern import Pattern, parse_pattern
-from secateur.recipe import SETTINGS, make_plan
-from secateur.report import Report
-from secateur.run import Source, Texts, prune_in_place, prune_to_folder
-from secateur.solvers import Solved
-from secateur.solvers.contract import held_to_contract
-from secateur.solvers.swap import check_columns
-from secateur.tasks import check_tasks, run_tasks
+from secateur.calibration.batches import Texts, calibration_batches
+from secateur.calibration.coverage import Coverage, measure_coverage
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.inspection import Inspection, inspect_folder
+from secateur.checkpoints.load import Checkpoint, load
+from secateur.errors import SecateurError, nearest
+from secateur.evaluation.perplexity import divergence, perplexity
+from secateur.evaluation.tasks import check_tasks, run_tasks
+from secateur.models.blocks import config_of
+from secateur.models.determinism import evaluation_mode, full_precision
+from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
+from secateur.pruning.dry_run import DryRun
+from secateur.pruning.report import Report
+from secateur.recipe.patterns import Pattern
+from secateur.recipe.recipe import CalibrationText, Recipe
+from secateur.recipe.resolve import resolve_recipe
+from secateur.recipe.sizes import parse_size
+from secateur.recipe.steps import SwapRefinement
+from secateur.run import ModelSource, Request, estimate_run, prune_in_memory, prune_to_folder, texts_of
+from secateur.runtime import distributed
+from secateur.runtime.environment import check_device, default_device
+from secateur.solvers import Solved, solve_checked
+from secateur.solvers.swaps import check_columns, refine_by_swaps
+
+DEFAULT_SHARD_SIZE = "5GB"
+MAX_WEIGHT = 1e18  # squares of larger ones overflow fp32
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
+def _checks_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Name the nearest argument for a misspelt one."""
+    known = list(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if unknown := [name for name in kwargs if name not in known]:
+            raise SecateurError(
+                f"{function.__name__}() has no argument {unknown[0]!r}: its arguments are {', '.join(known)}"
+                f"{nearest(unknown[0], known)}{_as_setting(unknown[0])}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _as_setting(name: str) -> str:
+    """A hint for an option of a section, given as an argument."""
+    from secateur.recipe.declare import fields_of
+    from secateur.recipe.settings import SECTIONS
+    from secateur.recipe.solvers import SOLVERS
+
+    places = [section for section, kind in SECTIONS.items() if name in fields_of(kind)]
+    places += ["solver"] if any(name in fields_of(kind) for kind in SOLVERS.values()) else []
+    places = places or ([""] if name in fields_of(Recipe) else [])
+    return f" (write settings={{'{f'{places[0]}.{name}'.lstrip('.')}': ...}})" if places else ""
+
+
+@_checks_names
 def prune(
     model: nn.Module | Checkpoint | str | Path,
     out: str | Path | None = None,
     *,
-    pattern: str | float | Pattern = "50%",
-    effort: str | None = None,
-    method: str | None = None,
-    target: str | None = None,
-    refine: str | None = None,
-    refit: str | None = None,
-    allocation: str | None = None,
-    calibration: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
-    samples: int = DEFAULT_SAMPLES,
-    seq_len: int | None = None,
-    seed: int = 0,
-    tokenizer: Any = None,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    pattern: str | float | Pattern | None = None,
+    solver: Any = None,
+    settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    true_sequential: bool = False,
+    calibration: Texts = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
     resume: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | int | None = None,
     max_memory: str | int | None = None,
     offload_dir: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
-    **options: Any,
 ) -> Report:
     """Prune a model in one shot, without retraining.
 
-    A model object is pruned in place; a folder, GGUF file or hub name is loaded, pruned and saved to `out`. Processes
-    that torchrun started, or of a group that is initialised, each call it alike and share the work.
+    A model object is pruned in place; save it by `model.save_pretrained(DIR)` and `report.save(DIR)`. A folder, GGUF
+    file or hub name is loaded, pruned and saved to `out`. Ranks that torchrun started, or of a process group that is
+    initialised, each call it in the same way and share the work.
 
     Args:
         model: a transformers model, or what names one (see `secateur prune --help`). A loaded `Checkpoint` is pruned in
-            place as a model is, its weights rounded to the dtypes of its files.
-        out: folder to save to (for a name).
-        pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension), or a Pattern.
-        effort: `fast`, `balanced` (the default) or `best`: a preset of the settings below; what is given wins over it.
-            Where a method is named and no effort is, the method stands alone.
-        method: `magnitude`, `wanda`, `sparsegpt`, `mrp`, `admm`, or a plug-in's name.
-        target: `pruned`, `dense` or `residual`: what each matrix is fitted to (`target.Target`).
-        refine: `swap` = exchanges to a 1-swap optimum after the method; or `none`.
-        refit: `block` = the kept weights of each block are refit to the dense block's output; or `none`.
-        allocation: `uniform`, `owl` or `curve`: how zeros are spread over the matrices.
-        calibration: text file, folder, JSONL, data set name, token tensors or batches (an encoder-decoder's
-            with its `decoder_input_ids`); None is the shipped text.
-        samples, seq_len, seed: windows drawn from a text (default 128 x 2048), and the seed of the draw.
-        tokenizer: needed for text with a model object.
-        include, exclude: globs on matrix paths, such as `*.mlp.*`.
-        true_sequential: observe a block again after each group of matrices that share an input.
+            place, its weights rounded to the dtypes of its files.
+        out: folder to save to, for a name.
+        recipe: a `Recipe`, its data, the name of a preset (`fast`, `balanced`, `best`) or of a recipe file. None is
+            `balanced`, or the solver alone where one is named.
+        pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension).
+        solver: `magnitude`, `wanda`, `sparsegpt`, `mrp`, `admm`, a plug-in's name, or options such as
+            `{"name": "admm", "search_iterations": 12}`.
+        settings: options of the recipe by dotted name, such as `{"refit.rate": 0.01}`; they win over the recipe.
+        include, exclude: globs on matrix names, such as `*.mlp.*`: prune only these, leave these dense.
+        calibration: text file, folder, JSONL, data set name, token tensors or batches (an encoder-decoder's with its
+            `decoder_input_ids`); None is the shipped text.
+        samples, seq_len, seed: sequences drawn from a text (default 128 x 2048), and the seed of the draw.
+        tokenizer: needed for a text with a model object.
         overwrite: replace an earlier model in `out`.
-        resume: go on with the unfinished run in `out`, to the bits that it would have given; start where there is none,
-            and change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
-        max_memory: cap on what is held beside one block's weights (`8GB`): Gram matrices are then gathered in several
+        resume: resume the unfinished run in `out` to the bits that it would have given; start where there is none, and
+            change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
+        max_shard_size: of a weight file, such as `5GB`.
+        max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
             passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: `out/.secateur`).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
+        device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = a GPU where there is one.
+        trust_remote_code: let the checkpoint's Python code run.
+        allow_pickle: also read .bin files, which can run code.
         progress: called with (stage, done, total).
-        options: the method's own options, such as `block=128`, and settings of the steps: `target_strength`,
-            `max_swaps`, `refit_passes`, `refit_rate`, `refit_held_out`, `refit_step_tokens`,
-            `refit_strength`, `allocation_spread`, `allocation_windows`.
 
     Raises:
-        ValueError: anything wrong with the request, the model or the texts. A model object is unchanged where the
-            fault was there before the first weight moved; `out` is written only at the end, but for the finished
+        SecateurError: anything wrong with the request, the model or the texts. A model object is unchanged where the
+            fault was there before the first weight moved. `out` is written only at the end, except for the finished
             blocks in `out/.secateur`.
     """
-    settings = {"method": method, "target": target, "refine": refine, "refit": refit, "allocation": allocation}
-    plan = make_plan(
-        parse_pattern(pattern),
-        effort,
-        settings | options,
-        include=_several(include),
-        exclude=_several(exclude),
-        true_sequential=true_sequential,
+    named = calibration if isinstance(calibration, str | Path) else None
+    chosen = resolve_recipe(
+        recipe,
+        settings,
+        _several(include),
+        _several(exclude),
+        pattern=pattern,
+        solver=solver,
+        calibration=None if named is None else str(named),
+        samples=samples,
+        seq_len=seq_len,
         seed=seed,
-        memory=parse_memory(max_memory, offload_dir),
+        max_memory=max_memory,
     )
-    texts = Texts(calibration, samples, seq_len, seed)
+    chosen, texts = texts_of(chosen, calibration)
+    request = Request(chosen, texts, offload_dir, progress)
     if isinstance(model, nn.Module | Checkpoint):
-        if out is not None or resume or overwrite:
-            raise ValueError(
-                "out, resume and overwrite are for models given by name; a model object is pruned in place: save it "
-                "yourself"
+        given = {
+            "out": out,
+            "resume": resume,
+            "overwrite": overwrite,
+            "device": device,
+            "max_shard_size": max_shard_size,
+            "trust_remote_code": trust_remote_code,
+            "allow_pickle": allow_pickle,
+        }
+        if unused := [name for name, value in given.items() if value]:
+            raise SecateurError(
+                f"{', '.join(f'‹{name}›' for name in unused)} can't be used with a model object, which is pruned in "
+                f"place: move it by model.to(device), save it by model.save_pretrained(DIR) and report.save(DIR)"
             )
-        with parallel.joined(device):
-            return prune_in_place(model, tokenizer, plan, texts, progress)
+        with distributed.process_group(None):
+            return prune_in_memory(model, tokenizer, request)
     if not isinstance(model, str | Path):
-        raise ValueError(f"the model is a {type(model).__name__}: pass the model itself, or a name and a folder")
+        raise SecateurError(f"the model is a {type(model).__name__}: pass the model itself, or a name and a folder")
     if out is None:
-        raise ValueError("out is missing: name the folder to save the pruned model to")
-    export.check_shard_size(max_shard_size)
-    source = Source(str(model), device, trust_remote_code, allow_pickle)
-    with parallel.joined(device):
-        return prune_to_folder(source, Path(out), plan, texts, overwrite, resume, max_shard_size, progress)
+        raise SecateurError("out is missing: name the folder to save the pruned model to")
+    if tokenizer is not None:
+        raise SecateurError("‹tokenizer› is for a model object: a model by name brings its tokenizer")
+    shard_size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size, "max_shard_size")
+    source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
+    if device is not None:
+        check_device(device)
+    with distributed.process_group(device):
+        return prune_to_folder(source, Path(out), request, overwrite, resume, shard_size)
 
 
+@_checks_names
+def dry_run(
+    model: str | Path,
+    *,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    pattern: str | float | Pattern | None = None,
+    solver: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Texts = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    max_memory: str | int | None = None,
+    offload_dir: str | Path | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress = no_progress,
+) -> DryRun:
+    """What `prune` would do with these arguments: matrices, tokens, estimated time, memory and disk.
+
+    One block is pruned on a few batches, in a copy that is dropped. Nothing is written.
+
+    Args:
+        model: folder, GGUF file or hub name.
+        recipe, pattern, solver, settings, include, exclude: as for `prune`.
+        calibration, samples, seq_len, seed: as for `prune`.
+        max_memory, offload_dir, device, trust_remote_code, allow_pickle, progress: as for `prune`.
+
+    Raises:
+        SecateurError: what a run would raise before the first block.
+    """
+    named = calibration if isinstance(calibration, str | Path) else None
+    chosen = resolve_recipe(
+        recipe,
+        settings,
+        _several(include),
+        _several(exclude),
+        pattern=pattern,
+        solver=solver,
+        calibration=None if named is None else str(named),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        max_memory=max_memory,
+    )
+    chosen, texts = texts_of(chosen, calibration)
+    if not isinstance(model, str | Path):
+        raise SecateurError(
+            f"the model is a {type(model).__name__}: a dry run takes a folder, a GGUF file or a hub name"
+        )
+    source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
+    return estimate_run(source, Request(chosen, texts, offload_dir, progress), parse_size(DEFAULT_SHARD_SIZE))
+
+
+@_checks_names
 def evaluate(
     model: nn.Module | str | Path,
     text: str | Path | None = None,
@@ -149,19 +260,29 @@ def evaluate(
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Perplexity of a model (object or name) on a text, and what else is asked for.
+    """Perplexity of a causal language model on a text, and what else is asked for.
 
     Args:
+        model: a model, or what names one.
         text: file or data set name; None is the shipped evaluation text.
         seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
-        max_tokens: caps how many tokens are read.
-        tasks: lm-evaluation-harness tasks (extra `eval`); `task_dir` holds local YAML ones, `task_limit` takes the
-            first documents of each.
+        max_tokens: cap on the tokens that are read.
+        tasks: lm-evaluation-harness tasks (extra `eval`).
+        task_dir: folder of local YAML tasks.
+        task_limit: number of documents of each task.
         against: the dense model; adds KL divergence and top-1 agreement on the same windows.
+        tokenizer: needed for a model object.
+        device: where to run a model by name.
+        trust_remote_code: let the checkpoint's Python code run.
+        allow_pickle: also read .bin files, which can run code.
+        progress: called with (stage, done, total).
 
     Returns:
-        What `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
+        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
         `top1_agreement`) where asked for.
+
+    Raises:
+        SecateurError: anything wrong with the request, the model or the text.
     """
     tasks = _several(tasks)
     check_tasks(tasks, task_dir, task_limit)
@@ -170,13 +291,13 @@ def evaluate(
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
     elif tokenizer is None:
-        raise ValueError("tokenizer is missing: a model object doesn't carry one")
+        raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
     dense: Any = against
     if isinstance(against, str | Path):
         dense = load(str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle).model
     config_of(module)
     if type(module).__module__.startswith("transformers.") and not module.can_generate():
-        raise ValueError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
+        raise SecateurError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
     with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
         figures = perplexity(module, tokenizer, text, seq_len, max_tokens, progress)
         if dense is not None:
@@ -186,16 +307,28 @@ def evaluate(
         return figures
 
 
+@_checks_names
 def inspect(folder: str | Path) -> Inspection:
-    """Count the zeros in a checkpoint and hold them against what its `secateur.json` records."""
+    """Count the zeros in a checkpoint and check them against what its `secateur.json` records.
+
+    Raises:
+        SecateurError: no checkpoint folder, or damaged files.
+    """
+    if not isinstance(folder, str | Path):
+        raise SecateurError(
+            f"inspect() takes the folder of a checkpoint, not a {type(folder).__name__}: save the model first, or use "
+            f"coverage_of(model)"
+        )
     return inspect_folder(Path(folder))
 
 
+@_checks_names
 def coverage_of(
     model: nn.Module | str | Path,
     *,
-    calibration: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
+    calibration: Texts = None,
     tokenizer: Any = None,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str | None = None,
@@ -207,56 +340,66 @@ def coverage_of(
     Args:
         model: a transformers model, or what names one.
         calibration: as for `prune`; a few windows of a text are enough, and all that are taken.
-        include, exclude: globs on matrix paths, as for `prune`.
+        tokenizer: needed for a text with a model object.
+        recipe: as for `prune`; its rules count.
+        include, exclude: globs on matrix names, as for `prune`.
+        device: where to run a model by name.
+        trust_remote_code: let the checkpoint's Python code run.
+        allow_pickle: also read .bin files, which can run code.
+
+    Raises:
+        SecateurError: anything wrong with the request, the model or the text.
     """
+    chosen = resolve_recipe(recipe, None, _several(include), _several(exclude))
     module: Any = model
     if not isinstance(model, nn.Module):
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
-    batches = calibrate(calibration, tokenizer, config_of(module), samples=4, seq_len=64).batches
-    return measure_coverage(module, batches, _several(include), _several(exclude))
+    few = CalibrationText(samples=4, seq_len=64)
+    batches = calibration_batches(calibration, tokenizer, config_of(module), few).batches
+    return measure_coverage(module, batches, chosen)
 
 
+@_checks_names
 def solve(
     W: Tensor,
     H: Tensor,
     pattern: str | float | Pattern,
-    method: str = "mrp",
-    refine: str = "none",
-    **options: Any,
+    solver: Any = "mrp",
+    *,
+    damping: float = DEFAULT_DAMPING,
+    refine: SwapRefinement | Mapping[str, Any] | None = None,
 ) -> Solved:
-    """Prune one matrix, given the undamped Gram matrix `H = X X^T / T` of its inputs.
+    """Prune one matrix, given the undamped Hessian `H = X X^T / T` of its inputs.
 
     Works in fp32, or in fp64 where either argument is fp64; the arguments are not changed.
 
     Args:
         W: weights (R, C), output rows x input columns.
         H: (C, C), symmetric positive semi-definite.
-        refine: `swap` improves the method's mask by exchanges to a 1-swap optimum (up to 2048 columns on a CPU).
-        options: the method's options, such as `block=128`, and `max_swaps`.
+        pattern: as for `prune`.
+        solver: a solver's name, or options such as `{"name": "sparsegpt", "block": 64}`.
+        damping: of the Hessian, relative to its mean diagonal.
+        refine: options of the exchanges after the solver, such as `{}` (up to 2048 columns on a CPU); None = no
+            exchange.
 
     Raises:
-        ValueError: shapes that don't fit, NaN or infinity, a pattern that doesn't divide C, an unknown option.
+        SecateurError: no tensors, shapes that do not fit, NaN or infinity, values too large for fp32, a pattern that
+            does not divide C, an unknown option.
     """
-    if alien := sorted(set(options) & (SETTINGS - {"max_swaps"})):
-        raise ValueError(f"{', '.join(alien)} can't be used on one matrix alone: it belongs to a run over a model")
-    plan = make_plan(parse_pattern(pattern), settings={"method": method, "refine": refine} | options)
-    if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
-    if W.device != H.device:
-        raise ValueError(f"W is on {W.device} and H on {H.device}: put both on one device")
-    for name, tensor in (("W", W), ("H", H)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or infinity")
-    _check_gram(H)
-    plan.pattern.check_width(W.shape[1])
-    if plan.swaps is not None:
+    recipe = Recipe.from_dict({"pattern": pattern, "solver": solver, "damping": damping, "refine": refine})
+    _check_matrix(W, H)
+    recipe.pattern.check_width(W.shape[1])
+    if recipe.refine is not None:
         check_columns(W.shape[1], W.device)
     dtype = torch.float64 if torch.float64 in (W.dtype, H.dtype) else torch.float32
-    weights, gram = W.detach().to(dtype), Gram(H.detach().to(dtype), tokens=0)
+    weights = W.detach().to(dtype)
+    hessian = Hessian(H.detach().to(dtype), tokens=0, damping=recipe.damping)
     with torch.no_grad(), full_precision():
-        solved = held_to_contract(plan.solver, weights, gram, plan.pattern)
-        return solved if plan.swaps is None else plan.swaps(weights, solved, gram, plan.pattern)
+        solved = solve_checked(recipe.solver, weights, hessian, recipe.pattern)
+        if recipe.refine is None:
+            return solved
+        return refine_by_swaps(recipe.refine, weights, solved, hessian, recipe.pattern)
 
 
 def _several(names: str | Sequence[str] | None) -> list[str]:
@@ -264,16 +407,31 @@ def _several(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _check_gram(H: Tensor) -> None:
-    """Raise ValueError for what can't be `X X^T`: a negative diagonal, asymmetry, or an entry too large for it."""
+def _check_matrix(W: Any, H: Any) -> None:
+    """Check that W and H are weights and the Hessian of their inputs."""
+    for name, tensor in (("W", W), ("H", H)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = f"{tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise SecateurError(f"{name} is a {kind}: give a torch tensor of a floating dtype")
+    if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
+        raise SecateurError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
+    if W.device != H.device:
+        raise SecateurError(f"W is on {W.device} and H on {H.device}: put both on one device")
+    for name, tensor in (("W", W), ("H", H)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise SecateurError(f"{name} holds NaN or infinity")
+    if torch.float64 not in (W.dtype, H.dtype) and float(W.abs().max()) > MAX_WEIGHT:
+        raise SecateurError(
+            f"W holds {float(W.abs().max()):.1e}, whose square overflows fp32: scale W down, or pass it in fp64"
+        )
     diagonal = H.diagonal()
     if bool((diagonal < 0).any()):
-        raise ValueError("H has a negative diagonal: it is no Gram matrix")
+        raise SecateurError("H has a negative diagonal: it is not X X^T / T")
     if not torch.allclose(H, H.T, rtol=1e-2, atol=1e-3 * float(diagonal.max())):
-        raise ValueError("H is not symmetric: it is no Gram matrix")
+        raise SecateurError("H is not symmetric: it is not X X^T / T")
     dead = diagonal == 0
     if bool(H[dead].any()):
-        raise ValueError(
-            f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is no "
-            f"Gram matrix, or was computed in too narrow a dtype (fp32 is enough)"
+        raise SecateurError(
+            f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is not "
+            f"X X^T / T, or was computed in too narrow a dtype (fp32 is enough)"
         )

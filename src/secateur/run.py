@@ -1,56 +1,46 @@
-"""One run: a model pruned in place, or loaded by name, pruned, and saved to a folder."""
+"""One run: a model pruned in memory, or loaded by name, pruned, and saved to a folder."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur import engine, export, parallel
-from secateur.calibration import BATCH_TOKENS, Calibration, calibrate, check_is_name
-from secateur.capture import Progress
-from secateur.checkpoint import Checkpoint, default_device, load, load_words, read_json, resolve
-from secateur.durable import digest_of
-from secateur.model import config_of, parameters_of
-from secateur.recipe import describe
-from secateur.report import Report
-from secateur.residence import Mapped
-from secateur.solvers.contract import check_kind
-from secateur.store import Journal, open_journal
-
-LARGEST_SEED = 2**63  # of torch
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What to calibrate on, as `calibrate` takes it."""
-
-    source: str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
-    samples: int
-    seq_len: int | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_is_name(self.source)
-        for name in ("samples", "seq_len", "seed"):
-            check_kind(Texts, name, getattr(self, name), name)
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise ValueError(f"seed is {self.seed}; it must lie between 0 and {LARGEST_SEED - 1}")
-
-    def calibration(self, tokenizer: Any, config: Any, plan: engine.Plan) -> Calibration:
-        """Batches of the size that the plan works best with."""
-        size = BATCH_TOKENS if plan.refit is None else plan.refit.step_tokens
-        return calibrate(self.source, tokenizer, config, self.samples, self.seq_len, self.seed, size)
+from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
+from secateur.checkpoints.output_folder import check_output_folder
+from secateur.checkpoints.save import write_checkpoint
+from secateur.checkpoints.sources import resolve
+from secateur.checkpoints.validate import read_json
+from secateur.errors import SecateurError
+from secateur.models.blocks import config_of
+from secateur.models.matrices import all_parameters
+from secateur.models.placement import OffloadedWeights
+from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
+from secateur.pruning.dry_run import DryRun, estimate
+from secateur.pruning.loop import prune_model
+from secateur.pruning.report import METADATA, Report
+from secateur.recipe.recipe import OWN_BATCHES, Recipe
+from secateur.resume.block_store import JournalledBlocks
+from secateur.resume.folder import begin_run, locked_journal, take_over
+from secateur.resume.manifest import Manifest, RunManifest
+from secateur.resume.publish import Publisher, read_outcome
+from secateur.runtime import distributed
+from secateur.runtime.atomic_files import sha256
+from secateur.runtime.environment import default_device, environment, processor_name
+from secateur.runtime.memory import MemoryBudget, memory_budget
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What to load, and how."""
 
     name: str
@@ -59,178 +49,271 @@ class Source:
     allow_pickle: bool
 
     def folder(self) -> Path:
-        """Where it lies; one process fetches or converts it, where need be, and the others find it."""
-        if not parallel.is_first():
-            parallel.wait()
+        """Where the model is; rank 0 downloads or converts it where needed, and the others find it."""
+        if not distributed.is_main():
+            distributed.barrier()
         folder = resolve(self.name, self.trust_remote_code, self.allow_pickle)
-        if parallel.is_first():
-            parallel.wait()
+        if distributed.is_main():
+            distributed.barrier()
         return folder
 
     def load(self, scratch: Path) -> Checkpoint:
-        """The model, mapped from its files, those in `scratch` among them; each process has a GPU of its own."""
+        """The model, mapped from its files, and from files in `scratch` that are made for it; one GPU a rank."""
         device = self.device or default_device()
-        if device == "cuda" and parallel.size() > 1:
-            device = f"cuda:{parallel.own_gpu()}"
-        converted = scratch / f"converted-{parallel.rank()}"
+        if device == "cuda" and distributed.world_size() > 1:
+            device = f"cuda:{distributed.local_rank()}"
+        converted = scratch / f"converted-{distributed.rank()}"
         return load(self.name, device, self.trust_remote_code, self.allow_pickle, converted)
 
 
-def prune_in_place(
-    model: nn.Module | Checkpoint,
-    tokenizer: Any,
-    plan: engine.Plan,
-    texts: Texts,
-    progress: Progress,
-    journal: Journal | None = None,
-) -> Report:
-    """Prune a model object, or what was loaded for a journal; its report.
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for.
+
+    Args:
+        recipe: what to do.
+        texts: what to calibrate on: the recipe's source, or tensors.
+        offload_dir: folder for hidden states.
+        progress: called with the stage, what is done, and the total.
+    """
+
+    recipe: Recipe
+    texts: Texts
+    offload_dir: str | Path | None
+    progress: Progress
+
+    def calibration(self, tokenizer: Any, config: Any) -> CalibrationBatches:
+        """Batches of the size that the recipe works best with."""
+        refit = self.recipe.refit
+        size = BATCH_TOKENS if refit is None else refit.step_tokens
+        return calibration_batches(self.texts, tokenizer, config, self.recipe.calibration, self.recipe.seed, size)
+
+    def memory(self, journal: Path | None = None) -> MemoryBudget:
+        """The memory budget; under a cap, hidden states go to the journal unless a folder is named."""
+        found = memory_budget(self.recipe.max_memory, self.offload_dir)
+        return replace(found, folder=journal) if found.limit is not None and found.folder is None else found
+
+
+def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Request) -> Report:
+    """Prune a model object in place; its report.
 
     Raises:
-        ValueError: as `api.prune` says.
+        SecateurError: as `api.prune` says.
     """
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
-        module, name, tokenizer = model.model, model.name, tokenizer or model.tokenizer
-        plan = replace(plan, storage_dtype=model.matrix_storage)
+        module, name, notices = model.model, model.name, model.notices
+        tokenizer = tokenizer or model.tokenizer
     else:
-        module, name = model, type(model).__name__
-    config = config_of(module)
-    data = texts.calibration(tokenizer, config, plan)
-    given = (data.origin["sha256"], parameters_of(module), plan.seed, json.dumps(describe(plan), sort_keys=True))
-    if len({*parallel.gather(given)}) > 1:
-        raise ValueError(
-            "the processes were given different models, calibration batches, settings or seeds: give each the same, "
-            "and all batches, which are then dealt out"
-        )
+        module, name, notices = model, type(model).__name__, []
+    data = request.calibration(tokenizer, config_of(module))
     parameter = next(module.parameters())
-    device, dtype = str(parameter.device), parameter.dtype
+    where = _environment(str(parameter.device), parameter.dtype)
     if isinstance(model, Checkpoint):
-        device, dtype = model.device, model.compute_dtype
-    environment = export.environment() | {"device": device, "forward_dtype": str(dtype).removeprefix("torch.")}
-    environment["processes"] = parallel.size()
-    environment["processor"] = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    )
-    if journal is not None:
-        assert isinstance(model, Checkpoint)
-        journal.storage_of = plan.storage_of
-        journal.begin(_identity(name, model.folder, plan, data.origin, environment))
-        if outcome := parallel.from_first(journal.outcome() if parallel.is_first() else None):
-            return Report.from_dict(outcome["report"])
-    outcome = engine.run(module, data.batches, plan, progress, journal)
-    return Report(
-        recipe=describe(plan) | {"model": name},
-        environment=environment,
-        identity={} if journal is None else journal.manifest.identity,
-        calibration=data.origin,
-        matrices=outcome.matrices,
-        blocks=outcome.blocks,
-        dense=outcome.dense,
-        model_parameters=parameters_of(module),
-        layer_parameters=outcome.layer_weights,
-        seconds=time.perf_counter() - started if journal is None else journal.spent,
-        notices=(model.notices if isinstance(model, Checkpoint) else [])
-        + data.notices
-        + outcome.notices
-        + ([] if journal is None else journal.manifest.notices),
-    )
+        where = _environment(model.device, model.compute_dtype)
+    _check_same_on_all_ranks(module, data, request.recipe)
+    storage_of = _storage_of(model) if isinstance(model, Checkpoint) else keep_dtype
+    report = _prune(module, name, data, request, where, InMemoryStore(), storage_of, request.memory())
+    return replace(report, seconds=time.perf_counter() - started, notices=[*notices, *report.notices])
 
 
 def prune_to_folder(
-    source: Source,
-    out: Path,
-    plan: engine.Plan,
-    texts: Texts,
-    overwrite: bool,
-    resume: bool,
-    max_shard_size: str,
-    progress: Progress,
+    source: ModelSource, out: Path, request: Request, overwrite: bool, resume: bool, max_shard_size: str | int
 ) -> Report:
     """Load a model, prune it, and save it to a folder that no other run may write meanwhile.
 
     Raises:
-        ValueError: as `api.prune` says.
+        SecateurError: as `api.prune` says.
     """
     folder = source.folder()
     out = out.expanduser().resolve()
-    if parallel.is_first():
-        _check_writable(out, source.name, texts.source, folder, overwrite, resume)
-    with open_journal(out, resume, overwrite) as journal:
-        finished = None
-        if parallel.is_first() and resume and (journal.manifest.files or not journal.manifest.identity):
-            finished = _finished(out, source, folder, plan, texts, overwrite)
-        if finished := parallel.from_first(finished):
+    if distributed.is_main():
+        _check_writable(out, source.name, request.texts, folder, overwrite, resume)
+    with locked_journal(out) as journal:
+        before = take_over(journal, resume, overwrite)
+        if finished := _finished(out, source, folder, request, before, resume, overwrite):
             return finished
-        checkpoint = source.load(journal.folder)
-        if plan.memory.limit is not None and plan.memory.folder is None:
-            plan = replace(plan, memory=replace(plan.memory, folder=journal.folder))
-        journal.residence = Mapped(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        report = prune_in_place(checkpoint, None, plan, texts, progress, journal)
-        report.out = str(out)
-        journal.finish(
+        checkpoint = source.load(journal)
+        data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
+        where = _environment(checkpoint.device, checkpoint.compute_dtype)
+        _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
+        identity = _identity(source.name, folder, request.recipe, data.origin, where)
+        manifest = begin_run(journal, before, identity, overwrite)
+        placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        blocks = JournalledBlocks(manifest, placement, _storage_of(checkpoint))
+        report = _report_of(checkpoint, data, request, where, manifest, blocks, out)
+        publisher = Publisher(manifest, blocks)
+        publisher.publish(
             checkpoint.model,
-            lambda made: export.write(checkpoint, report, journal, made, out.name, max_shard_size, progress),
+            lambda: write_checkpoint(checkpoint, report, publisher, out.name, max_shard_size, request.progress),
         )
     return report
 
 
+def estimate_run(source: ModelSource, request: Request, shard_bytes: int) -> DryRun:
+    """What a run to a folder would do and take. Nothing is written but a scratch folder.
+
+    Raises:
+        SecateurError: what a run would raise before the first block.
+    """
+    with TemporaryDirectory() as scratch:
+        checkpoint = source.load(Path(scratch))
+        data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
+        placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        context = RunContext(
+            request.recipe,
+            request.progress,
+            DroppedBlocks(placement),
+            request.memory(Path(scratch)),
+            storage_of=_storage_of(checkpoint),
+        )
+        return estimate(checkpoint.model, data.batches, context, shard_bytes)
+
+
+def _report_of(
+    checkpoint: Checkpoint,
+    data: CalibrationBatches,
+    request: Request,
+    where: dict[str, Any],
+    manifest: RunManifest,
+    blocks: JournalledBlocks,
+    out: Path,
+) -> Report:
+    """The report of a run from files: of an earlier process that finished every block, or of pruning them now."""
+    outcome = distributed.broadcast_object(read_outcome(manifest) if distributed.is_main() else None)
+    if outcome:
+        return replace(Report.from_dict(outcome["report"]), out=str(out))
+    memory = request.memory(manifest.folder)
+    report = _prune(checkpoint.model, checkpoint.name, data, request, where, blocks, blocks.storage_of, memory)
+    return replace(
+        report,
+        identity=manifest.state.identity,
+        seconds=manifest.seconds,
+        notices=[*checkpoint.notices, *report.notices, *manifest.state.notices],
+        out=str(out),
+    )
+
+
+def _prune(
+    model: nn.Module,
+    name: str,
+    data: CalibrationBatches,
+    request: Request,
+    where: dict[str, Any],
+    store: BlockStore,
+    storage_of: StorageOf,
+    memory: MemoryBudget,
+) -> Report:
+    """Prune a loaded model; its report, without what only the caller knows."""
+    context = RunContext(request.recipe, request.progress, store, memory, storage_of=storage_of)
+    outcome = prune_model(model, data.batches, context)
+    return Report(
+        model=name,
+        recipe=request.recipe.to_dict(),
+        environment=where,
+        calibration=data.origin,
+        matrices=outcome.matrices,
+        blocks=outcome.blocks,
+        dense=outcome.dense,
+        model_parameters=all_parameters(model),
+        layer_parameters=outcome.layer_weights,
+        notices=[*data.notices, *outcome.notices],
+    )
+
+
+def _storage_of(checkpoint: Checkpoint) -> StorageOf:
+    """Dtype that each parameter is saved in, by its name without `.weight`."""
+    storage = checkpoint.matrix_storage
+    return lambda name, own: storage.get(name.partition("[")[0], own)
+
+
+def _environment(device: str, dtype: Any) -> dict[str, Any]:
+    return environment() | {
+        "device": device,
+        "forward_dtype": str(dtype).removeprefix("torch."),
+        "processes": distributed.world_size(),
+        "processor": processor_name(device),
+    }
+
+
+def _check_same_on_all_ranks(model: nn.Module, data: CalibrationBatches, recipe: Recipe) -> None:
+    given = (data.origin["sha256"], all_parameters(model), json.dumps(recipe.to_dict(), sort_keys=True))
+    if len({*distributed.all_gather(given)}) > 1:
+        raise SecateurError(
+            "the processes were given different models, calibration batches or recipes: give each the same, and all "
+            "batches, which are then sharded"
+        )
+
+
 def _room(device: str) -> int:
-    """Bytes of layers that may stay on a device between forward passes of the whole model: half of what a GPU has
-    free. On a CPU none: there the copies are cheap, and memory is what a model may be larger than."""
+    """Bytes of layers that stay onloaded between forward passes of the whole model: half of a GPU's free memory.
+
+    None on a CPU: copies are cheap there, and the model may be larger than memory.
+    """
     return torch.cuda.mem_get_info(device)[0] // 2 if device.startswith("cuda") else 0
 
 
 def _finished(
-    out: Path, source: Source, folder: Path, plan: engine.Plan, texts: Texts, overwrite: bool
+    out: Path, source: ModelSource, folder: Path, request: Request, before: Manifest, resume: bool, overwrite: bool
 ) -> Report | None:
-    """The report of the finished model in `out`, where that is what is wanted; None where there is none, or it may be
-    overwritten.
+    """The report of the finished model in `out`, where the run to resume is finished; None where there is work to do.
 
     Raises:
-        ValueError: it is of another run.
+        SecateurError: it is of another run, and may not be overwritten.
     """
-    path = out / export.METADATA
+    found = None
+    if distributed.is_main() and resume and (before.files or not before.identity):
+        found = _report_in(out, source, folder, request, overwrite)
+    return distributed.broadcast_object(found)
+
+
+def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, overwrite: bool) -> Report | None:
+    path = out / METADATA
     if not path.is_file():
         return None
-    config, words = load_words(folder, source.trust_remote_code)
-    data = texts.calibration(words, config, plan)
-    wanted = _identity(source.name, folder, plan, data.origin, {})
+    config, tokenizer = load_config_and_tokenizer(folder, source.trust_remote_code)
+    data = request.calibration(tokenizer, config)
+    wanted = _identity(source.name, folder, request.recipe, data.origin, {})
     try:
         report = Report.from_dict(read_json(path, ""))
     except (KeyError, TypeError, AttributeError) as error:
         if overwrite:
             return None
-        raise ValueError(f"{path} is no report of a run: choose another folder, or pass --overwrite") from error
+        raise SecateurError(f"{path} is not a report of a run: choose another folder, or pass ‹overwrite›") from error
     # Versions and threads may differ: the model is there.
     different = sorted(name for name in ("model", "recipe", "calibration") if report.identity.get(name) != wanted[name])
     if different and not overwrite:
-        raise ValueError(
+        raise SecateurError(
             f"{out} holds a finished model of another run (its {', '.join(different)} differs): choose another folder, "
-            f"or pass --overwrite to replace it"
+            f"or pass ‹overwrite› to replace it"
         )
     return None if different else report
 
 
-def _identity(
-    name: str, folder: Path, plan: engine.Plan, origin: dict[str, Any], environment: dict[str, Any]
-) -> dict[str, Any]:
+def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """What decides the bits of a run. Cost: one read of the model's files."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".py")]
     return {
-        "model": {"name": name, "files": {path.name: digest_of(path) for path in sorted(files)}},
-        "recipe": json.loads(json.dumps(describe(plan))) | {"seed": plan.seed},
+        "model": {"name": name, "files": {path.name: sha256(path) for path in sorted(files)}},
+        "recipe": recipe.without_calibration().to_dict(),
         "calibration": origin["sha256"],
         "environment": {
-            # The number of a GPU is that of a process, or the user's choice among like ones.
+            # The number of a GPU is that of a process, or the user's choice among equal ones.
             name: value.partition(":")[0] if name == "device" else value
-            for name, value in environment.items()
+            for name, value in where.items()
             if name not in ("python", "platform")
         },
     }
 
 
-def _check_writable(out: Path, model: str, calibration: Any, folder: Path, overwrite: bool, resume: bool) -> None:
-    """Raise ValueError where `out` must not be written, checked against everything that the run reads."""
-    named = [Path(item).expanduser() for item in (model, calibration) if isinstance(item, str | Path)]
-    export.check_target(out, [folder, *(item for item in named if item.exists())], overwrite, resume)
+def _check_writable(out: Path, model: str, texts: Texts, folder: Path, overwrite: bool, resume: bool) -> None:
+    """Check that `out` may be written, against everything that the run reads."""
+    named: Sequence[Path] = [Path(item).expanduser() for item in (model, texts) if isinstance(item, str | Path)]
+    check_output_folder(out, [folder, *(item for item in named if item.exists())], overwrite, resume)
+
+
+def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:
+    """The recipe with what it is calibrated on, and the texts themselves."""
+    if calibration is None or isinstance(calibration, str | Path):
+        return recipe, recipe.calibration.source
+    return replace(recipe, calibration=replace(recipe.calibration, source=OWN_BATCHES)), calibration

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.pattern import NM
+from secateur.recipe.patterns import NM
 
 MAX_ENUMERATED = 70
 EXCHANGE_GAIN = 1e-6  # relative to the cost: smaller gains are rounding
@@ -30,6 +30,7 @@ class GroupSearch:
     """
 
     def __init__(self, U: Float[Tensor, "C C"], pattern: NM) -> None:
+        """Precompute the inverses of every set of every group, where there are few sets."""
         m = pattern.m
         self.pattern = pattern
         self.m, self.num_pruned = m, m - pattern.n

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.gram import Gram
-from secateur.pattern import Pattern
-from secateur.solvers.contract import Solved, check_damping, live_part, with_dead_part
-from secateur.solvers.mrp import check_block
+from secateur.numerics.hessian import Hessian
+from secateur.recipe.patterns import Pattern
+from secateur.recipe.solvers import SparseGPT
+from secateur.solvers.base import Solved, restore_dead_inputs, zero_dead_inputs
 from secateur.solvers.sweep import sweep
 
 
-@dataclass(frozen=True)
-class SparseGPT:
-    """The baseline of the field; `mrp` with mask S and compensation S.
-
-    Args:
-        block: columns among which an unstructured mask is chosen at once.
-        damping: added to the Gram matrix's diagonal, relative to its mean over live inputs.
+def solve_sparsegpt(options: SparseGPT, W: Float[Tensor, "R C"], hessian: Hessian, pattern: Pattern) -> Solved:
+    """The field's baseline: `mrp` with mask S and compensation S.
 
     Agrees with the authors' code on real matrices (tests/test_golden.py), but prunes the exact count.
     """
-
-    block: int = 128
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_block(self.block)
-        check_damping(self.damping)
-
-    def __call__(self, W: Float[Tensor, "R C"], gram: Gram, pattern: Pattern) -> Solved:
-        damped = gram.damped(self.damping)
-        weight, keep = sweep(live_part(W, gram), damped, pattern, mask="S", compensation="S", tile=self.block)
-        return with_dead_part(Solved(weight, keep, {"damping": damped.dampings}), W, gram)
+    damped, live = hessian.damped, zero_dead_inputs(W, hessian)
+    weight, keep = sweep(live, damped, pattern, mask="S", compensation="S", tile=options.block)
+    return restore_dead_inputs(Solved(weight, keep, {"damping": damped.dampings}), W, hessian)

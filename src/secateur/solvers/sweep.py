@@ -20,17 +20,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.linalg import Damped, Stop, masked_cg
-from secateur.pattern import NM, Pattern, Unstructured, keep_all_but_lowest, keep_highest_of_groups
+from secateur.numerics.conjugate_gradients import Stop, masked_cg
+from secateur.numerics.damping import DampedHessian
+from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
+from secateur.recipe.patterns import NM, Pattern, Unstructured
+from secateur.runtime.chunking import chunk_bytes
 from secateur.solvers.group_search import GroupSearch
-from secateur.workspace import chunk_bytes
 
 COLUMNS_AT_ONCE = 16
 
 
 def sweep(
     W: Float[Tensor, "R C"],
-    damped: Damped,
+    damped: DampedHessian,
     pattern: Pattern,
     mask: str,
     compensation: str,
@@ -40,6 +42,9 @@ def sweep(
     """Prune W to the pattern in one sweep; returns (weight, keep).
 
     Args:
+        W: the weights.
+        damped: the damped Hessian.
+        pattern: that the mask keeps.
         mask: S = lowest `w^2 / [Hinv]_jj`; M = the n:m pattern of least joint cost (n:m only).
         compensation: S = column by column; M = jointly over the tile. The groups of an n:m pattern are chosen one after
             the other, each from weights that made up for the groups before it one by one; then the tile is solved.

@@ -1,0 +1,154 @@
+"""Calibration batches: token windows of a text, or the caller's tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.stream import Batch
+from secateur.calibration.texts import (
+    check_is_name,
+    cut_windows,
+    encode,
+    is_dataset,
+    name_of,
+    read_documents,
+    window_length,
+)
+from secateur.errors import SecateurError
+from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
+
+DEFAULT_SEQ_LEN = 2048
+BATCH_TOKENS = 2048  # of a forward pass; wider ones are no faster, and scans over positions (Mamba) get more steps
+MIN_BATCHES = 8  # where there are as many windows
+
+Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
+
+
+@dataclass(frozen=True)
+class CalibrationBatches:
+    """Batches of a run.
+
+    Args:
+        batches: keyword inputs of the model.
+        origin: where they came from: `source`, `samples`, `seq_len`, `seed`, `sha256`.
+        notices: what the user should know about them.
+    """
+
+    batches: list[Batch]
+    origin: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+
+
+def calibration_batches(
+    source: Texts,
+    tokenizer: Any,
+    config: Any,
+    text: CalibrationText,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+) -> CalibrationBatches:
+    """Calibration batches from a text, or from the caller's token tensors or batches.
+
+    Args:
+        source: text file, folder of texts, JSONL, data set name, tensors of token ids, batches, or None for the shipped
+            text.
+        tokenizer: of the model; not needed for tensors.
+        config: of the model.
+        text: how many windows, and of how many tokens. Where the text holds fewer windows, all are taken, with a
+            notice.
+        seed: fixes which windows are drawn, and in which order.
+        batch_tokens: tokens a batch, in whole windows, at least one.
+
+    Raises:
+        SecateurError: nothing to read, a text shorter than a window, or a window longer than the model's positions.
+    """
+    if source is not None and not isinstance(source, str | Path):
+        return _from_tensors(source, config)
+    check_is_name(source)
+    if source == OWN_BATCHES and not Path(OWN_BATCHES).exists():
+        raise SecateurError(
+            "the recipe was made for batches of tensors, which no file holds: pass them as ‹calibration›, or name a "
+            "text"
+        )
+    if tokenizer is None:
+        raise SecateurError(
+            "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
+        )
+    length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
+    limit = text.samples * length if is_dataset(source) else None
+    ids = encode(read_documents(source, seed), tokenizer, limit)
+    windows = cut_windows(ids, length, tokenizer, what=name_of(source))
+    check_ids(windows, config)
+    drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: text.samples]]
+    notices = []
+    if len(drawn) < text.samples:
+        notices.append(
+            f"{name_of(source)} holds {len(drawn)} windows of {length} tokens; {text.samples} were asked for"
+        )
+    size = max(1, min(batch_tokens // length, len(drawn) // MIN_BATCHES))
+    batches: list[Batch] = [{"input_ids": part} for part in drawn.split(size)]
+    origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
+    return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+
+
+def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
+    batches: list[Batch] = []
+    for item in source:
+        batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
+        if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
+            raise SecateurError("calibration items must be tensors of token ids, or keyword batches of tensors")
+        for_decoder = any(name.startswith("decoder_") for name in batch)
+        if "labels" in batch and getattr(config, "is_encoder_decoder", False) and not for_decoder:
+            raise SecateurError(
+                "a calibration batch has labels and nothing for the decoder to read: add decoder_input_ids, as "
+                "model.prepare_decoder_input_ids_from_labels(labels) gives them"
+            )
+        if "input_ids" in batch:
+            check_ids(batch["input_ids"], config)
+            if batch["input_ids"].ndim == 1:  # one sequence, as rows of a data set are
+                batch = {name: value[None] if value.ndim == 1 else value for name, value in batch.items()}
+        if alone := [name for name, value in batch.items() if value.ndim == 0]:
+            raise SecateurError(
+                f"{alone[0]} in a calibration batch is a single number: each tensor has a batch dimension"
+            )
+        batches.append(batch)
+    if not batches:
+        raise SecateurError("the list of calibration tensors is empty")
+    origin = {"source": "token tensors", "samples": sum(len(next(iter(batch.values()))) for batch in batches)}
+    return CalibrationBatches(batches, origin | {"sha256": _digest(batches)})
+
+
+def check_ids(ids: Tensor, config: Any) -> None:
+    """Check that token ids are of the model: dtype, shape, vocabulary and length.
+
+    Raises:
+        SecateurError: they are not.
+    """
+    if ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0 or ids.ndim not in (1, 2):
+        raise SecateurError(
+            f"tokens must be non-empty int64 or int32 tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}"
+        )
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):
+        raise SecateurError(
+            f"token ids go from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {vocabulary}: is "
+            f"the tokenizer its own?"
+        )
+    window_length(max(2, ids.shape[-1]), DEFAULT_SEQ_LEN, config)
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor = batch[name].detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

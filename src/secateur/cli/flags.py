@@ -1,0 +1,102 @@
+"""The flags, declared once. Those of recipe options take their help text from the recipe's declarations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.errors import SecateurError
+from secateur.recipe.declare import fields_of
+from secateur.recipe.recipe import CalibrationText, Recipe
+
+WHAT, CALIBRATION, OUTPUT, MACHINE, EVALUATION = "What to prune", "Calibration", "Output", "Machine", "Evaluation"
+
+
+def help_of(option: str) -> str:
+    """First sentence of a recipe option's help text, with its default."""
+    section, dot, name = option.partition(".")
+    field = fields_of(CalibrationText if dot else Recipe)[name if dot else section]
+    shown = "" if field.default is None or option == "solver" else f" ({field.default})"
+    short = str(field.description).partition(". ")[0].partition(";")[0].rstrip(".")
+    return f"{short}{shown}."
+
+
+def recipe_flag(option: str, panel: str, metavar: str) -> Any:
+    """The flag of a recipe option."""
+    return typer.Option(help=help_of(option), rich_help_panel=panel, metavar=metavar)
+
+
+def flag(text: str, panel: str, metavar: str | None = None, name: str | None = None) -> Any:
+    """A flag with a help text, in a group."""
+    names = () if name is None else (name,)
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub name or smollm2.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned model.")]
+
+RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a file.", WHAT, "NAME|FILE", "--recipe")]
+PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
+SolverName = Annotated[str | None, recipe_flag("solver", WHAT, "NAME")]
+Settings = Annotated[list[str] | None, flag("Any option, such as refit.rate=0.01.", WHAT, "NAME=VALUE", "--set")]
+Include = Annotated[list[str] | None, flag("Prune only these matrices.", WHAT, "GLOB")]
+Exclude = Annotated[list[str] | None, flag("Leave these matrices dense.", WHAT, "GLOB")]
+
+Calibration = Annotated[str | None, recipe_flag("calibration.source", CALIBRATION, "TEXT")]
+Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]
+SeqLen = Annotated[int | None, recipe_flag("calibration.seq_len", CALIBRATION, "N")]
+Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
+
+Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, name="--overwrite")]
+Resume = Annotated[bool, flag("Resume the unfinished run in OUT.", OUTPUT, name="--resume")]
+DryRun = Annotated[bool, flag("Say what would be done; write nothing.", OUTPUT, name="--dry-run")]
+ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
+Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
+Quiet = Annotated[bool, flag("Print errors only.", OUTPUT, name="--quiet")]
+
+Device = Annotated[str | None, flag("cpu, cuda, cuda:1, mps (a GPU if any).", MACHINE, "NAME")]
+Threads = Annotated[int | None, flag("CPU threads (all cores).", MACHINE, "N")]
+MaxMemory = Annotated[str | None, recipe_flag("max_memory", MACHINE, "SIZE")]
+OffloadDir = Annotated[Path | None, flag("Folder for hidden states.", MACHINE, "DIR")]
+RemoteCode = Annotated[bool, flag("Run the checkpoint's Python code.", MACHINE, name="--trust-remote-code")]
+Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, name="--allow-pickle")]
+
+Text = Annotated[str | None, flag("Text file or data set name; empty = the shipped text.", EVALUATION, "TEXT")]
+Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
+EvalSeqLen = Annotated[int | None, flag("Tokens a window; empty = 1024 or the model's positions.", EVALUATION, "N")]
+MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows.", EVALUATION, "N")]
+Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
+TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]
+TaskLimit = Annotated[int | None, flag("Documents of each task.", EVALUATION, "N")]
+Against = Annotated[str | None, flag("The dense model: adds KL divergence and agreement.", EVALUATION, "DENSE")]
+
+
+def split_list(text: str | None) -> tuple[str, ...]:
+    """Parts of a list with commas."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def some(text: str, name: str) -> tuple[str, ...]:
+    """Parts of a list that must not be empty.
+
+    Raises:
+        SecateurError: it is.
+    """
+    if not (found := split_list(text)):
+        raise SecateurError(f"‹{name}› is empty: name at least one")
+    return found
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Whole numbers of a list with commas.
+
+    Raises:
+        SecateurError: the list is empty, or holds something else.
+    """
+    parts = some(text, name)
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise SecateurError(f"‹{name}› is {text!r}; write whole numbers with commas, such as 0,1,2") from None

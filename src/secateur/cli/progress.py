@@ -1,0 +1,88 @@
+"""Progress on stderr: bars on a terminal, a line every 30 seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from secateur.cli.console import stderr
+
+SECONDS_A_LINE = 30.0
+Show = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress_shown(shown: bool = True) -> Iterator[Show]:
+    """A progress function (stage, done, total) that shows where the run is."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not shown:
+        yield lambda *_: None
+    elif stderr.is_terminal:
+        with _bars() as show:
+            yield show
+    else:
+        yield LogLines()
+
+
+@contextmanager
+def _bars() -> Iterator[Show]:
+    """One bar a stage, with the time left."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or done == 1:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+@dataclass(eq=False)
+class LogLines:
+    """A line for the start and the end of each stage, and every 30 seconds between: stage, how far, time left.
+
+    Args:
+        clock: seconds that only rise.
+        write: takes a line.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    write: Callable[[str], object] = field(default=lambda line: print(line, file=sys.stderr, flush=True))
+    _stage: str = ""
+    _started: float = 0.0
+    _written: float = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note of progress."""
+        now = self.clock()
+        if stage != self._stage or done <= 1:
+            self._stage, self._started, self._written = stage, now, float("-inf")
+        if done < total and now - self._written < SECONDS_A_LINE:
+            return
+        self._written = now
+        passed = now - self._started
+        left = "" if done <= 1 or done >= total else f", {_duration(passed / (done - 1) * (total - done))} left"
+        self.write(f"{stage}: {done} of {total}{left}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,1 @@
+"""`secateur compare`: recipes x patterns x seeds on one model, as a table; other libraries on the same tokens."""

@@ -1,0 +1,140 @@
+"""A comparison as papers print it: one row a recipe, one column a figure and pattern; dense in the first row.
+
+Figures are means over seeds, with the sample standard deviation where there are several.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from secateur.comparison.compare import DENSE, Comparison
+from secateur.evaluation.tasks import headline
+from secateur.runtime.atomic_files import atomic_write
+
+_HTML = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style>
+<h1>{title}</h1>
+{tables}
+<p>{settings}</p>
+<p>{environment}</p>
+<pre>{command}</pre>
+</html>
+"""
+
+
+def columns_of(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Cell key -> column -> figure, for every figure that a table shows."""
+    found: dict[str, dict[str, float]] = {}
+    for key, cell in comparison.cells.items():
+        figures = {f"ppl {text}": value for text, value in cell["perplexity"].items()}
+        for task, values in cell.get("tasks", {}).items():
+            figures[task] = headline(values)
+        for name, column, unit in (
+            ("layer_error", "layer error", 1.0),
+            ("seconds", "seconds", 1.0),
+            ("peak_memory", "memory GB", 1e9),
+        ):
+            if cell.get(name) is not None:
+                figures[column] = cell[name] / unit
+        found[key] = figures
+    return found
+
+
+def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
+    """Pattern -> a table: the header, the dense row, then a row a recipe. Unstructured patterns come first."""
+    figures = columns_of(comparison)
+    keys = [key.rsplit(" ", 2) for key in comparison.cells if key != DENSE]
+    patterns = sorted({pattern for _, pattern, _ in keys}, key=lambda pattern: (":" in pattern, pattern))
+    return {pattern: _table(figures, [key for key in keys if key[1] == pattern]) for pattern in patterns}
+
+
+def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[list[str]]:
+    recipes = list(dict.fromkeys(recipe for recipe, _, _ in keys))
+    every = [DENSE, *(" ".join(key) for key in keys)]
+    columns = without_members(list(dict.fromkeys(name for key in every for name in figures.get(key, {}))))
+    columns.sort(key=lambda name: name in ("layer error", "seconds", "memory GB"))  # stable: these go last
+    rows = [["recipe", "seeds", *columns]]
+    if DENSE in figures:
+        rows.append(
+            [DENSE, "", *(_cell(name, [figures[DENSE][name]]) if name in figures[DENSE] else "" for name in columns)]
+        )
+    for recipe in recipes:
+        mine = [figures[" ".join(key)] for key in keys if key[0] == recipe]
+        rows.append(
+            [recipe, str(len(mine)), *(_cell(name, [cell[name] for cell in mine if name in cell]) for name in columns)]
+        )
+    return rows
+
+
+def without_members(names: list[str]) -> list[str]:
+    """Names without the members of a group that is there too: two or more that the harness calls `group_member`."""
+    groups = [name for name in names if sum(other.startswith(f"{name}_") for other in names) > 1]
+    return [name for name in names if not any(name.startswith(f"{group}_") for group in groups)]
+
+
+def _cell(name: str, values: list[float]) -> str:
+    """Mean, and the spread over seeds where there is one."""
+    if not values:
+        return ""
+    digits = {"layer error": 4, "seconds": 0, "memory GB": 2}.get(name, 2 if name.startswith("ppl ") else 4)
+    mean = f"{statistics.mean(values):.{digits}f}"
+    spread = len(values) > 1 and name not in ("seconds", "memory GB")
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if spread else mean
+
+
+def to_csv(comparison: Comparison) -> str:
+    """One line a cell, nothing averaged."""
+    figures = columns_of(comparison)
+    columns = list(dict.fromkeys(name for cell in figures.values() for name in cell))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["recipe", "pattern", "seed", *columns])
+    for key, cell in figures.items():
+        name = [DENSE, "", ""] if key == DENSE else key.rsplit(" ", 2)
+        writer.writerow([*name, *(cell.get(column, "") for column in columns)])
+    return text.getvalue()
+
+
+def to_html(comparison: Comparison) -> str:
+    """A page that stands alone."""
+    title = f"{comparison.settings['model']} after pruning"
+    parts = [
+        f"<h2>{html.escape(pattern)}</h2>\n<table>\n{_html_rows(rows)}</table>"
+        for pattern, rows in tables(comparison).items()
+    ]
+    return _HTML.format(
+        title=html.escape(title),
+        tables="\n".join(parts),
+        settings=html.escape(_listed(comparison.settings)),
+        environment=html.escape(_listed(comparison.environment)),
+        command=html.escape(comparison.command),
+    )
+
+
+def write_pages(comparison: Comparison, out: Path) -> None:
+    """Write `compare.csv` and `compare.html`."""
+    atomic_write(out / "compare.csv", to_csv(comparison))
+    atomic_write(out / "compare.html", to_html(comparison))
+
+
+def _html_rows(rows: list[list[str]]) -> str:
+    tags = ["th", *["td"] * (len(rows) - 1)]
+    return "".join(
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>\n"
+        for tag, row in zip(tags, rows, strict=True)
+    )
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in values.items() if value is not None)

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, divergence from the dense model, zero-shot tasks."""

@@ -1,0 +1,182 @@
+"""Perplexity of a causal language model on a text, and its divergence from a dense one, in disjoint windows.
+
+Each window of T tokens gives T - 1 targets; nothing is carried from one window to the next. Losses are fp32, and
+logits are formed in chunks, so that a vocabulary of 262k costs megabytes and not gigabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.calibration.batches import BATCH_TOKENS, check_ids
+from secateur.calibration.stream import Progress
+from secateur.calibration.texts import check_is_name, cut_windows, encode, read_documents, window_length
+from secateur.errors import SecateurError
+from secateur.models.blocks import body_of, run_without_cache
+
+DEFAULT_WINDOW = 1024
+MAX_LOSS = 700.0  # nats; exp of a little more is no float
+LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | Path | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`exp` of the mean loss of a target over the text's windows; None is the shipped evaluation text.
+
+    Returns:
+        `perplexity`, `loss` (nats a token), `windows`, `seq_len`, `targets`, `text`.
+
+    Raises:
+        SecateurError: empty text, a text shorter than one window, or a window longer than the model's positions.
+    """
+    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
+    device = next(model.parameters()).device
+    total, targets = 0.0, 0
+    for part in torch.arange(len(windows)).split(max(1, BATCH_TOKENS // windows.shape[1])):
+        losses = token_losses(model, windows[part].to(device))
+        if not bool(torch.isfinite(losses).all()):
+            raise SecateurError(
+                f"the loss of windows {int(part[0])} to {int(part[-1])} of {name} is not finite: the model is damaged"
+            )
+        total += float(losses.cpu().double().sum())
+        targets += losses.numel()
+        progress("evaluate", int(part[-1]) + 1, len(windows))
+    loss = total / targets
+    if loss > MAX_LOSS:
+        raise SecateurError(f"the loss on {name} is {loss:.0f} nats a token: the model is damaged")
+    return {
+        "perplexity": math.exp(loss),
+        "loss": loss,
+        "windows": len(windows),
+        "seq_len": windows.shape[1],
+        "targets": targets,
+        "text": name,
+    }
+
+
+@torch.no_grad()
+def divergence(
+    model: Any,
+    dense: Any,
+    tokenizer: Any,
+    text: str | Path | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """How far a model's predictions are from the dense model's, over the windows that `perplexity` would take.
+
+    Returns:
+        `kl` (mean `KL(dense || model)` a position, nats) and `top1_agreement` (share of positions where both find the
+        same token most likely). Both are far more sensitive than task accuracy.
+
+    Raises:
+        SecateurError: one model twice, models with different vocabularies, and what `perplexity` raises.
+    """
+    if model is dense:
+        raise SecateurError("a model can't be compared with itself: give the dense model it was pruned from")
+    sizes = [each.config.get_text_config().vocab_size for each in (model, dense)]
+    if sizes[0] != sizes[1]:
+        raise SecateurError(
+            f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
+        )
+    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
+    total, agreeing, positions = 0.0, 0, 0
+    for index, window in enumerate(windows):
+        ids = window[None].to(next(model.parameters()).device)
+        for chunk, ours, theirs in _both_logits(model, dense, ids):
+            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            if not bool(torch.isfinite(kl).all()):
+                raise SecateurError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
+            total += float(kl.cpu().double().sum())
+            agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            positions += len(chunk)
+        progress("against", index + 1, len(windows))
+    return {"kl": total / positions, "top1_agreement": agreeing / positions}
+
+
+def evaluation_windows(
+    model: Any, tokenizer: Any, text: str | Path | None, seq_len: int | None, max_tokens: int | None
+) -> tuple[Int[Tensor, "N T"], str]:
+    """Disjoint windows of a text in order, and its name.
+
+    Raises:
+        SecateurError: empty text, a text shorter than one window, or a window longer than the model's positions.
+    """
+    check_is_name(text)
+    length = window_length(seq_len, DEFAULT_WINDOW, model.config)
+    if max_tokens is not None and max_tokens < 1:
+        raise SecateurError(f"‹max_tokens› is {max_tokens}; it must be at least 1")
+    name = "the shipped evaluation text" if text is None else str(text)
+    limit = None if max_tokens is None else max(max_tokens, length)
+    windows = cut_windows(encode(read_documents(text, evaluation=True), tokenizer, limit), length, tokenizer, name)
+    check_ids(windows, model.config)
+    if max_tokens is not None:
+        windows = windows[: max(1, max_tokens // length)]
+    return windows, name
+
+
+def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunks of positions with the fp32 logits of both models."""
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+    size = max(1, LOGIT_ELEMENTS // (2 * model.config.get_text_config().vocab_size))
+    chunked = len(positions) > size
+    with _body_runs_once(model, ids, chunked) as ours, _body_runs_once(dense, ids, chunked) as theirs:
+        for chunk in positions.split(size):
+            yield chunk, ours(chunk)[0].float(), theirs(chunk)[0].float()
+
+
+def token_losses(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
+    """Cross-entropy of each next token, B (T - 1) of them, in nats."""
+    targets = ids[:, 1:]
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(1, LOGIT_ELEMENTS // (vocabulary * len(ids)))
+    losses = []
+    with _body_runs_once(model, ids, chunked=len(positions) > size) as logits_at:
+        for chunk in positions.split(size):
+            logits = logits_at(chunk).float()
+            losses.append(
+                nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, chunk].flatten(), reduction="none")
+            )
+    return torch.cat(losses)
+
+
+@contextmanager
+def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
+    """A function from positions to logits.
+
+    The model's own forward must form the logits (it may scale or cap them), so for chunks the body's output is kept
+    and handed to it again: only the head runs for each chunk.
+    """
+    body = body_of(model)
+    if not chunked or body is model or "logits_to_keep" not in signature(model.forward).parameters:
+        output = run_without_cache(model, model, input_ids=ids)
+        if not hasattr(output, "logits"):
+            raise SecateurError(f"{type(model).__name__} gives no logits: perplexity is of causal language models")
+        logits = output.logits
+        yield lambda positions: logits[:, positions]
+        return
+    output = run_without_cache(model, body, input_ids=ids)
+    body.forward = lambda *_args, **_kwargs: output
+    try:
+        yield lambda positions: run_without_cache(model, model, input_ids=ids, logits_to_keep=positions).logits
+    finally:
+        del body.forward

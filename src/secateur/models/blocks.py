@@ -1,0 +1,180 @@
+"""Blocks: the layers that are pruned one by one, and how the model calls each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.matrices import Matrix
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block.
+
+    Args:
+        name: its path; "" is the whole model.
+        module: what runs.
+        matrices: the matrices to prune.
+        dense: why each of its other matrices stays dense, by name.
+        input_name: keyword of its hidden states, where they come by keyword.
+    """
+
+    name: str
+    module: nn.Module
+    matrices: list[Matrix] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    input_name: str = "hidden_states"
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that hold the matrices to prune, by name without `.weight`."""
+        return {matrix.parameter_name: matrix.parameter for matrix in self.matrices}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """The arguments of a block on one batch, without its hidden states, which each replay supplies.
+
+    Args:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments.
+        hidden_name: keyword of the hidden states; None = the first positional argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_name: str | None
+
+    @classmethod
+    def split(cls, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+        """Separate the hidden states from the other arguments of a call.
+
+        Raises:
+            UnsupportedModelError: the call has no tensor of hidden states.
+        """
+        if args and isinstance(args[0], Tensor):
+            return args[0], cls(args[1:], dict(kwargs), None)
+        name = block.input_name
+        if not isinstance(kwargs.get(name), Tensor):
+            raise UnsupportedModelError(f"{block.name} is not called with a tensor of hidden states")
+        return kwargs[name], cls(args, {key: value for key, value in kwargs.items() if key != name}, name)
+
+    def replay(self, block: Block, hidden: Tensor) -> Tensor:
+        """Run the block on hidden states; returns its new hidden states, from a tensor or a tuple."""
+        args, kwargs = self.with_hidden(hidden)
+        return hidden_of(block.module(*args, **kwargs), block)
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call on these hidden states."""
+        if self.hidden_name is None:
+            return (hidden, *self.args), self.kwargs
+        return self.args, self.kwargs | {self.hidden_name: hidden}
+
+
+def hidden_of(output: Any, block: Block) -> Tensor:
+    """The hidden states in a block's output. A tensor is taken whole: indexing it would take batch item 0.
+
+    Raises:
+        UnsupportedModelError: the output starts with something else.
+    """
+    first = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(first, Tensor):
+        raise UnsupportedModelError(f"block {block.name} returns {type(first).__name__}, not a tensor of hidden states")
+    return first
+
+
+def same_tensor(hidden: Tensor, output: Tensor, version: int) -> bool:
+    """Whether hidden states equal a block's output, which nobody changed since it had this version."""
+    return output._version == version and (hidden is output or torch.equal(hidden, output))
+
+
+def run_without_cache(model: Any, part: nn.Module, **inputs: Any) -> Any:
+    """Call the model or a part of it without a cache of keys, values or states, which would outlive the call.
+
+    Some models take `use_cache` as an argument that defaults to True, others read it from a configuration.
+    """
+    extra = {"use_cache": False} if "use_cache" in signature(part.forward).parameters else {}
+    with without_cache(model), forward_errors(part):
+        return part(**inputs, **extra)
+
+
+class ForwardError(SecateurError):
+    """The model's own forward pass failed on its inputs."""
+
+
+@contextmanager
+def forward_errors(part: nn.Module) -> Iterator[None]:
+    """Explain an error of a model's own code; an error of this package's hooks passes as it is.
+
+    Raises:
+        ForwardError: the forward pass failed.
+    """
+    try:
+        yield
+    except (SecateurError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if _is_from_here(error):
+            raise
+        raise ForwardError(
+            f"the forward pass of {type(part).__name__} fails on these inputs ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}): pass batches of the inputs that the model takes"
+        ) from error
+
+
+def _is_from_here(error: BaseException) -> bool:
+    """Whether an error was raised by a file of this package."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Within this context no configuration of the model or its parts asks for a cache."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def body_of(model: Any) -> nn.Module:
+    """The model without its head, where transformers keeps them apart."""
+    return getattr(model, "base_model", model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs go: the accelerator that any part of it is on, else the CPU."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
+
+
+def config_of(model: Any) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UnsupportedModelError: it has none.
+    """
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no transformers `config`: pass the model itself, without its wrapper "
+            f"(`model.module` of a DataParallel)"
+        )
+    return model.config

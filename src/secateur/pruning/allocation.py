@@ -1,0 +1,226 @@
+"""Allocation: how zeros are spread over the matrices, and over the rows of each.
+
+It applies to the matrices that no rule gives a pattern; their zeros add up to the recipe's pattern exactly.
+
+Shape legend: R output rows, C input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.calibration.input_groups import observation_passes
+from secateur.calibration.stream import Batch, Stream
+from secateur.models.blocks import Block
+from secateur.models.matrices import Matrix
+from secateur.numerics.damping import NotPositiveDefiniteError
+from secateur.numerics.hessian import Hessian
+from secateur.pruning.context import RunContext
+from secateur.pruning.fisher import output_fisher_information
+from secateur.pruning.loss_curves import (
+    LossCurve,
+    curve_levels,
+    exact_patterns,
+    exchange_levels,
+    loss_curve,
+    minimise_loss,
+    sparsity_bounds,
+)
+from secateur.recipe.patterns import NM, Pattern, Unstructured
+from secateur.recipe.rules import matrix_recipe
+from secateur.recipe.steps import Allocation
+from secateur.runtime import distributed
+
+OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of its matrix's mean
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPatterns:
+    """Pattern of each matrix, and the scale of its rows in an unstructured choice.
+
+    Scaling a row changes nothing in its own least-squares problem, only its share of the matrix's zeros.
+
+    Args:
+        patterns: by matrix name.
+        row_scales: by matrix name (R); rows of other matrices are not scaled.
+    """
+
+    patterns: dict[str, Pattern]
+    row_scales: dict[str, Float[Tensor, " R"]] = field(default_factory=dict)
+
+
+def allocate(
+    model: Any, blocks: Sequence[Block], stream: Stream, batches: Sequence[Batch], context: RunContext
+) -> LayerPatterns:
+    """Patterns of all matrices of a chain. Nothing is changed, the stream's state included.
+
+    Args:
+        model: the dense model.
+        blocks: of the chain.
+        stream: in front of them.
+        batches: of all ranks.
+        context: its recipe has the rules and the allocation.
+
+    Raises:
+        SecateurError: a matrix that saw none of the sequences, or a Hessian that can't be factored.
+
+    Cost: none without an allocation. Else a dense pass of every block over `windows` sequences with its Hessians, and
+        for
+    `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
+    """
+    recipe, allocation = context.recipe, context.recipe.allocation
+    found = {matrix.name: matrix_recipe(recipe, matrix.name) for block in blocks for matrix in block.matrices}
+    fixed = LayerPatterns({name: own.pattern for name, own in found.items()})
+    free = {name for name, own in found.items() if not own.own_pattern}
+    if allocation is None or not free:
+        return fixed
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    windows = sum(sizes) if stream.routed else allocation.windows  # a router shows an expert only some tokens
+    first = _first_sequences(stream, sizes, windows)
+    if allocation.rule == "owl":
+        allocated = _by_outliers(blocks, first, free, allocation, context)
+    else:
+        fisher = output_fisher_information(model, blocks, batches, windows, recipe.seed, context.store, stream.memory)
+        allocated = _by_curves(blocks, first, free, fisher, allocation, context)
+    return LayerPatterns(fixed.patterns | allocated.patterns, allocated.row_scales)
+
+
+def _by_curves(
+    blocks: Sequence[Block],
+    stream: Stream,
+    free: set[str],
+    fisher: dict[str, Tensor],
+    allocation: Allocation,
+    context: RunContext,
+) -> LayerPatterns:
+    """Patterns that minimise the sum of measured losses."""
+    pattern = context.recipe.pattern
+    levels = curve_levels(pattern, allocation.spread)
+
+    def measure(name: str, W: Tensor, hessian: Hessian) -> LossCurve:
+        return loss_curve(W, hessian, fisher[name], levels)
+
+    curves = _over_dense_blocks(blocks, stream, free, measure, context)
+    if isinstance(pattern, NM):
+        return LayerPatterns(exchange_levels(curves, pattern, allocation.spread))
+    scales = {name: _row_scale(squares) for name, squares in fisher.items() if name in free}
+    return LayerPatterns(minimise_loss(curves, pattern, allocation.spread), scales)
+
+
+def _row_scale(fisher: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """Square root of the rows' Fisher information relative to its mean, as a power of two from 1/8 to 8.
+
+    Powers of two scale a row and back without rounding.
+    """
+    mean = fisher.mean().clamp_min(torch.finfo(fisher.dtype).tiny)
+    return (fisher / mean).sqrt().clamp(1 / 8, 8.0).log2().round().exp2()
+
+
+def _over_dense_blocks(
+    blocks: Sequence[Block],
+    stream: Stream,
+    wanted: set[str],
+    measure: Callable[[str, Tensor, Hessian], Any],
+    context: RunContext,
+) -> dict[str, Any]:
+    """`measure(name, W, hessian)` of each wanted matrix in the dense model. The stream is used up.
+
+    The matrices of a block are sharded over the ranks; all ranks get all figures (plain data).
+    """
+    measured: dict[str, Any] = {}
+    for index, block in enumerate(blocks):
+        with context.store.onload_block(block):
+            own = {block.matrices[number] for number in distributed.shard(len(block.matrices))}
+            groups = [
+                group
+                for group in stream.groups[block.name]
+                if any(matrix.name in wanted for matrix, _ in group.members)
+            ]
+            for observed in observation_passes(groups, stream.memory.hessian_bytes):
+                hessians = stream.observe(block, observed)
+                for group in observed:
+                    hessian = hessians.pop(group.leader.name)
+                    for matrix, input_dim in group.members:
+                        if matrix in own and matrix.name in wanted:
+                            measured[matrix.name] = _measured(measure, matrix, input_dim, hessian)
+            stream.hidden = stream.outputs(block)
+        context.progress("allocation", index + 1, len(blocks))
+    found = distributed.all_gather_items(measured)
+    return {each.name: found[each.name] for block in blocks for each in block.matrices if each.name in wanted}
+
+
+def _measured(measure: Callable[[str, Tensor, Hessian], Any], matrix: Matrix, input_dim: int, hessian: Hessian) -> Any:
+    try:
+        return measure(matrix.name, matrix.weight(input_dim).float(), hessian)
+    except NotPositiveDefiniteError as error:
+        raise error.within(matrix.name) from error
+
+
+def _first_sequences(stream: Stream, sizes: Sequence[int], windows: int) -> Stream:
+    """The stream's part of the first batches, as many as hold `windows` sequences."""
+    enough = int((torch.tensor(sizes).cumsum(0) < windows).sum()) + 1
+    count = len(distributed.shard(min(enough, len(sizes))))
+    calls = {name: calls[:count] for name, calls in stream.calls.items()}
+    return Stream(
+        stream.hidden[:count],
+        calls,
+        stream.padding[:count],
+        stream.groups,
+        stream.routed,
+        memory=stream.memory,
+        damping=stream.damping,
+    )
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    weights: int
+    share: float
+
+
+def _count_outliers(_name: str, W: Float[Tensor, "R C"], hessian: Hessian) -> _Outliers:
+    score = W.abs() * hessian.input_energy.sqrt()
+    return _Outliers(W.numel(), float((score > OUTLIER * score.mean()).float().mean()))
+
+
+def _by_outliers(
+    blocks: Sequence[Block], stream: Stream, free: set[str], allocation: Allocation, context: RunContext
+) -> LayerPatterns:
+    """OWL: a block's sparsity falls linearly with its share of outliers, over a range of twice the spread."""
+    pattern = context.recipe.pattern
+    assert isinstance(pattern, Unstructured), "checked by the recipe"
+    measured = _over_dense_blocks(blocks, stream, free, _count_outliers, context)
+    return LayerPatterns(owl_patterns(measured, _block_of(blocks), pattern, allocation.spread))
+
+
+def _block_of(blocks: Sequence[Block]) -> dict[str, str]:
+    return {matrix.name: block.name for block in blocks for matrix in block.matrices}
+
+
+def owl_patterns(
+    measured: dict[str, _Outliers], block_of: dict[str, str], pattern: Unstructured, spread: float
+) -> dict[str, Pattern]:
+    """Patterns of matrices by their blocks' shares of outliers."""
+    members: dict[str, list[str]] = {}
+    for name in measured:
+        members.setdefault(block_of[name], []).append(name)
+    total = sum(outliers.weights for outliers in measured.values())
+    share = {
+        block: sum(measured[name].weights * measured[name].share for name in names)
+        / sum(measured[name].weights for name in names)
+        for block, names in members.items()
+    }
+    width = max(share.values()) - min(share.values())
+    scaled = {block: (share[block] - min(share.values())) / width if width else 0.0 for block in members}
+    mean = sum(scaled[block_of[name]] * measured[name].weights for name in measured) / total
+    low, high = sparsity_bounds(pattern, spread)
+    wanted = {
+        name: min(high, max(low, pattern.sparsity - 2 * spread * (scaled[block_of[name]] - mean))) for name in measured
+    }
+    return exact_patterns(wanted, measured, pattern, low, high)

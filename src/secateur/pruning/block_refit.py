@@ -1,0 +1,286 @@
+"""Block refit: hold the masks of a pruned block and move its kept weights until its output is near the dense model's.
+
+Solvers see one matrix at a time, with inputs from before the block's pruning. What counts is the block's output: on the
+pruned stream of hidden states it should be what the dense block gives on the dense stream, which also corrects errors
+of earlier blocks. That is a local regression on calibration data, without labels and without the rest of the model
+(BRECQ, arXiv 2102.05426, and OmniQuant, arXiv 2308.13137, do it for quantisation; EBFT, arXiv 2402.12419, for pruning).
+
+Errors of earlier blocks can't be corrected in full, and a refit that tries overfits the calibration text. So the target
+lies between the dense stream's outputs and what the dense block gives on the pruned stream (`strength`).
+
+The learning rate rises over the first tenth of the steps and falls to zero as a cosine. Where no epoch helps on the
+validation batches, or the first ends far off, a quarter of the rate is tried, and then a sixteenth. The weights as
+solved are always a candidate, so a block never ends worse on the validation batches than it began.
+
+Shape legend: B sequences, T positions, C channels, R x C a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.calibration.stream import Stream
+from secateur.errors import SecateurError
+from secateur.models.blocks import Block
+from secateur.pruning.context import StorageOf, keep_dtype
+from secateur.recipe.steps import BlockRefit
+from secateur.runtime import distributed
+
+BETAS = (0.9, 0.95)
+ATTEMPTS, NEXT_RATE = 3, 0.25
+STOP_AFTER_FIRST = (
+    1.05  # stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better
+)
+ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
+
+
+def check_batches(batches: int) -> None:
+    """Check that there are batches to train on and to validate on.
+
+    Raises:
+        SecateurError: there are fewer than two.
+    """
+    if batches < 2:
+        raise SecateurError(
+            f"the block refit needs 2 calibration batches or more, one of them for validation, but there is {batches}: "
+            f"use more ‹samples› (split token tensors into several), or ‹settings.refit=none›"
+        )
+
+
+def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, strength: float) -> HiddenStates:
+    """Targets of a block's refit, batch by batch: `y = s y_d + (1 - s) f(x_p)`, f the block while it is dense.
+
+    Args:
+        block: the block, still dense.
+        stream: in front of it.
+        dense_outputs: y_d, its outputs on the dense stream.
+        strength: s.
+
+    Cost: one forward pass of the block over the batches, where s < 1.
+    """
+    if strength == 1:
+        return dense_outputs
+    calls = zip(stream.calls[block.name], stream.hidden, strict=True)
+    pruned_outputs = (call.replay(block, hidden.clone()) for call, hidden in calls)
+    pairs = zip(dense_outputs, pruned_outputs, strict=True)
+    blends = (pruned.float().lerp(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
+    return HiddenStates.of(blends, stream.memory, len(dense_outputs))
+
+
+def refit_block(
+    block: Block,
+    stream: Stream,
+    targets: Sequence[Tensor],
+    options: BlockRefit,
+    seed: int = 0,
+    storage_of: StorageOf = keep_dtype,
+) -> dict[str, Any]:
+    """Refit a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
+
+    Minimises the mean over tokens of `|f(x_p) - y|^2 / |y|^2`, x_p the pruned stream's hidden states, y the target.
+    Each token counts the same whatever its norm, as it does for the next block's normalisation. Master weights and
+    Adam's moments are fp32; products run in the model's dtype.
+
+    Where ranks share the batches, each step's gradient comes from the rank that has its batch, and all take the step.
+    So the steps, and the bits, are those of one process, and the time is not divided.
+
+    Args:
+        block: the block, pruned.
+        stream: in front of it.
+        targets: y of every batch (`refit_targets`).
+        options: epochs, rate and the rest.
+        seed: fixes the validation batches and the order of the others.
+        storage_of: dtype that each matrix is saved in; every candidate is rounded to it, so that the validation batches
+            judge what is saved.
+
+    Returns:
+        `val_loss_before`, `val_loss_after`, `best_epoch` (0 = as solved) and `rate`, of that epoch or the last attempt.
+
+    Cost: 3 forward passes of the block an epoch over the batches, up to three times; about 30 bytes a weight of the
+    block (fp32 master, gradient, Adam's moments, the best weights so far), and the activations of one batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    objective = _Objective(block, stream, targets)
+    order = torch.randperm(objective.num_batches, generator=generator).tolist()
+    num_val = min(max(1, round(options.val_fraction * len(order))), len(order) - 1)
+    val, train = order[:num_val], order[num_val:]
+    weights = MaskedMasterWeights(block, storage_of)
+    as_solved, before = weights.snapshot(), objective.mean(val)
+    best = _Best(as_solved, before)
+    rate = options.rate
+    for rate in (options.rate * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
+        best = _descend(weights, objective, train, val, options.epochs, rate, generator, best)
+        if best.epoch > 0:
+            break
+        weights.start_again(as_solved)
+    weights.restore(best.weights)
+    return {"val_loss_before": before, "val_loss_after": best.loss, "best_epoch": best.epoch, "rate": rate}
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Weights with the least validation loss so far, and their epoch (0 = as solved)."""
+
+    weights: list[Tensor]
+    loss: float
+    epoch: int = 0
+
+
+def _descend(
+    weights: MaskedMasterWeights,
+    objective: _Objective,
+    train: Sequence[int],
+    val: Sequence[int],
+    epochs: int,
+    rate: float,
+    generator: torch.Generator,
+    best: _Best,
+) -> _Best:
+    """Adam over the training batches from the weights as solved; the best weights of all epochs and before."""
+    groups = [{"params": [master]} for master in weights.masters]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=ADAM_EPS, fused=True)
+    steps, step = epochs * len(train), 0
+    for epoch in range(1, epochs + 1):
+        for index in torch.randperm(len(train), generator=generator).tolist():
+            for group, scale in zip(optimizer.param_groups, weights.scales, strict=True):
+                group["lr"] = rate * scale * _schedule(step, steps)
+            with weights.trainable(), torch.enable_grad():
+                if objective.has(train[index]):
+                    (objective.gradient_scale * objective(train[index])).backward()
+                weights.collect_gradients(objective.owner(train[index]))
+            optimizer.step()
+            weights.write_back()
+            step += 1
+        loss = objective.mean(val)
+        if loss < best.loss:
+            best = _Best(weights.snapshot(), loss, epoch)
+        elif epoch == 1 and loss > STOP_AFTER_FIRST * best.loss:
+            break
+    return best
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the peak rate: linear warm-up over a tenth of the steps, then a half cosine."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+class _Objective:
+    """The loss on one batch, by its number among those of all ranks.
+
+    Attributes:
+        gradient_scale: tokens x norm of a target. It brings the gradient of the output near 1, as the plain one, of
+            size `error / (|y|^2 T)`, underflows in fp16. Adam's steps do not depend on it.
+    """
+
+    def __init__(self, block: Block, stream: Stream, targets: Sequence[Tensor]) -> None:
+        self.block, self.stream, self.targets = block, stream, targets
+        norms = targets[0].float().norm(dim=-1)
+        self.gradient_scale = distributed.broadcast_object(float(norms.mean()) * norms.numel())
+        self.num_batches = sum(distributed.all_gather(len(stream.hidden)))
+
+    def owner(self, number: int) -> int:
+        """The rank that has a batch."""
+        return number % distributed.world_size()
+
+    def has(self, number: int) -> bool:
+        """Whether this rank has a batch."""
+        return self.owner(number) == distributed.rank()
+
+    def __call__(self, number: int) -> Float[Tensor, ""]:
+        index = number // distributed.world_size()
+        call = self.stream.calls[self.block.name][index]
+        output = call.replay(self.block, self.stream.hidden[index].clone()).float()
+        target = self.targets[index].float()
+        error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+        real = self.stream.padding[index]
+        return error.mean() if real is None else error[real].mean()
+
+    def mean(self, numbers: Sequence[int]) -> float:
+        """Mean loss of several batches."""
+        losses = distributed.all_gather_items({number: float(self(number)) for number in numbers if self.has(number)})
+        return sum(losses[number] for number in numbers) / len(numbers)
+
+
+class MaskedMasterWeights:
+    """fp32 masters of what a refit may move: the kept weights of the block's pruned matrices.
+
+    Norms and biases stay: moving them gained nothing when it was measured.
+    """
+
+    def __init__(self, block: Block, storage_of: StorageOf) -> None:
+        """Copy a pruned block's matrices and their masks."""
+        self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
+        self.kept = [_kept(block, parameter) for parameter in self.parameters]
+        names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
+        self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
+        self.masters = [parameter.data.float().clone() for parameter in self.parameters]
+        self.scales = [
+            float(((master * kept).square().sum() / kept.sum().clamp_min(1)).sqrt())
+            for master, kept in zip(self.masters, self.kept, strict=True)
+        ]
+        self.module = block.module
+
+    @contextmanager
+    def trainable(self) -> Iterator[None]:
+        """Ask for gradients of these weights alone; afterwards each parameter has its own flag and gradient again."""
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.module.parameters()]
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, required, gradient in before:
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
+
+    def collect_gradients(self, owner: int) -> None:
+        """Move each parameter's gradient, of rank `owner`, to its master, without that of pruned weights."""
+        for parameter, master, kept in zip(self.parameters, self.masters, self.kept, strict=True):
+            # An expert that no token of the batch reached has no gradient.
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float() * kept
+            distributed.broadcast(master.grad, owner)
+
+    def write_back(self) -> None:
+        """Write the masters to the model, rounded as they are saved."""
+        for parameter, master, storage in zip(self.parameters, self.masters, self.storage, strict=True):
+            parameter.data.copy_(master.to(storage))
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of the parameters."""
+        return [parameter.data.clone() for parameter in self.parameters]
+
+    def start_again(self, snapshot: list[Tensor]) -> None:
+        """Reset masters and parameters to a snapshot."""
+        self.restore(snapshot)
+        for master, saved in zip(self.masters, snapshot, strict=True):
+            master.copy_(saved)
+
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Reset the parameters to a snapshot."""
+        for parameter, saved in zip(self.parameters, snapshot, strict=True):
+            parameter.data.copy_(saved)
+
+
+def _kept(block: Block, parameter: nn.Parameter) -> Bool[Tensor, ...]:
+    """Where a parameter may move: the nonzero weights of its pruned matrices; other experts stay."""
+    kept = torch.zeros_like(parameter, dtype=torch.bool)
+    for matrix in block.matrices:
+        if matrix.parameter is parameter:
+            place = kept if matrix.index is None else kept[matrix.index]
+            place.copy_(matrix.stored != 0)
+    return kept

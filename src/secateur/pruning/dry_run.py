@@ -1,0 +1,187 @@
+"""What a run would do, and what it would take: time from one timed block, memory and disk from sizes.
+
+The block is pruned for real, on a few batches, in a copy that is dropped. Work that grows with the calibration text is
+scaled to the whole text; the solver's is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from secateur.calibration.coverage import Coverage, coverage_from
+from secateur.calibration.dense_pass import DensePass
+from secateur.calibration.stream import Batch, Stream
+from secateur.models.blocks import Block
+from secateur.models.checks import check_runnable
+from secateur.models.determinism import deterministic_forward
+from secateur.models.discovery import ModelStructure, find_block_chains
+from secateur.models.matrices import all_parameters
+from secateur.pruning.allocation import LayerPatterns
+from secateur.pruning.block_refit import refit_block, refit_targets
+from secateur.pruning.context import RunContext
+from secateur.pruning.fisher import output_fisher_information
+from secateur.pruning.loop import check_steps, checked_dense_pass, prune_block
+from secateur.pruning.loss_curves import curve_levels, loss_curve
+from secateur.recipe.rules import matrix_recipe
+
+SAMPLE_TOKENS = 2048  # at least, in two batches or more
+REFIT_BYTES = 30  # a weight
+HESSIAN_BYTES = 8 + 4 * 4  # an entry: the fp64 sum, then H, Hd, U and a product in fp32
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Args:
+        coverage: every matrix of the layers.
+        num_blocks: blocks to prune.
+        num_tokens, num_batches: of the calibration text.
+        seconds: estimated time of the run.
+        memory_bytes: estimated peak of memory besides mapped files, for a run from files.
+        disk_bytes: what OUT takes while it is saved: the model and one shard.
+    """
+
+    coverage: Coverage
+    num_blocks: int
+    num_tokens: int
+    num_batches: int
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"coverage": self.coverage.to_dict()}
+
+
+@torch.no_grad()
+def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, shard_bytes: int) -> DryRun:
+    """Try a recipe on a few batches and one block. No weight of the model changes.
+
+    Args:
+        model: the model, mapped from its files.
+        batches: all calibration batches.
+        context: its store drops what is written to a block.
+        shard_bytes: size of a shard.
+
+    Raises:
+        SecateurError: what a run would raise before the first block.
+    """
+    check_runnable(model)
+    sample = _sample(batches)
+    scale = _num_tokens(batches) / _num_tokens(sample)
+    with deterministic_forward(model):
+        structure = find_block_chains(model, sample[0], context.recipe, context.store)
+        check_steps(structure, context)
+        passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
+        dense = max((found for found, _ in passes), key=lambda found: len(found.blocks))
+        block = next(block for block in dense.blocks if block.matrices)
+        by_block = _seconds_of_block(block, dense.stream, context, scale)
+        allocation = _seconds_of_allocation(model, dense, block, sample, context)
+    num_blocks = len(structure.blocks)
+    dense_passes = scale * sum(seconds for _, seconds in passes)
+    return DryRun(
+        coverage_from(model, structure, [found for found, _ in passes]),
+        num_blocks,
+        _num_tokens(batches),
+        len(batches),
+        dense_passes + num_blocks * by_block + allocation,
+        _memory(model, structure, block, dense.stream, scale, context),
+        sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + shard_bytes,
+    )
+
+
+def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches, two or more, with enough tokens for steady times."""
+    number = min(2, len(batches))
+    while number < len(batches) and _num_tokens(batches[:number]) < SAMPLE_TOKENS:
+        number += 1
+    return batches[:number]
+
+
+def _num_tokens(batches: Sequence[Batch]) -> int:
+    """Tokens of token batches; sequences of others."""
+    return sum(
+        batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))) for batch in batches
+    )
+
+
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    found = function()
+    return found, time.perf_counter() - started
+
+
+def _dense_pass(model: nn.Module, chain: Any, sample: Sequence[Batch], context: RunContext) -> tuple[DensePass, float]:
+    return _timed(lambda: checked_dense_pass(model, chain, sample, context))
+
+
+def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: float) -> float:
+    """Seconds of a block on all batches, from pruning it on a few."""
+    recipe, options = context.recipe, context.recipe.refit
+    patterns = LayerPatterns({each.name: matrix_recipe(recipe, each.name).pattern for each in block.matrices})
+    if recipe.refit is not None or recipe.target is not None:
+        stream.dense = stream.hidden
+    with context.store.onload_block(block):
+        outputs, forward = _timed(lambda: stream.outputs(block))
+        reports, step = _timed(lambda: prune_block(block, stream, outputs, patterns, context))
+        solving = sum(report.seconds for report in reports)
+        passes = 1 + (stream.dense is not None)  # the replay, and the dense stream's outputs
+        refit = 0.0
+        if options is not None:
+            targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
+            _, refitting = _timed(lambda: refit_block(block, stream, targets, options, 0, context.storage_of))
+            refit = aiming + refitting
+    context.progress("one block", 1, 1)
+    return solving + scale * (step - solving + passes * forward + refit)
+
+
+def _seconds_of_allocation(
+    model: nn.Module, dense: DensePass, block: Block, sample: Sequence[Batch], context: RunContext
+) -> float:
+    """Seconds of an allocation, from one sequence and one block."""
+    allocation = context.recipe.allocation
+    if allocation is None or allocation.rule == "owl":  # OWL takes a dense pass over a few sequences
+        return 0.0
+    fisher, backward = _timed(
+        lambda: output_fisher_information(model, dense.blocks, sample, 1, 0, context.store, context.memory)
+    )
+    levels = curve_levels(context.recipe.pattern, allocation.spread)
+
+    def measure() -> None:
+        hessians = dense.stream.observe(block, dense.stream.groups[block.name])
+        for group in dense.stream.groups[block.name]:
+            for matrix, input_dim in group.members:
+                W = matrix.weight(input_dim).float()
+                loss_curve(W, hessians[group.leader.name], fisher[matrix.name], levels)
+
+    with context.store.onload_block(block):
+        _, curves = _timed(measure)
+    return allocation.windows * backward + len(dense.blocks) * curves
+
+
+def _memory(
+    model: nn.Module, structure: ModelStructure, block: Block, stream: Stream, scale: float, context: RunContext
+) -> int:
+    """Peak of memory besides mapped files: all outside the blocks, one block, hidden states, Hessians, the refit."""
+    width = stream.hidden[0].element_size()
+    in_blocks = {id(each) for found in structure.blocks for each in found.module.parameters()}
+    outside = sum(each.numel() for each in model.parameters() if id(each) not in in_blocks) * width
+    weights = all_parameters(block.module)
+    hidden = sum(each.numel() * each.element_size() for each in stream.hidden) * scale
+    columns = [group.columns for group in stream.groups[block.name]]
+    hessians = sum(8 * number**2 for number in columns) + HESSIAN_BYTES * max(columns, default=0) ** 2
+    refit = REFIT_BYTES * weights if context.recipe.refit is not None else 0
+    sets = 4 if stream.dense is not None else 2
+    budget = context.memory
+    held = hidden * sets if budget.limit is None else min(hidden * sets, budget.limit // 4)
+    return int(outside + weights * width + held + max(min(hessians, budget.hessian_bytes), refit))

@@ -1,0 +1,300 @@
+"""The loop: for each block observe its inputs, solve every matrix, refit the block, commit it, and replay it.
+
+Inputs inside a block are those of the block before its own pruning (SparseGPT's protocol). With `true_sequential` the
+block is observed again after each group of matrices that share an input, and where the Hessians of all its matrices do
+not fit into memory together (many experts), after as many as do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from secateur.calibration.dense_pass import DensePass, run_dense_pass
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.calibration.input_groups import InputGroup, observation_passes
+from secateur.calibration.stream import Batch, Stream
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.blocks import Block
+from secateur.models.checks import check_finite_weights, check_runnable
+from secateur.models.determinism import deterministic_forward
+from secateur.models.discovery import BlockChain, ModelStructure, find_block_chains
+from secateur.models.matrices import Matrix
+from secateur.pruning.allocation import LayerPatterns, allocate
+from secateur.pruning.block_refit import check_batches, refit_block, refit_targets
+from secateur.pruning.context import RunContext
+from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
+from secateur.pruning.matrix_step import prune_matrix
+from secateur.pruning.report import BlockFigures, BlockReport, MatrixReport
+from secateur.recipe.rules import matrix_recipe
+from secateur.runtime import distributed
+from secateur.solvers.swaps import check_columns
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What a run gives.
+
+    Args:
+        layer_weights: weights of the layers' matrices.
+        dense: why each matrix stayed dense, by name.
+        matrices: figures of each pruned matrix.
+        blocks: figures of each refit block.
+        notices: what the user should know.
+    """
+
+    layer_weights: int
+    dense: dict[str, str]
+    matrices: list[MatrixReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext) -> Outcome:
+    """Prune a model in place.
+
+    A dense pass checks the model, the texts and the patterns before the first weight changes. What only pruning brings
+    about (a Hessian that can't be factored) ends the run where it happens. Blocks that the store holds finished are
+    replayed, and the run ends with the bits of one that was never stopped. Several ranks, each with the model and all
+    batches, share the work and end with the same model.
+
+    Args:
+        model: the model.
+        batches: of all ranks.
+        context: recipe, store, progress, memory.
+
+    Raises:
+        SecateurError: anything wrong with the model, the texts or the recipe.
+
+    Cost: the dense pass (another for each further chain), two forward passes of each block over the batches, the
+        Hessians
+    and the solver calls; one more forward pass where something aims at the dense model; allocation and refit as their
+    docstrings say.
+    """
+    check_runnable(model)
+    check_finite_weights(model)
+    _check_number_of_batches(len(batches), context)
+    with deterministic_forward(model):
+        torch.manual_seed(context.recipe.seed)
+        structure = find_block_chains(model, batches[0], context.recipe, context.store)
+        check_steps(structure, context)
+        outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure))
+        first, *later = structure.chains
+        dense = checked_dense_pass(model, first, batches, context)
+        for (
+            chain
+        ) in later:  # only to find what is wrong: their calls are recorded again when the chains before are pruned
+            checked_dense_pass(model, chain, batches, context)
+        done, total = 0, len(structure.blocks)
+        for chain in structure.chains:
+            if chain is not first:
+                dense = checked_dense_pass(model, chain, batches, context)
+            patterns = allocate(model, dense.blocks, dense.stream, batches, context)
+            _prune_chain(dense, patterns, done, total, outcome, context)
+            done += len(chain.blocks)
+    outcome.notices += _few_tokens(outcome.matrices)
+    return outcome
+
+
+def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Batch], context: RunContext) -> DensePass:
+    """The dense pass of a chain, checked against the recipe."""
+    found = run_dense_pass(
+        model, chain, batches, context.progress, context.store, context.memory, context.recipe.damping
+    )
+    found.check_none_missed()
+    _check_widths(found.stream, context)
+    if context.recipe.target is not None:
+        check_all_tokens(found.stream)
+    return found
+
+
+def _prune_chain(
+    dense: DensePass, patterns: LayerPatterns, done: int, total: int, outcome: Outcome, context: RunContext
+) -> None:
+    """Prune a chain block by block, each on what the pruned ones before it give.
+
+    Args:
+        dense: the chain's dense pass.
+        patterns: of its matrices.
+        done: blocks of the chains before this one.
+        total: blocks of all chains.
+        outcome: takes the figures.
+        context: of the run.
+    """
+    stream, recipe = dense.stream, context.recipe
+    if recipe.refit is not None or recipe.target is not None:
+        assert isinstance(stream.hidden, HiddenStates)
+        stream.dense = stream.hidden.copy()
+    context.workspace.limit = context.memory.chunk_bytes
+    for number, block in enumerate(dense.blocks, done):
+        # A few models draw random numbers in evaluation (hashes of an attention): the same, resumed or not.
+        torch.manual_seed(recipe.seed + number)
+        with context.store.onload_block(block):
+            dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
+            figures = context.store.finished(block)
+            if figures is None:
+                figures = _prune_and_refit(block, stream, dense_outputs, patterns, recipe.seed + number, context)
+                context.store.commit(block, figures)
+        context.workspace.limit = figures.chunk
+        outcome.matrices += figures.matrices
+        outcome.blocks += [figures.refit] if figures.refit is not None else []
+        outcome.dense |= block.dense
+        if block is not dense.blocks[-1]:
+            torch.manual_seed(recipe.seed + number)
+            with context.store.onload_block(block):
+                stream.advance(block)
+            stream.dense = dense_outputs
+        context.progress("prune", number + 1, total)
+
+
+def _prune_and_refit(
+    block: Block,
+    stream: Stream,
+    dense_outputs: HiddenStates | None,
+    patterns: LayerPatterns,
+    seed: int,
+    context: RunContext,
+) -> BlockFigures:
+    """Prune every matrix of a block, and refit the block where that is asked for."""
+    refit, targets = context.recipe.refit, None
+    if refit is not None and block.matrices:
+        assert dense_outputs is not None
+        targets = refit_targets(block, stream, dense_outputs, refit.strength)  # while the block is dense
+    matrices = prune_block(block, stream, dense_outputs, patterns, context)
+    report = None
+    if refit is not None and targets is not None:
+        started = time.perf_counter()
+        figures = refit_block(block, stream, targets, refit, seed, context.storage_of)
+        report = BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)
+    return BlockFigures(matrices, report, context.workspace.limit)
+
+
+def prune_block(
+    block: Block,
+    stream: Stream,
+    dense_outputs: HiddenStates | None,
+    patterns: LayerPatterns,
+    context: RunContext,
+) -> list[MatrixReport]:
+    """Prune every matrix of a block in place; their figures.
+
+    Args:
+        block: the block, onloaded.
+        stream: in front of it.
+        dense_outputs: its outputs on the dense stream, for a dense target.
+        patterns: of its matrices.
+        context: of the run.
+    """
+    target = context.recipe.target
+    one_by_one = context.recipe.true_sequential or (target is not None and target.kind == "residual")
+    originals = None if target is None else DenseWeights(block)
+    moments_a_group = 1 if target is None else 3
+    hessian_bytes = 0 if one_by_one else context.memory.hessian_bytes // moments_a_group
+    reports: list[MatrixReport] = []
+    for observed in observation_passes(stream.groups[block.name], hessian_bytes):
+        if target is None or originals is None:
+            moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed).items()}
+        else:
+            assert dense_outputs is not None
+            moments = observe_moments(block, stream, observed, dense_outputs, originals, target)
+        owners = _owners(observed)
+        gains = _write_gains(block, stream, observed) if target is not None and target.kind == "residual" else {}
+        solved: dict[str, MatrixReport] = {}
+        for group in observed:
+            own = moments.pop(group.leader.name)
+            for matrix, input_dim in group.members:
+                if owners[matrix] == distributed.rank():
+                    pattern, scale = patterns.patterns[matrix.name], patterns.row_scales.get(matrix.name)
+                    gain = gains.get(matrix.name)
+                    solved[matrix.name] = prune_matrix(matrix, input_dim, own, gain, pattern, scale, context)
+        for matrix, owner in owners.items():
+            distributed.broadcast(matrix.stored, owner)
+        of_all_ranks = distributed.all_gather_items(solved)
+        context.workspace.agree()
+        reports += [of_all_ranks[matrix.name] for matrix in owners]
+    return reports
+
+
+def _owners(groups: Sequence[InputGroup]) -> dict[Matrix, int]:
+    """The rank that solves each matrix, by R C^2, which every solver costs."""
+    members = [member for group in groups for member in group.members]
+    costs = [float(matrix.stored.numel() * matrix.weight(input_dim).shape[1]) for matrix, input_dim in members]
+    return dict(zip([matrix for matrix, _ in members], distributed.assign_owners(costs), strict=True))
+
+
+def _write_gains(block: Block, stream: Stream, groups: Sequence[InputGroup]) -> dict[str, float | None]:
+    """How the residual stream follows each matrix, as rank 0 finds it on its first batch."""
+    members = [member for group in groups for member in group.members] if distributed.is_main() else []
+    return distributed.broadcast_object(
+        {matrix.name: write_gain(block, stream, matrix, input_dim) for matrix, input_dim in members}
+    )
+
+
+def _check_number_of_batches(number: int, context: RunContext) -> None:
+    if number < distributed.world_size():
+        raise SecateurError(
+            f"{number} calibration batches can't be sharded over {distributed.world_size()} processes: use more "
+            f"‹samples›, or fewer processes"
+        )
+    if context.recipe.refit is not None:
+        check_batches(number)
+
+
+def check_steps(structure: ModelStructure, context: RunContext) -> None:
+    """Check that no step needs blocks where the model is one block.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
+    recipe = context.recipe
+    asked = [name for name in ("refit", "target", "allocation") if getattr(recipe, name) is not None]
+    for chain in structure.chains:
+        if chain.whole and asked:
+            raise UnsupportedModelError(
+                f"the model can't be replayed block by block ({chain.whole}), which {' and '.join(asked)} would need: "
+                f"use ‹recipe=fast›, or ‹solver› alone"
+            )
+
+
+def _notices(structure: ModelStructure) -> list[str]:
+    return [
+        f"the model can't be replayed block by block ({chain.whole}): every matrix is fitted to its inputs in the "
+        f"dense model"
+        for chain in structure.chains
+        if chain.whole
+    ]
+
+
+def _few_tokens(matrices: Sequence[MatrixReport]) -> list[str]:
+    short = [matrix for matrix in matrices if matrix.borrowed]
+    if not short:
+        return []
+    worst = min(short, key=lambda matrix: matrix.tokens)
+    return [
+        f"{len(short)} matrices of experts saw fewer calibration tokens than they have inputs ({worst.name}: "
+        f"{worst.tokens} tokens, {worst.columns} inputs), so their Hessians were shrunk toward those of all the "
+        f"layer's tokens: more calibration text would help"
+    ]
+
+
+def _check_widths(stream: Stream, context: RunContext) -> None:
+    """Check that every matrix's input dimension suits its pattern and the exchanges.
+
+    Raises:
+        SecateurError: one does not; the message names the first.
+    """
+    for groups in stream.groups.values():
+        for group in groups:
+            for matrix, input_dim in group.members:
+                columns = matrix.weight(input_dim).shape[1]
+                try:
+                    matrix_recipe(context.recipe, matrix.name).pattern.check_width(columns)
+                    if context.recipe.refine is not None:
+                        check_columns(columns, stream.hidden[0].device)
+                except SecateurError as error:
+                    raise error.within(matrix.name) from error

@@ -1,0 +1,161 @@
+"""Loss curves: a matrix's loss at several sparsities, and the sparsities that minimise the sum of all losses.
+
+Shape legend: R output rows, C input columns, L levels of sparsity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.numerics.hessian import Hessian
+from secateur.numerics.least_squares import refit_rows
+from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
+from secateur.recipe.patterns import NM, Pattern, Unstructured
+from secateur.solvers.base import zero_dead_inputs
+
+SAMPLED_ROWS = 32
+NUM_LEVELS = 5
+MAX_SPARSITY = 0.98  # no matrix loses everything for the sake of the others
+FINE_STEPS = 400
+
+
+@dataclass(frozen=True, eq=False)
+class LossCurve:
+    """Loss of a matrix by sparsity.
+
+    Args:
+        sparsities: in rising order.
+        losses: at each.
+        weights: of the matrix.
+    """
+
+    sparsities: list[float]
+    losses: list[float]
+    weights: int
+
+
+def loss_curve(
+    W: Float[Tensor, "R C"],
+    hessian: Hessian,
+    fisher: Float[Tensor, " R"],
+    levels: Sequence[Pattern],
+) -> LossCurve:
+    """Loss `sum_r fisher_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
+
+    Measured on at most 32 rows, evenly spread, and scaled to all; the refit stops at a gap of 3%.
+
+    Args:
+        W: the weights.
+        hessian: of their inputs.
+        fisher: Fisher information of each output row.
+        levels: patterns in order of sparsity.
+    """
+    rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
+    sample = zero_dead_inputs(W[rows], hessian) * fisher.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
+    damped = hessian.damped
+    score = sample.square() / damped.U.square().sum(0)
+    sparsities, losses = [], []
+    for level in levels:
+        if isinstance(level, NM):
+            keep = keep_highest_of_groups(score, level)
+        else:
+            keep = keep_all_but_lowest(score, level.num_pruned(*sample.shape))
+        D = refit_rows(sample, keep, damped, tolerance=0.03, max_iterations=30)[0] - sample
+        sparsities.append(level.sparsity)
+        losses.append(float(((D @ hessian.H) * D).sum()) * len(W) / len(rows))
+    return LossCurve(sparsities, losses, W.numel())
+
+
+def curve_levels(pattern: Pattern, spread: float) -> list[Pattern]:
+    """Patterns at which a curve is measured, in order of sparsity, over the range that a matrix may get."""
+    if isinstance(pattern, NM):
+        return [NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)]
+    low, high = sparsity_bounds(pattern, spread)
+    low = max(low, 0.05)  # the loss at 0 is 0, and has no logarithm
+    return [Unstructured(float(s)) for s in torch.linspace(low, max(high, low + 0.01), NUM_LEVELS, dtype=torch.float64)]
+
+
+def minimise_loss(curves: dict[str, LossCurve], pattern: Pattern, spread: float) -> dict[str, Pattern]:
+    """Patterns that minimise the summed loss at the global sparsity, by bisection of the price of a zero.
+
+    Losses are interpolated log-linearly in sparsity, constant beyond the levels. At a price, each matrix takes the
+    sparsity where loss minus price x zeros is least.
+    """
+    names = list(curves)
+    weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
+    low, high = sparsity_bounds(pattern, spread)
+    levels = torch.linspace(low, high, FINE_STEPS, dtype=torch.float64)
+    losses = torch.stack([_interpolated(curves[name], levels) for name in names])
+
+    def at(log_price: float) -> Tensor:
+        return levels[(losses - math.exp(log_price) * weights[:, None] * levels).argmin(1)]
+
+    cheap, dear = -60.0, 60.0
+    for _ in range(100):
+        price = (cheap + dear) / 2
+        too_few = float((at(price) * weights).sum() / weights.sum()) < pattern.sparsity
+        cheap, dear = (price, dear) if too_few else (cheap, price)
+    return exact_patterns(dict(zip(names, at(dear).tolist(), strict=True)), curves, pattern, low, high)
+
+
+def sparsity_bounds(pattern: Pattern, spread: float) -> tuple[float, float]:
+    """Lowest and highest sparsity that a matrix may get."""
+    return max(0.0, pattern.sparsity - spread), max(pattern.sparsity, min(MAX_SPARSITY, pattern.sparsity + spread))
+
+
+def _interpolated(curve: LossCurve, levels: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
+    known = torch.tensor(curve.sparsities, dtype=torch.float64)
+    logs = torch.tensor(curve.losses, dtype=torch.float64).clamp_min(1e-30).log()
+    right = torch.searchsorted(known, levels).clamp(1, len(known) - 1)
+    left = right - 1
+    share = ((levels - known[left]) / (known[right] - known[left])).clamp(0.0, 1.0)
+    return (logs[left] + share * (logs[right] - logs[left])).exp()
+
+
+def exact_patterns(
+    wanted: dict[str, float], curves: dict[str, Any], pattern: Pattern, low: float, high: float
+) -> dict[str, Pattern]:
+    """Patterns near the wanted sparsities, within the bounds, whose zeros add up to the global number exactly."""
+    weights = {name: curves[name].weights for name in wanted}
+    zeros = {name: round(wanted[name] * weights[name]) for name in wanted}
+    missing = round(pattern.sparsity * sum(weights.values())) - sum(zeros.values())
+    # Rounded outward: else the bounds of many small matrices leave no room for the total.
+    bound = {name: math.ceil(high * n) if missing > 0 else math.floor(low * n) for name, n in weights.items()}
+    room = {name: bound[name] - zeros[name] for name in wanted}
+    total = sum(room.values())
+    for name in wanted:  # each takes its share of the room, the last ones what is left over
+        step = round(missing * room[name] / total) if total else 0
+        zeros[name] += step
+        missing, total = missing - step, total - room[name]
+    return {name: Unstructured(zeros[name] / weights[name]) for name in wanted}
+
+
+def exchange_levels(curves: dict[str, LossCurve], pattern: NM, spread: float) -> dict[str, Pattern]:
+    """n:m patterns of one m: while the summed loss falls, one matrix gives a weight a group to another of its size."""
+    allowed = [n for n in range(1, pattern.m) if abs(n - pattern.n) <= spread * pattern.m + 1e-9]
+    kept = dict.fromkeys(curves, pattern.n)
+    by_size: dict[int, list[str]] = {}
+    for name, curve in curves.items():
+        by_size.setdefault(curve.weights, []).append(name)
+
+    def change(name: str, step: int) -> float:
+        n = kept[name] + step
+        losses = curves[name].losses  # in order of sparsity: index m - 1 - n
+        return losses[pattern.m - 1 - n] - losses[pattern.m - 1 - kept[name]] if n in allowed else math.inf
+
+    for names in by_size.values():
+        while len(names) > 1:
+            gains = min((change(name, +1), name) for name in names)
+            loses = min((change(name, -1), name) for name in names if name != gains[1])
+            if not gains[0] + loses[0] < 0:
+                break
+            kept[gains[1]] += 1
+            kept[loses[1]] -= 1
+    return {name: NM(n, pattern.m) for name, n in kept.items()}

@@ -1,0 +1,64 @@
+"""The presets `fast`, `balanced` and `best`: recipes that trade time for accuracy (docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from secateur.errors import nearest
+from secateur.recipe.declare import RecipeError
+from secateur.recipe.patterns import NM, Pattern, parse_pattern
+from secateur.recipe.recipe import Recipe
+
+DEFAULT_PRESET = "balanced"
+# Correcting errors of earlier blocks in full overfits at n:m patterns, where they are larger.
+NM_REFIT_STRENGTH = 0.6
+
+
+def fast(_pattern: Pattern) -> dict[str, Any]:
+    """The paper's joint removal alone."""
+    return {"solver": {"name": "mrp"}}
+
+
+def balanced(pattern: Pattern) -> dict[str, Any]:
+    """Joint removal, a short block refit, and for unstructured patterns an allocation."""
+    refit = {"epochs": 1, "rate": 0.00625}
+    solver = {"name": "mrp", "tolerance": 0.02}
+    if isinstance(pattern, NM):
+        return {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve", "windows": 4}}
+
+
+def best(pattern: Pattern) -> dict[str, Any]:
+    """Joint mask search, a longer block refit, and for unstructured patterns an allocation.
+
+    At n:m patterns there is no allocation: mixed patterns don't run on hardware made for one. The time goes to the
+    search.
+    """
+    refit = {"epochs": 4, "step_tokens": 1024, "val_fraction": 0.125}
+    if isinstance(pattern, NM):
+        solver = {"name": "admm", "search_iterations": 40}
+        return {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+    solver = {"name": "admm", "search_iterations": 12}
+    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
+
+
+PRESETS: dict[str, Callable[[Pattern], dict[str, Any]]] = {"fast": fast, "balanced": balanced, "best": best}
+
+
+def preset(name: str, pattern: str | float | Pattern) -> Recipe:
+    """A preset's recipe at a pattern.
+
+    Raises:
+        RecipeError: an unknown preset.
+    """
+    return Recipe.from_dict(preset_settings(name, parse_pattern(pattern)) | {"pattern": pattern})
+
+
+def preset_settings(name: str, pattern: Pattern) -> dict[str, Any]:
+    """What a preset says, as part of a recipe's data."""
+    if name not in PRESETS:
+        raise RecipeError(
+            f"unknown recipe {name!r}: choose {', '.join(PRESETS)}, or a file{nearest(name, list(PRESETS))}"
+        )
+    return PRESETS[name](pattern)

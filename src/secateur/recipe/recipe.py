@@ -1,0 +1,211 @@
+"""The recipe: everything that decides which weights a run removes and what the others become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
+
+from secateur.recipe.declare import Field, Number, RecipeError, Switch, Whole, options, plain, validated
+from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
+from secateur.recipe.sizes import parse_size
+from secateur.recipe.solvers import MRP, Solver
+from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+
+VERSION = 1
+MAX_SEED = 2**63 - 1  # torch's
+OWN_BATCHES = "batches"  # the calibration source of a run on the caller's own tensors
+
+PatternField = Annotated[
+    Pattern,
+    PlainValidator(parse_pattern),
+    PlainSerializer(str),
+    WithJsonSchema({"type": ["string", "number"], "examples": ["50%", 0.5, "2:4"]}),
+]
+
+
+def _several(value: Any) -> Any:
+    """A tuple of globs from one glob or a list."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Globs = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_several, json_schema_input_type=str | list[str]),
+    PlainSerializer(lambda globs: globs[0] if len(globs) == 1 else list(globs)),
+]
+
+
+def _checked_size(size: Any) -> str | int:
+    """A size as it is written, once it is known to be one."""
+    parse_size(size)
+    return size
+
+
+Size = Annotated[
+    str | int,
+    PlainValidator(_checked_size),
+    WithJsonSchema({"type": ["string", "integer"]}),
+]
+
+
+@options
+class Rule:
+    """What holds for the matrices that `match` names. The last rule that matches a matrix decides."""
+
+    match: Globs = Field(min_length=1, description="Globs on matrix names, such as `*.mlp.*`.")
+    pattern: PatternField | None = Field(default=None, description="Pattern of these matrices; empty = the recipe's.")
+    solver: Solver | None = Field(default=None, description="Solver of these matrices; empty = the recipe's.")
+    dense: Switch | None = Field(
+        default=None, description="true leaves them dense; false prunes what is dense by default, such as routers."
+    )
+
+    def __post_init__(self) -> None:
+        if self.pattern is None and self.solver is None and self.dense is None:
+            raise RecipeError("a rule needs a pattern, a solver or dense")
+        if self.dense and (self.pattern is not None or self.solver is not None):
+            raise RecipeError("a rule with dense: true can't have a pattern or a solver", ("dense",))
+
+
+@options
+class CalibrationText:
+    """The text that a run looks at."""
+
+    source: str | None = Field(
+        default=None,
+        description="Text file, folder, JSONL or data set; empty = the shipped text. Data sets: c4, wikitext2, ptb, or "
+        "any on the hub.",
+    )
+    samples: Whole = Field(default=128, ge=1, description="Calibration sequences.")
+    seq_len: Whole | None = Field(
+        default=None, ge=2, description="Tokens a sequence; empty = 2048, or fewer where the model has fewer positions."
+    )
+
+
+@options
+class Recipe:
+    """A whole recipe. Sections that are empty (None) are off.
+
+    Raises, when it is made:
+        RecipeError: an unknown option, a wrong type, a value out of range, or options that do not go together.
+    """
+
+    version: Literal[1] = Field(default=VERSION, description="Version of the recipe format.")
+    pattern: PatternField = Field(
+        default=Unstructured(0.5),
+        description="Share such as 50%, or n:m such as 2:4. n weights of every m stay nonzero along the input.",
+    )
+    solver: Solver = Field(default=MRP(), description="mrp, admm, sparsegpt, wanda, magnitude. Or a plug-in's.")
+    damping: Number = Field(default=0.01, gt=0, description="Damping of Hessians, relative to their mean diagonal.")
+    target: DenseTarget | None = Field(default=None, description="Fit to the dense model; empty = to own outputs.")
+    refine: SwapRefinement | None = Field(default=None, description="Exchanges to a 1-swap optimum after the solver.")
+    refit: BlockRefit | None = Field(default=None, description="Refit of each block's kept weights.")
+    allocation: Allocation | None = Field(default=None, description="Spread of zeros over matrices; empty = even.")
+    true_sequential: Switch = Field(default=False, description="Observe a block again after each group of matrices.")
+    rules: Annotated[
+        tuple[Rule, ...], BeforeValidator(lambda found: tuple(found) if isinstance(found, list) else found)
+    ] = Field(default=(), description="Exceptions for matrices by name; the last match wins.")
+    calibration: CalibrationText = Field(default=CalibrationText(), description="The text that the run looks at.")
+    seed: Whole = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw and of the refit.")
+    max_memory: Size | None = Field(
+        default=None,
+        description="Cap besides the weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_together(self.pattern, self.solver, ("solver", "mask"))
+        if isinstance(self.pattern, NM) and self.allocation is not None and self.allocation.rule == "owl":
+            raise RecipeError(
+                f"allocation owl has no form for {self.pattern}: use curve, which mixes patterns of one m",
+                ("allocation", "rule"),
+            )
+        for number, rule in enumerate(self.rules):
+            if not rule.dense:
+                _check_together(rule.pattern or self.pattern, rule.solver or self.solver, ("rules", number))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole recipe as plain data, as its file holds it."""
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            RecipeError: as `Recipe` says, or data of a newer version.
+        """
+        version = data.get("version", VERSION)
+        if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
+            raise RecipeError(
+                f"version is {version}: this secateur reads recipes up to version {VERSION}; upgrade it", ("version",)
+            )
+        return validated(cls, data)
+
+    @classmethod
+    def preset(cls, name: str, pattern: str | float | Pattern = "50%") -> Recipe:
+        """`fast`, `balanced` or `best`, at a pattern."""
+        from secateur.recipe.presets import preset
+
+        return preset(name, pattern)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """A recipe from a YAML or JSON file, or from a `secateur.json`.
+
+        Raises:
+            RecipeError: a file that is no recipe; the message names file, line and option.
+        """
+        from secateur.recipe.files import read_recipe
+
+        return read_recipe(Path(path)).recipe()
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole recipe as YAML, with the help text of each option beside it."""
+        from secateur.recipe.files import to_yaml
+
+        Path(path).write_text(to_yaml(self), encoding="utf-8")
+
+    def changed(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with some options changed, by dotted name: `{"refit.rate": 0.01}`.
+
+        An option of a section that is off turns the section on.
+        """
+        from secateur.recipe.settings import apply_settings
+
+        return Recipe.from_dict(apply_settings(self.to_dict(), settings))
+
+    def without_calibration(self) -> Recipe:
+        """The recipe with the default text: what is said of the weights apart from the text."""
+        return replace(self, calibration=CalibrationText())
+
+    def summary(self) -> str:
+        """Solver and steps in a line: `admm, curve allocation, block refit of 4 epochs`."""
+        parts = [self.solver.name]
+        if self.target is not None:
+            parts.append(f"{self.target.kind} target of strength {self.target.strength:g}")
+        if self.allocation is not None:
+            parts.append(f"{self.allocation.rule} allocation")
+        if self.refine is not None:
+            parts.append("refined by swaps")
+        if self.refit is not None:
+            parts.append(f"block refit of {self.refit.epochs} epoch{'s' * (self.refit.epochs != 1)}")
+        if self.rules:
+            parts.append(f"{len(self.rules)} rule{'s' * (len(self.rules) != 1)}")
+        return ", ".join(parts)
+
+
+def _check_together(pattern: Pattern, solver: Any, location: tuple[str | int, ...]) -> None:
+    if isinstance(solver, MRP) and solver.mask == "M" and not isinstance(pattern, NM):
+        raise RecipeError(
+            f"mask M enumerates the patterns of n:m groups and has no form for the unstructured {pattern}: use mask S, "
+            f"or a pattern such as 2:4",
+            location,
+        )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | TypeAdapter(Recipe).json_schema()

@@ -1,0 +1,130 @@
+"""From what a user asks for (a recipe by name, file or object, and single options) to one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.recipe.declare import RecipeError, plain
+from secateur.recipe.files import RecipeFile, read_recipe
+from secateur.recipe.patterns import parse_pattern
+from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
+from secateur.recipe.recipe import Recipe
+from secateur.recipe.settings import apply_settings, stated_settings, value_at
+
+SHORTCUTS = {  # keyword and flag -> option of the recipe
+    "pattern": "pattern",
+    "solver": "solver",
+    "calibration": "calibration.source",
+    "samples": "calibration.samples",
+    "seq_len": "calibration.seq_len",
+    "seed": "seed",
+    "max_memory": "max_memory",
+}
+
+
+def resolve_recipe(
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **shortcuts: Any,
+) -> Recipe:
+    """The recipe of a run.
+
+    Args:
+        recipe: a recipe, its data, the name of a preset or of a file. None is the preset `balanced`, or the solver
+            alone where one is named.
+        settings: options by dotted name, which win over the recipe.
+        include: globs; only these matrices are pruned.
+        exclude: globs; these matrices stay dense.
+        shortcuts: options by the names of `SHORTCUTS`, None = not given. They may fill in what the recipe leaves open,
+            and may not contradict it.
+
+    Raises:
+        RecipeError: an unknown name or option, a wrong value, or a shortcut that contradicts the recipe.
+    """
+    given = {SHORTCUTS[name]: value for name, value in shortcuts.items() if value is not None}
+    settings = dict(settings or {})
+    data, file = _stated(recipe, given, settings)
+    for option, value in given.items():
+        data = _filled_in(data, file, recipe, option, value)
+    data = apply_settings(data, settings)
+    added = _rules(include, exclude, bool(data.get("rules")))
+    if added:
+        data["rules"] = [*_rules_of(data), *added]
+    return Recipe.from_dict(data) if file is None else file.recipe(data)
+
+
+def _stated(
+    recipe: Recipe | str | Path | Mapping[str, Any] | None, given: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], RecipeFile | None]:
+    """What the recipe says, as data, and the file that it comes from."""
+    if isinstance(recipe, Recipe):
+        return stated_settings(recipe), None
+    if isinstance(recipe, Mapping):
+        return dict(recipe), None
+    if recipe is None:
+        if {"solver", "solver.name"} & {*given, *settings}:
+            return {}, None
+        recipe = DEFAULT_PRESET
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(
+            f"recipe is a {type(recipe).__name__}: give a Recipe, a preset's name, a file or a dictionary"
+        )
+    if str(recipe) not in PRESETS and (Path(recipe).suffix or Path(recipe).exists()):
+        file = read_recipe(Path(recipe).expanduser())
+        return dict(file.data), file
+    pattern = settings.get("pattern", given.get("pattern", "50%"))
+    return preset_settings(str(recipe), parse_pattern(pattern)), None
+
+
+def _filled_in(data: dict[str, Any], file: RecipeFile | None, recipe: Any, option: str, value: Any) -> dict[str, Any]:
+    """The data with an option that it leaves open.
+
+    Raises:
+        RecipeError: it says something else.
+    """
+    stated = value_at(data, option)
+    if stated is None:
+        return apply_settings(data, {option: value})
+    if _same(option, stated, value):
+        return data
+    place = file.place(tuple(option.split("."))) if file is not None else f"the recipe {recipe}"
+    place = "the recipe" if isinstance(recipe, Recipe | Mapping) else place
+    shortcut = next(name for name, known in SHORTCUTS.items() if known == option)
+    raise RecipeError(
+        f"{place} says {option}: {_short(stated)}, and ‹{shortcut}={_short(value)}› contradicts it: leave one out, or "
+        f"change the recipe with ‹settings.{option}={_short(value)}›",
+        tuple(option.split(".")),
+    )
+
+
+def _same(option: str, stated: Any, value: Any) -> bool:
+    """Whether two spellings of an option mean the same."""
+    try:
+        ours, theirs = (plain(Recipe.from_dict(apply_settings({}, {option: each}))) for each in (stated, value))
+    except SecateurError:  # a wrong value is named when the whole recipe is checked
+        return stated == value
+    return ours == theirs
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        return str(value["name"])
+    return str(getattr(value, "name", value))
+
+
+def _rules_of(data: Mapping[str, Any]) -> list[Any]:
+    rules = data.get("rules") or []
+    return list(rules) if isinstance(rules, list | tuple) else [rules]  # what is wrong is named with the whole recipe
+
+
+def _rules(include: Sequence[str], exclude: Sequence[str], with_others: bool) -> list[dict[str, Any]]:
+    """Rules for what `include` and `exclude` name."""
+    if include and with_others:
+        raise RecipeError("‹include› can't be combined with a recipe's rules: write a rule for the others instead")
+    only = [{"match": "*", "dense": True}, {"match": list(include), "dense": False}] if include else []
+    return only + ([{"match": list(exclude), "dense": True}] if exclude else [])

@@ -1,0 +1,70 @@
+"""Options of the steps around a solver, one frozen dataclass each. `secateur.pruning` has the code that reads them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from secateur.recipe.declare import Field, Number, Whole, options
+
+
+@options
+class DenseTarget:
+    """Fit matrices to the dense model's outputs instead of their own on pruned inputs."""
+
+    kind: Literal["dense", "residual"] = Field(
+        default="dense",
+        description="dense = the dense outputs; residual = dense, and writes into the residual stream also correct the "
+        "block's output.",
+    )
+    strength: Number = Field(
+        default=0.25, ge=0, le=1, description="From 0 (the matrix's own outputs) to 1, which overfits few tokens."
+    )
+
+
+@options
+class SwapRefinement:
+    """Exchange kept and pruned weights of a row until no exchange of two lowers the loss."""
+
+    max_swaps: Whole = Field(default=1000, ge=1, description="Exchanges a row after which the search stops anyway.")
+    tolerance: Number = Field(default=1e-4, gt=0, lt=1, description="Tolerance of the full-row refit that follows.")
+    max_iterations: Whole = Field(default=200, ge=1, description="Iterations after which that refit stops anyway.")
+
+
+@options
+class BlockRefit:
+    """Hold the masks of a block and move its kept weights until its output matches the dense block's, by Adam."""
+
+    epochs: Whole = Field(default=4, ge=0, description="Epochs over the calibration batches.")
+    rate: Number = Field(
+        default=0.025,
+        gt=0,
+        lt=1,
+        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Where no epoch helps, a quarter "
+        "of it is tried, and a sixteenth.",
+    )
+    val_fraction: Number = Field(
+        default=0.0625,
+        gt=0,
+        lt=1,
+        description="Validation share of the calibration batches; it decides which weights are kept.",
+    )
+    step_tokens: Whole = Field(default=512, ge=1, description="Tokens of a step, in whole sequences.")
+    strength: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Target: from 0, the dense block on pruned inputs, to 1, the dense block on dense inputs.",
+    )
+
+
+@options
+class Allocation:
+    """Spread the zeros of `pattern` over the matrices; their total stays exact."""
+
+    rule: Literal["owl", "curve"] = Field(
+        default="curve",
+        description="owl = blocks with many outliers lose less (arXiv 2310.05175); curve = minimise measured layer "
+        "losses, weighted by the Fisher information of each output row.",
+    )
+    spread: Number = Field(default=0.3, gt=0, lt=1, description="How far a matrix may be from the global sparsity.")
+    windows: Whole = Field(default=8, ge=1, description="Calibration sequences that the allocation looks at.")

@@ -1,0 +1,110 @@
+"""Finished blocks on disk: written before the next begins, mapped from their files from then on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.models.blocks import Block
+from secateur.models.placement import WeightPlacement
+from secateur.pruning.context import StorageOf
+from secateur.pruning.report import BlockFigures, BlockReport, MatrixReport
+from secateur.resume.block_files import check_digest, map_from_file, open_block
+from secateur.resume.manifest import RunManifest
+from secateur.runtime import distributed
+from secateur.runtime.atomic_files import fsync, sha256
+
+
+class JournalledBlocks:
+    """The store of a run from files: blocks are durable once they are finished. Rank 0 alone writes.
+
+    Attributes:
+        passed: blocks that this process is past; their weights are mapped from their files.
+    """
+
+    def __init__(self, manifest: RunManifest, placement: WeightPlacement, storage_of: StorageOf) -> None:
+        """Write to the manifest's journal.
+
+        Args:
+            manifest: of the run.
+            placement: where the other weights are.
+            storage_of: dtype that each parameter is saved in.
+        """
+        self.manifest, self.placement, self.storage_of = manifest, placement, storage_of
+        self.passed: set[str] = set()
+
+    @contextmanager
+    def onload_block(self, block: Block) -> Iterator[None]:
+        """Onload the block; once the run is past it, its weights are those of its file."""
+        with self.placement.onload_block(block):
+            yield
+        if block.name in self.passed:
+            map_from_file(self.path_of(block.name), block.parameters)
+
+    def onload_model(self, model: nn.Module, stubbed: Sequence[Block] = ()) -> AbstractContextManager[None]:
+        """Onload as the placement does."""
+        return self.placement.onload_model(model, stubbed)
+
+    def finished(self, block: Block) -> BlockFigures | None:
+        """The figures of a block that an earlier process finished.
+
+        Raises:
+            SecateurError: a damaged file.
+        """
+        digest = self.manifest.state.blocks.get(block.name)
+        if digest is None:
+            return None
+        path = self.path_of(block.name)
+        check_digest(path, digest)
+        with open_block(path) as file:
+            figures = json.loads(file.metadata()["figures"])
+            refit = figures["refit"]
+            matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
+            self.passed.add(block.name)
+            return BlockFigures(matrices, None if refit is None else BlockReport(**refit), figures["chunk"])
+
+    def path_of(self, block: str) -> Path:
+        """The file of a block that the manifest names."""
+        return self._path(list(self.manifest.state.blocks).index(block))
+
+    def _path(self, number: int) -> Path:
+        return self.manifest.folder / f"block-{number:05d}.safetensors"
+
+    def commit(self, block: Block, figures: BlockFigures) -> None:
+        """Make a finished block durable.
+
+        Raises:
+            SecateurError: the disk is full or not writable; the blocks before it are kept.
+        """
+        if distributed.is_main():
+            self._write(block, figures)
+        self.manifest.take_state_of_main()
+        self.passed.add(block.name)
+
+    def _write(self, block: Block, figures: BlockFigures) -> None:
+        blocks = self.manifest.state.blocks
+        path = self._path(len(blocks))
+        try:
+            save_file(self._tensors(block), path, metadata={"figures": json.dumps(asdict(figures))})
+            fsync(path)
+            self.manifest.update(blocks=blocks | {block.name: sha256(path)})
+        except (OSError, SafetensorError) as error:
+            raise SecateurError(f"{block.name} could not be written to {self.manifest.folder} ({error})") from error
+
+    def _tensors(self, block: Block) -> dict[str, Tensor]:
+        """The block's pruned parameters, in the narrower of the dtypes that they are held and saved in."""
+        tensors = {}
+        for name, parameter in block.parameters.items():
+            own, saved = parameter.dtype, self.storage_of(name, parameter.dtype)
+            dtype = saved if torch.finfo(saved).bits < torch.finfo(own).bits else own
+            tensors[name] = parameter.data.to(device="cpu", dtype=dtype).contiguous()
+        return tensors

@@ -1,0 +1,58 @@
+"""Versions, threads and devices: what a repeat of a run needs to be the same."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from secateur.errors import SecateurError
+
+PACKAGES = ("secateur", "torch", "transformers", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of packages, Python and platform, and the number of threads."""
+    return {package: version(package) for package in PACKAGES} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Check that this machine and this build of torch have a device.
+
+    Raises:
+        SecateurError: they do not.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SecateurError(f"‹device› is {device!r}, which can't be used here: {reason}") from error
+
+
+def processor_name(device: str) -> str:
+    """The GPU's name, or the instruction set that torch uses on the CPU."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from an environment variable, such as WORLD_SIZE.
+
+    Raises:
+        SecateurError: it holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise SecateurError(f"the environment variable {name} is {text!r}: torchrun sets it to a whole number")
+    return int(text)
