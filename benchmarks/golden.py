@@ -1,4 +1,4 @@
-"""Relative layer errors on the golden matrices, beside those of the reference implementations.
+"""Relative layer errors on the golden matrices, next to those of the reference implementations.
 
 python benchmarks/golden.py --golden ../shared/golden --out benchmarks/results/golden.json
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
-Writes random models to disk, prunes each by `secateur prune` in a process of its own, and samples that process's
+Writes random models to disk, prunes each by `secateur prune` in a separate process, and samples that process's
 anonymous memory (RssAnon: what is not mapped from a file, which the system can't drop) every 10 ms. Random weights:
 memory doesn't depend on them. Bytes read from the disk are counted too, which says how often a model that is larger
 than memory was read. Runs that the JSON already has are replaced one by one, the others stay.
@@ -137,7 +137,7 @@ def write_model(folder: Path, case: Case) -> Path:
 
 
 def measure(model: Path, out: Path, flags: tuple[str, ...], cgroup: Path | None) -> dict[str, Any]:
-    """Prune in a process of its own; its peak of anonymous memory in bytes, and seconds."""
+    """Prune in a separate process; its peak of anonymous memory in bytes, and seconds."""
     command = [sys.executable, "-m", "secateur", "prune", str(model), str(out), *flags, "--overwrite"]
     command += ["--seq-len", str(LENGTH), "--max-shard-size", "500MB"]
     if cgroup is not None:  # the shell joins, and becomes the command

@@ -110,7 +110,7 @@ def measure(W: Tensor, H: Tensor, pattern: str, repeats: int, cases: dict[str, d
 
 
 def count_flops(W: Tensor, H: Tensor, pattern: str, options: dict[str, Any]) -> int | None:
-    """In a run of its own, as counting slows small products down; None for the widest, whose run takes minutes."""
+    """In a separate run, as counting slows small products down; None for the widest, whose run takes minutes."""
     if len(H) > COUNTED:
         return None
     with FlopCounterMode(display=False) as counter:

@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of golden figures and real texts beside the checkout."""
+    """The folder of golden figures and real texts next to the checkout."""
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not there: golden figures and real texts are kept beside the checkout")
+        pytest.skip(f"{SHARED} is not there: golden figures and real texts are kept next to the checkout")
     return SHARED

@@ -206,7 +206,7 @@ def test_experts_that_see_few_tokens_or_none_are_measured():
 
 
 def test_predictions_are_not_always_one_a_token_of_the_mask():
-    """A classifier gives one row a text, a decoder one for each of its own tokens."""
+    """A classifier gives one row a text, a decoder one for each of the text's tokens."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=128, **small))
     t5 = transformers.T5ForConditionalGeneration(

@@ -1,6 +1,6 @@
 """Every causal language model class that transformers can build from a configuration: pruned whole, and exactly.
 
-`benchmarks/coverage.py` goes further (a second pattern, magnitude beside it, saving and loading) and writes
+`benchmarks/coverage.py` goes further (a second pattern, magnitude too, saving and loading) and writes
 docs/architectures.md.
 """
 

@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
 
 
 def test_missing_text_and_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"is no file, folder or data set name \(short names: c4, wikitext2, ptb\)"):
+    with pytest.raises(ValueError, match=r"is not a file, folder or data set name \(short names: c4, wikitext2, ptb\)"):
         list(read_documents(tmp_path / "no.txt"))
     with pytest.raises(ValueError, match="holds no .txt or .jsonl"):
         list(read_documents(tmp_path))

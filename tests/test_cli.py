@@ -630,7 +630,7 @@ BAD_REQUESTS = {
     ("--seq-len", "65"): "--seq-len is 65, but the model has 64 positions",
     ("--samples", "0"): "calibration.samples is 0",
     ("--exclude", "*.nothing"): "no matrix matches",
-    ("--calibration", "absent.txt"): "absent.txt is no file",
+    ("--calibration", "absent.txt"): "absent.txt is not a file",
     ("--nonsense",): "No such option",
 }
 

@@ -223,6 +223,6 @@ def test_a_cell_ends_with_the_comparison_that_was_killed(tmp_path):
 
 
 def is_running(pid):
-    """Whether a process exists and is no zombie that waits for its new parent to collect it."""
+    """Whether a process exists and is not a zombie that waits for its new parent to collect it."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -26,7 +26,7 @@ FLAGS = ("--recipe", "balanced", "--samples", "8", "--seq-len", "32")
 
 
 def torchrun(processes: int, *arguments: object) -> list[str]:
-    """The command of so many processes."""
+    """The command for a number of processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
     port = ["--master-port", 0, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return [str(part) for part in [*launcher, *port, *arguments]]

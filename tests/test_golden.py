@@ -1,4 +1,4 @@
-"""Real matrices of SmolLM2 against figures of the reference implementations (kept beside the checkout)."""
+"""Real matrices of SmolLM2 against figures of the reference implementations (kept next to the checkout)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def left_on_gpu():
 
 
 def check_alike(ours, theirs, report, other):
-    """The same masks, but for ties, and the same errors: kernels round differently, and sums differ by it."""
+    """The same masks, except for ties, and the same errors: kernels round differently, and sums differ by it."""
     assert ours.keys() == theirs.keys()
     apart = sum(int(((ours[name] == 0) != (theirs[name].cpu() == 0)).sum()) for name in ours)
     assert apart <= sum(tensor.numel() for tensor in ours.values()) / 1000

@@ -1,4 +1,4 @@
-"""Mamba: every projection is pruned by the statistics of its own input, computed here from the model's equations."""
+"""Mamba: every projection is pruned by the statistics of its input, computed here from the model's equations."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_weights_that_can_run_as_they_lie_in_their_files_are_copied_only_to_be_w
 
 @pytest.mark.parametrize("family", ["bart", "mamba"])
 def test_what_a_mapped_model_leaves_dense_is_what_one_in_memory_does(family, tmp_path):
-    """Copying weights in is no use of them: cross-attention without an encoder stays dense, and so does A_log."""
+    """Copying weights in does not count as a use: cross-attention without an encoder stays dense, and so does A_log."""
     tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     character_tokenizer().save_pretrained(tmp_path / "model")
     settings = {"pattern": "50%", "solver": "magnitude", "calibration": BATCHES}
@@ -309,7 +309,7 @@ def test_layers_that_share_a_tensor_and_stay_leave_it_as_it_was():
 
 
 def tensors_in(call):
-    """All tensors that a block is called with beside its hidden states."""
+    """All tensors that a block is called with in addition to its hidden states."""
     leaves, _ = tree_flatten((call.args, call.kwargs))
     found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     assert found

@@ -185,7 +185,7 @@ def cut():
 
 
 def stopped_while_saving(source, out, monkeypatch, shards):
-    """Leave so many whole shards in `out`."""
+    """Leave a number of whole shards in `out`."""
     keep = publish.Publisher.keep_shard
 
     def kept(self, *others):

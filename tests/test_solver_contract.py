@@ -167,7 +167,7 @@ def test_the_first_block_is_compensated_jointly(name, pattern):
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(4, 8)], ids=case_id)
 def test_more_joint_is_better_on_average(pattern):
-    """Losses summed over problems: wanda > sparsegpt > full row; block-wise joint removal is no worse than single."""
+    """Losses summed over problems: wanda > sparsegpt > full row; block-wise joint removal is at most single removal."""
     names = ["magnitude", "wanda", "sparsegpt", "mrp-SM-32", "mrp"]
     total = dict.fromkeys(names, 0.0)
     for seed in range(6):

@@ -25,7 +25,7 @@ from secateur.errors import SecateurError
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 2048  # of a forward pass; wider ones are no faster, and scans over positions (Mamba) get more steps
+BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None

@@ -168,7 +168,7 @@ def _is_never_called(block: Block, matrix: Matrix, seen: Observations) -> bool:
 def routed_matrices(blocks: Sequence[Block], seen: Observations, num_tokens: int) -> frozenset[str]:
     """Experts that saw only some tokens: slices of a 3-D parameter, and elements of a list that differ in theirs.
 
-    Cross-attention sees another number of tokens than the rest of its block, but all of its own.
+    Cross-attention sees another number of tokens than the rest of its block, but the same number in all its matrices.
 
     Args:
         blocks: the observed blocks.

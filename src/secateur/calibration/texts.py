@@ -59,7 +59,7 @@ def read_documents(source: str | Path | None, seed: int = 0, evaluation: bool = 
     elif is_dataset(source):
         yield from _stream_dataset(str(source), seed, evaluation)
     else:
-        raise SecateurError(f"{source} is no file, folder or data set name (short names: {', '.join(DATASETS)})")
+        raise SecateurError(f"{source} is not a file, folder or data set name (short names: {', '.join(DATASETS)})")
 
 
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
@@ -150,7 +150,7 @@ def name_of(source: str | Path | None) -> str:
 
 
 def is_dataset(source: str | Path | None) -> bool:
-    """Whether a source that is no file names a data set: a short name, or `owner/name` without a text file's suffix."""
+    """Whether a source that is not a file names a data set: a short name, or `owner/name` without a text file's suffix."""
     if source is None or Path(source).exists():
         return False
     name = str(source)
@@ -187,7 +187,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     """A message of a conversation whose content is text; parts of content are joined, and what is empty is "".
 
     Raises:
-        SecateurError: a message without a role, or content that is no text.
+        SecateurError: a message without a role, or content that is not text.
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise SecateurError(f"{place}: a message needs a `role` and a `content`")

@@ -41,7 +41,7 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write model, tokenizer, every other file of the source, report, recipe and card to the publisher's folder.
 
-    The publisher knows which shards are whole, and is told of each that follows. Memory: one shard.
+    The publisher knows which shards are whole, and records each that follows. Memory: one shard.
 
     Args:
         checkpoint: the pruned model.

@@ -44,7 +44,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     for path in shard_paths:
         try:
             with safe_open(path, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                for key in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
                     dtype = shard.get_slice(key).get_dtype()
                     shards[key] = path
                     if dtype in FLOATS:

@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
 
 DEFAULT_WINDOW = 1024
-MAX_LOSS = 700.0  # nats; exp of a little more is no float
+MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
 

@@ -28,7 +28,7 @@ def run_tasks(
         model: in memory.
         tokenizer: of the model.
         tasks: names that the harness knows, or that YAML files in `task_dir` define.
-        task_dir: a folder of YAML tasks. The harness's own tasks stay known beside them.
+        task_dir: a folder of YAML tasks. The harness's own tasks stay available.
         limit: take the first documents of each task only.
         batch_size: documents at a time.
 

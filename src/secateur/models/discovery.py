@@ -76,7 +76,7 @@ def find_block_chains(
 ) -> ModelStructure:
     """The chains that run on calibration inputs, with the matrices to prune in each block.
 
-    Candidates are the outermost `ModuleList`s whose elements hold matrices in modules of their own (a list of plain
+    Candidates are the outermost `ModuleList`s whose elements hold matrices in submodules (a list of plain
     `Linear`s is heads or projections). Which of them run, and how, is watched on the first sequence of a batch.
 
     Args:
@@ -96,7 +96,7 @@ def find_block_chains(
     if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no prunable block: blocks are elements of a ModuleList that hold matrices in "
-            f"modules of their own, and its parts are {_parts(model)}. Put its layers into a ModuleList, or prune "
+            f"submodules, and its parts are {_parts(model)}. Put its layers into a ModuleList, or prune "
             f"single matrices by secateur.solve"
         )
     inputs = _first_sequence(batch, device_of(model))
@@ -137,7 +137,7 @@ def _parts(model: nn.Module) -> str:
 
 
 def _lists_of_layers(model: nn.Module) -> dict[str, Layers]:
-    """The outermost lists whose elements hold matrices in modules of their own, by path."""
+    """The outermost lists whose elements hold matrices in submodules, by path."""
     lists: dict[str, Layers] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in lists):

@@ -19,7 +19,7 @@ from secateur.models.blocks import Block, BlockCall
 
 @dataclass(frozen=True)
 class StubOutput:
-    """What a block returns: hidden states, alone or in a tuple with values that are no tensors.
+    """What a block returns: hidden states, alone or in a tuple with values that are not tensors.
 
     Args:
         rest: what follows the hidden states in the tuple; None = they are returned alone.

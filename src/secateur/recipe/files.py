@@ -62,7 +62,7 @@ def read_recipe(path: Path) -> RecipeFile:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path} is larger than {MAX_BYTES >> 20} MB: it is no recipe")
+            raise RecipeError(f"{path} is larger than {MAX_BYTES >> 20} MB: it is not a recipe")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -76,7 +76,7 @@ def read_recipe(path: Path) -> RecipeFile:
         raise RecipeError(f"{path}{where}: not valid YAML ({problem})") from error
     if not isinstance(found, CommentedMap):
         kind = "empty" if found is None else type(found).__name__.removeprefix("Commented").lower()
-        raise RecipeError(f"{path} is no recipe: it must be a mapping such as `pattern: 50%`, but it is {kind}")
+        raise RecipeError(f"{path} is not a recipe: it must be a mapping such as `pattern: 50%`, but it is {kind}")
     if "summary" in found and isinstance(found.get("recipe"), CommentedMap):  # a secateur.json
         found = found["recipe"]
     return RecipeFile(path, plain_data(found), dict(_lines(found)))
@@ -96,7 +96,7 @@ def _lines(node: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[
 
 
 def to_yaml(recipe: Recipe, note: str = "") -> str:
-    """A whole recipe as YAML, with the help text of each option beside it.
+    """A whole recipe as YAML, with the help text of each option.
 
     Args:
         recipe: the recipe.

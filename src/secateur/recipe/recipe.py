@@ -156,14 +156,14 @@ class Recipe:
         """A recipe from a YAML or JSON file, or from a `secateur.json`.
 
         Raises:
-            RecipeError: a file that is no recipe; the message names file, line and option.
+            RecipeError: a file that is not a recipe; the message names file, line and option.
         """
         from secateur.recipe.files import read_recipe
 
         return read_recipe(Path(path)).recipe()
 
     def save(self, path: str | Path) -> None:
-        """Write the whole recipe as YAML, with the help text of each option beside it."""
+        """Write the whole recipe as YAML, with the help text of each option."""
         from secateur.recipe.files import to_yaml
 
         Path(path).write_text(to_yaml(self), encoding="utf-8")

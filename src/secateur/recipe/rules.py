@@ -31,7 +31,7 @@ class MatrixRecipe:
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob names a matrix, or spells it out: brackets of an expert's name are no set of characters then."""
+    """Whether a glob matches a matrix's name, or equals it: an expert's name has brackets, which a glob reads as a set."""
     return name == glob or fnmatchcase(name, glob)
 
 

@@ -14,7 +14,7 @@ def parse_size(size: Any, option: str = "max_memory") -> int:
     """Bytes of a size such as `8GB`, `500 MiB` or 1000000.
 
     Raises:
-        SecateurError: it is no size, or zero.
+        SecateurError: not a size, or zero.
     """
     text = str(size).strip().upper() if not isinstance(size, bool) else ""
     found = re.fullmatch(r"(\d+)\s*((?:[KMGT]I?)?)B?", text)

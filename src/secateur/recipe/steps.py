@@ -9,12 +9,12 @@ from secateur.recipe.declare import Field, Number, Whole, options
 
 @options
 class DenseTarget:
-    """Fit matrices to the dense model's outputs instead of their own on pruned inputs."""
+    """Fit matrices to the dense model's outputs instead of what their own weights give on pruned inputs."""
 
     kind: Literal["dense", "residual"] = Field(
         default="dense",
-        description="dense = the dense outputs; residual = dense, and writes into the residual stream also correct the "
-        "block's output.",
+        description="dense = the dense outputs; residual = dense, and writes into the residual stream also correct "
+        "the block's output.",
     )
     strength: Number = Field(
         default=0.25, ge=0, le=1, description="From 0 (the matrix's own outputs) to 1, which overfits few tokens."
@@ -39,8 +39,8 @@ class BlockRefit:
         default=0.025,
         gt=0,
         lt=1,
-        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Where no epoch helps, a quarter "
-        "of it is tried, and a sixteenth.",
+        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Where no epoch helps, a "
+        "quarter of it is tried, and a sixteenth.",
     )
     val_fraction: Number = Field(
         default=0.0625,

@@ -22,7 +22,7 @@ from secateur.runtime import distributed
 from secateur.runtime.atomic_files import atomic_write, fsync, sha256
 
 OUTCOME, FINISHED = "outcome.json", "finished"
-LAST_MOVED = "config.json"  # without it a folder is no model, so no half-moved folder is one
+LAST_MOVED = "config.json"  # without it a folder is not a model, so a half-moved folder never is
 
 
 def read_outcome(manifest: RunManifest) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def memory_budget(max_memory: str | int | None, folder: str | Path | None) -> Me
     """
     path = None if folder is None else Path(folder).expanduser().resolve()
     if path is not None and not (path.is_dir() and os.access(path, os.W_OK)):
-        raise SecateurError(f"‹offload_dir› is {path}, which is no folder that can be written")
+        raise SecateurError(f"‹offload_dir› is {path}, which is not a folder that can be written")
     return MemoryBudget(None if max_memory is None else parse_size(max_memory), path)
 
 

@@ -2,7 +2,7 @@
 
 Each row keeps `[-A, t; t^T, S]`, its Hessian after the classical sweep operator on the kept set K: `A = [H_KK]^-1`,
 `t = A H_KP`, `S` the Schur complement on the pruned set P, with the optimal weights `w_K` and the gradient
-`g_P = ((W0 - W) Hd)_P` beside it. Exchanging kept i for pruned j lowers the row's loss by exactly
+`g_P = ((W0 - W) Hd)_P` with it. Exchanging kept i for pruned j lowers the row's loss by exactly
 
     (g_j + t_ij w_i / A_ii)^2 / (S_jj + t_ij^2 / A_ii)  -  w_i^2 / A_ii
 

@@ -1,21 +1,17 @@
-"""Write docs/architectures.md from benchmarks/results/coverage.json and encoder.json; or `--check` that it is current.
-
-python docs/make_architectures.py
-"""
+"""docs/architectures.md from benchmarks/results/coverage.json and encoder.json."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from pages import table, write_or_check
+from pages import DOCS, read_result, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
-ENCODER = RESULTS.with_name("encoder.json")
-PAGE = ROOT / "docs" / "architectures.md"
+
+def pages() -> dict[Path, str]:
+    """The page."""
+    return {DOCS / "architectures.md": page()}
 
 
 def passed_rows(families: dict[str, Any]) -> list[list[str]]:
@@ -33,7 +29,7 @@ def passed_rows(families: dict[str, Any]) -> list[list[str]]:
 
 def encoder_section() -> str:
     """A real sentence encoder, pruned through its own inputs."""
-    result = json.loads(ENCODER.read_text(encoding="utf-8"))
+    result = read_result("encoder")
     settings = result["settings"]
     rows = [
         [name, f"{cell['cosine']:.3f}", f"{cell['same_neighbour']:.2f}", f"{cell['layer_error']:.4f}"]
@@ -44,13 +40,13 @@ def encoder_section() -> str:
         f"## Beyond causal language models\n\n{settings['model']}, calibrated on {settings['windows']} x "
         f"{settings['length']} tokens of the shipped text, evaluated on {settings['windows']} windows of the shipped "
         f"evaluation text, by `benchmarks/encoder.py`. T5, Whisper, ViT and BERT are tiny and random in "
-        f"`tests/test_stacks.py`.\n\n{table(head, rows)}"
+        f"`tests/test_discovery.py`.\n\n{table(head, rows)}"
     )
 
 
 def page() -> str:
     """The page's text."""
-    sweep = json.loads(RESULTS.read_text(encoding="utf-8"))
+    sweep = read_result("coverage")
     families, summary, where = sweep["families"], sweep["summary"], sweep["environment"]
     failed = [
         [name, re.sub(r"/tmp/\w+/model", "MODEL", row["failure"])] for name, row in families.items() if "failure" in row
@@ -65,27 +61,23 @@ def page() -> str:
             f"({summary['passed'] / summary['built']:.1%}) of transformers {where['transformers']} pass the sweep, with no "
             f"class or function written for any of them. Its mapping has {summary['classes']}; "
             f"{summary['classes'] - summary['built']} can't be built from a configuration alone.",
-            f"Written by `{sweep['command']}` and `python docs/make_architectures.py`. Each class is built tiny and random "
+            f"Written by `{sweep['command']}` and `python tools/make_pages.py`. Each class is built tiny and random "
             f"and pruned to 50% and 2:4 by `mrp` on random tokens. It passes where every matrix of its layers is pruned to "
             f"exactly the target or left dense for a reason, the mean layer error is below magnitude's (columns 50% and "
             f"2:4: `mrp`'s as a multiple of it), the output is finite, and a saved copy loads with the same weights; magnitude prunes it from a folder to a "
-            f"folder, as the command does, and leaves the same matrices dense. To build them tiny, {summary['rows']} rows of `tests/zoo.py` name fields that a type needs besides.",
+            f"folder, as the command does, and leaves the same matrices dense. To build them tiny, {summary['rows']} rows of `tests/zoo.py` name fields that a type also needs.",
             table(head, passed_rows(families)),
             "## Pruned as one block",
-            "These run their layers in another way than once each, one after another. Every matrix is fitted to its inputs "
+            "These do not run each layer once, one after another. Every matrix is fitted to its inputs "
             "in the dense model, and the steps that need blocks (refit, dense targets, curve allocation) are refused.",
             table(["model type", "why"], whole),
             "## Not pruned",
             "Each is refused with the message below; where that names a matrix, `--exclude` leaves it dense and prunes the "
             "rest. Text models whose saved configuration AutoModelForCausalLM doesn't know can be pruned in memory.",
-            table(["model type", "what is said"], failed),
+            table(["model type", "message"], failed),
             "## Not built",
             table(["model type", "why"], unbuilt),
             encoder_section(),
             "",
         ]
     )
-
-
-if __name__ == "__main__":
-    write_or_check({PAGE: page()})

@@ -1,36 +1,22 @@
-"""Write docs/performance.md and its pictures from benchmarks/results; or `--check` that the page is current.
-
-    python docs/make_performance.py
-
-No number is typed by hand: each comes from a JSON that a script in benchmarks/ wrote.
-"""
+"""docs/performance.md and its pictures from benchmarks/results."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import picture, table, write_or_check
+from pages import DOCS, RESULTS, Picture, read_result, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "performance.md"
-MEMORY, PROCESSES, SOLVERS = (ROOT / "docs" / f"{name}.svg" for name in ("memory", "processes", "solvers"))
-# A recipe of llm-compressor's, and ours that are held against it.
+# A recipe of llm-compressor, and ours to compare with it.
 PEERS = (
     ("llmcompressor-sparsegpt", ("sparsegpt", "fast")),
     ("llmcompressor-wanda", ("wanda",)),
 )
 
 
-def read(name: str) -> Any:
-    return json.loads((RESULTS / name).with_suffix(".json").read_text(encoding="utf-8"))
-
-
 def memory_table() -> str:
     """Kinds of runs x layers, in MB of anonymous memory, with the ratio of the last column to the first."""
-    runs = read("memory")["runs"]
+    runs = read_result("memory")["runs"]
     layers = sorted({int(name.rsplit(", ", 1)[1].split()[0]) for name in runs if name.endswith("layers")})
     kinds = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in runs if name.endswith("layers")))
     rows = []
@@ -45,7 +31,7 @@ def memory_table() -> str:
 
 def large_lines() -> str:
     """The model of 4 GB, as it is and in a process that may hold less."""
-    runs, lines = read("memory")["runs"], []
+    runs, lines = read_result("memory")["runs"], []
     for name, where in (
         ("sparsegpt, 4 GB", ""),
         ("sparsegpt, capped, 4 GB", " in a memory cgroup of {limit:.1f} GB, pages of files included"),
@@ -65,7 +51,7 @@ def large_lines() -> str:
 
 
 def memory_settings() -> str:
-    run = read("memory")["runs"]["sparsegpt, 64 layers"]
+    run = read_result("memory")["runs"]["sparsegpt, 64 layers"]
     where = run["environment"]
     return (
         f"Random Llamas, and Mixtrals where there are experts (each a tensor in the files, fused as they are loaded), in "
@@ -75,7 +61,7 @@ def memory_settings() -> str:
 
 
 def kills_line() -> str:
-    resume = read("resume")
+    resume = read_result("resume")
     pruning, saving, ending = [], [], []
     for kill in resume["kills"]:
         (saving if kill["whole_shards"] is not None else ending if kill["published"] else pruning).append(kill)
@@ -94,7 +80,7 @@ def _counts(kills: list[dict[str, Any]], what: str) -> str:
 
 def peer_table() -> str:
     """Seconds and memory of a run against llm-compressor's, from the comparison that was timed."""
-    cells = read("compare/peers/compare.json")["cells"]
+    cells = read_result("compare/peers/compare")["cells"]
     by_name = {key.rsplit(" ", 2)[0]: cell for key, cell in cells.items() if key.endswith(" 50% 0")}
     rows = []
     for peer, ours in PEERS:
@@ -117,7 +103,7 @@ def peer_table() -> str:
 def parts_table() -> str:
     if not (RESULTS / "parts.json").is_file():
         return "Not measured."
-    runs = read("parts")["runs"]
+    runs = read_result("parts")["runs"]
     names = list(next(iter(runs.values()))["parts"])
     rows = [
         [method, *(f"{run['parts'][name]:.1f}" for name in names), f"{run['whole']:.1f}", f"{run['ratio']:.2f}"]
@@ -129,7 +115,7 @@ def parts_table() -> str:
 def sizes_table() -> str:
     if not (RESULTS / "sizes.json").is_file():
         return "Not measured."
-    rows, sizes = [], read("sizes")["rows"]
+    rows, sizes = [], read_result("sizes")["rows"]
     peak = max(row["flops_of_one_product"] / row["seconds_of_one_product"] for row in sizes)
     for row in sizes:
         for method, case in row["cases"].items():
@@ -144,7 +130,7 @@ def sizes_table() -> str:
                     share,
                 ]
             )
-    return table(["matrix, 50%", "method", "seconds", "time / sparsegpt", "error / sparsegpt", "of the peak"], rows)
+    return table(["matrix, 50%", "solver", "seconds", "time / sparsegpt", "error / sparsegpt", "of the peak"], rows)
 
 
 def sizes_picture() -> str:
@@ -154,7 +140,7 @@ def sizes_picture() -> str:
 def reference_table() -> str:
     if not (RESULTS / "reference.json").is_file():
         return "Not measured."
-    found = read("reference")
+    found = read_result("reference")
     rows = [
         [
             row["pattern"],
@@ -169,14 +155,14 @@ def reference_table() -> str:
         for name, case in row["cases"].items()
     ]
     size, where = found["size"], found["environment"]
-    head = [f"{size} x {size}", "method", "seconds", "time / reference", "error / reference", "operations", "reads"]
+    head = [f"{size} x {size}", "solver", "seconds", "time / reference", "error / reference", "operations", "reads"]
     return f"{table(head, rows)}\n\ntorch {where['torch']}, {where['device']}, {where['threads']} threads."
 
 
 def processes_table() -> str:
     if not (RESULTS / "processes.json").is_file():
         return "Not measured."
-    found = read("processes")
+    found = read_result("processes")
     rows = []
     for name, run in found["runs"].items():
         recipe, number = name.rsplit(", ", 1)
@@ -200,11 +186,11 @@ def page() -> str:
     """docs/performance.md."""
     return f"""# Performance
 
-Written by `python docs/make_performance.py` from `benchmarks/results/*.json`; do not edit.
+Written by `python tools/make_pages.py` from `benchmarks/results/*.json`; do not edit.
 
 ## Memory against the number of layers
 
-`secateur prune MODEL OUT` in a process of its own. Peak of anonymous memory (`RssAnon`), which the system can't drop; pages of
+`secateur prune MODEL OUT` in a separate process. Peak of anonymous memory (`RssAnon`), which the system can't drop; pages of
 the model's mapped files are not in it, the imports of torch and transformers are.
 
 {memory_settings()}
@@ -240,14 +226,14 @@ process does for itself stays (loading, the steps of the refit, rounding what it
 
 ## End to end against llm-compressor
 
-SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in an environment of its own
+SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in a separate environment
 ([how](benchmarks.md#peers)); its time is that of `oneshot`, ours that of the whole run.
 
 {peer_table()}
 
 ## A run against its parts
 
-SmolLM2-135M at 50%, 32 x 512 tokens: three forward passes of every block, the Gram updates, and the solver calls, each timed
+SmolLM2-135M at 50%, 32 x 512 tokens: three forward passes of every block, the Hessian updates, and the solver calls, each timed
 alone in the process of the run.
 
 {parts_table()}
@@ -256,7 +242,7 @@ alone in the process of the run.
 
 ## Solvers against the size of the matrix
 
-Factorisation of the Gram matrix included. *Of the peak* is flops a second over the rate of the fastest product of the run; flops
+Factorisation of the Hessian included. *Of the peak* is flops a second over the rate of the fastest product of the run; flops
 are counted up to 4096 columns. Square matrices up to 4096, and Llama-2-7B's widest one.
 
 {sizes_table()}
@@ -265,7 +251,7 @@ are counted up to 4096 columns. Square matrices up to 4096, and Llama-2-7B's wid
 
 ## Solvers against the SparseGPT authors' code
 
-Their `fasterprune` on the same weights and Gram matrix, in the same run.
+Their `fasterprune` on the same weights and Hessian, in the same run.
 
 {reference_table()}
 
@@ -282,55 +268,59 @@ numbers, at which the CPU waits for the GPU. `python benchmarks/solvers.py --dev
 """
 
 
-def draw_memory() -> None:
+def pages() -> dict[Path, str]:
+    """The page."""
+    return {DOCS / "performance.md": page()}
+
+
+def pictures() -> list[Picture]:
+    """Memory, processes and solvers."""
+    memory: dict[str, list[tuple[int, float]]] = {}
+    for name, run in read_result("memory")["runs"].items():
+        recipe, size = name.rsplit(", ", 1)
+        if size.endswith(" layers"):
+            memory.setdefault(recipe, []).append((int(size.split()[0]), run["peak_anonymous_bytes"] / 1e6))
+    processes: dict[str, list[tuple[int, float]]] = {}
+    for name, run in read_result("processes")["runs"].items():
+        recipe, number = name.rsplit(", ", 1)
+        processes.setdefault(recipe, []).append((int(number), max(run["cpu_seconds"])))
+    rows = read_result("sizes")["rows"]
+    sizes = {name: [(row["columns"], row["cases"][name]["seconds"]) for row in rows] for name in rows[0]["cases"]}
+    return [
+        Picture(DOCS / "memory.svg", memory, draw_memory),
+        Picture(DOCS / "processes.svg", processes, draw_processes),
+        Picture(DOCS / "solvers.svg", sizes, draw_sizes),
+    ]
+
+
+def draw_memory(axes: Any, data: dict[str, list[tuple[int, float]]]) -> None:
     """Peak memory against the number of layers."""
-    with picture(MEMORY) as axes:
-        points: dict[str, list[tuple[int, float]]] = {}
-        for name, run in read("memory")["runs"].items():
-            recipe, size = name.rsplit(", ", 1)
-            if size.endswith(" layers"):
-                points.setdefault(recipe, []).append((int(size.split()[0]), run["peak_anonymous_bytes"] / 1e6))
-        for recipe, line in points.items():
-            axes.plot(*zip(*line, strict=True), marker="o", label=recipe)
-        axes.set(xlabel="layers", ylabel="peak MB", xscale="log")
-        axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
-        layers = [number for number, _ in next(iter(points.values()))]
-        axes.set_xticks(layers, map(str, layers))
-        axes.minorticks_off()
-        axes.legend(frameon=False)
+    for recipe, line in data.items():
+        axes.plot(*zip(*line, strict=True), marker="o", label=recipe)
+    axes.set(xlabel="layers", ylabel="peak MB", xscale="log")
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+    layers = [number for number, _ in next(iter(data.values()))]
+    axes.set_xticks(layers, map(str, layers))
+    axes.minorticks_off()
+    axes.legend(frameon=False)
 
 
-def draw_processes() -> None:
+def draw_processes(axes: Any, data: dict[str, list[tuple[int, float]]]) -> None:
     """CPU time of the busiest process against their number, as a share of one alone."""
-    with picture(PROCESSES) as axes:
-        points: dict[str, list[tuple[int, float]]] = {}
-        for name, run in read("processes")["runs"].items():
-            recipe, number = name.rsplit(", ", 1)
-            points.setdefault(recipe, []).append((int(number), max(run["cpu_seconds"])))
-        for recipe, line in points.items():
-            numbers, seconds = zip(*line, strict=True)
-            axes.plot(numbers, [each / seconds[0] for each in seconds], marker="o", label=recipe)
-            axes.set_xticks(numbers)
-        axes.set(xlabel="processes", ylabel="CPU time, of one alone", ylim=(0, 1.1))
-        axes.legend(frameon=False)
+    for recipe, line in data.items():
+        numbers, seconds = zip(*line, strict=True)
+        axes.plot(numbers, [each / seconds[0] for each in seconds], marker="o", label=recipe)
+        axes.set_xticks(numbers)
+    axes.set(xlabel="processes", ylabel="CPU time, of one alone", ylim=(0, 1.1))
+    axes.legend(frameon=False)
 
 
-def draw_sizes() -> None:
+def draw_sizes(axes: Any, data: dict[str, list[tuple[int, float]]]) -> None:
     """Seconds of every solver against the columns of the matrix."""
-    with picture(SOLVERS) as axes:
-        rows = read("sizes")["rows"]
-        for method in rows[0]["cases"]:
-            columns, seconds = [row["columns"] for row in rows], [row["cases"][method]["seconds"] for row in rows]
-            axes.plot(columns, seconds, marker="o", label=method)
-        axes.set(xlabel="columns", ylabel="seconds", xscale="log", yscale="log")
-        axes.set_xticks(columns, map(str, columns))
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-
-
-if __name__ == "__main__":
-    write_or_check({PAGE: page()})
-    draw_memory()
-    draw_processes()
-    if (RESULTS / "sizes.json").is_file():
-        draw_sizes()
+    for solver, line in data.items():
+        axes.plot(*zip(*line, strict=True), marker="o", label=solver)
+    columns = [number for number, _ in next(iter(data.values()))]
+    axes.set(xlabel="columns", ylabel="seconds", xscale="log", yscale="log")
+    axes.set_xticks(columns, map(str, columns))
+    axes.minorticks_off()
+    axes.legend(frameon=False)

@@ -1,9 +1,4 @@
-"""Write docs/benchmarks.md, its picture and the README's table from what `secateur compare` wrote; or `--check` them.
-
-    python docs/make_benchmarks.py
-
-Each folder of benchmarks/results/compare/ holds one comparison. No number is typed by hand.
-"""
+"""docs/benchmarks.md, its picture, and the README's table, from what `secateur compare` wrote."""
 
 from __future__ import annotations
 
@@ -13,16 +8,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pages import picture, table, write_or_check
-from secateur.compare import Comparison
-from secateur.table import tables, without_members
-from secateur.tasks import headline
+from pages import DOCS, RESULTS, ROOT, Picture, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "compare"
-PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "perplexity.svg", ROOT / "README.md"
-NOTES = ROOT / "docs" / "benchmarks-notes.md"
-BEGIN, END = "<!-- results: written by docs/make_benchmarks.py -->", "<!-- end of results -->"
+from secateur.comparison.compare import Comparison
+from secateur.comparison.table import tables, without_members
+from secateur.evaluation.tasks import headline
+
+COMPARISONS, README = RESULTS / "compare", ROOT / "README.md"
+NOTES = Path(__file__).with_name("benchmarks-notes.md")
+BEGIN, END = "<!-- results: written by tools/make_pages.py -->", "<!-- end of results -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
 MODELS = {
     "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
@@ -34,25 +28,28 @@ VARIANTS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "sparsegpt": "SS (SparseGPT)",
-    "mrp+mask=S+compensation=M": "SM",
-    "mrp+mask=M+compensation=S": "MS",
-    "mrp+mask=M+compensation=M": "MM",
+    "mrp+solver.mask=S+solver.compensation=M": "SM",
+    "mrp+solver.mask=M+solver.compensation=S": "MS",
+    "mrp+solver.mask=M+solver.compensation=M": "MM",
 }
+COLOURS = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
 TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
-    "sparsegpt": "sparsegpt",
-    "fast": "--effort fast",
-    "balanced": "--effort balanced (default)",
-    "best": "--effort best",
+    "sparsegpt": "--solver sparsegpt",
+    "fast": "--recipe fast",
+    "balanced": "--recipe balanced (default)",
+    "best": "--recipe best",
 }
 
 
 def read(name: str) -> Comparison:
-    return Comparison(**json.loads((RESULTS / name / "compare.json").read_text(encoding="utf-8")))
+    return Comparison(**json.loads((COMPARISONS / name / "compare.json").read_text(encoding="utf-8")))
 
 
 def names() -> list[str]:
-    return sorted((path.parent.name for path in RESULTS.glob("*/compare.json")), key=lambda name: (name != MAIN, name))
+    return sorted(
+        (path.parent.name for path in COMPARISONS.glob("*/compare.json")), key=lambda name: (name != MAIN, name)
+    )
 
 
 def cells(comparison: Comparison, recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
@@ -103,6 +100,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def task_table(comparison: Comparison) -> str:
     """Accuracy on each task minus sparsegpt's."""
+    head: list[str] = []
     rows: list[list[str]] = []
     for pattern in patterns_of(comparison):
         base = next((cell for cell in cells(comparison, "sparsegpt", pattern).values() if "tasks" in cell), None)
@@ -193,7 +191,7 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
     seeds = sorted({key.rsplit(" ", 1)[1] for key in mine})
     tasks = without_members(list(dict.fromkeys(task for cell in mine.values() for task in cell.get("tasks", {}))))
     parts = [
-        f"secateur compare {model} --methods {','.join(recipes)}",
+        f"secateur compare {model} --recipes {','.join(recipes)}",
         f"--patterns {','.join(patterns)} --seeds {','.join(seeds)} --calibration TEXTS/{s['calibration']}",
         f"--samples {s['samples']} --seq-len {s['seq_len']} {' '.join(f'--text TEXTS/{text}' for text in s['texts'])}",
         f"--max-tokens {s['max_tokens']}",
@@ -212,12 +210,12 @@ def page() -> str:
     return (
         """# Benchmarks
 
-Written by `python docs/make_benchmarks.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
+Written by `python tools/make_pages.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
 `MODELS` is a folder of checkpoints. `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
 `python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). Means over seeds, with the sample standard deviation where there are several.
 *Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
 Seconds are those of pruning alone. The large comparisons ran as two processes of one thread each that shared their cells,
-beside other work at times: their seconds say little. Those under [timing](#timing) come from one run at a time, on two threads
+next to other work at times: their seconds say little. Those under [timing](#timing) come from one run at a time, on two threads
 of a quiet machine.
 
 ![perplexity](perplexity.svg)
@@ -252,38 +250,43 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and each has one seed unless a spread is shown.",
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed.",
     )
     return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def draw() -> None:
-    """Perplexity by method, one group of bars a pattern."""
+def pages() -> dict[Path, str]:
+    """The page, and the README with its table renewed."""
+    return {DOCS / "benchmarks.md": page(), README: readme()}
+
+
+def pictures() -> list[Picture]:
+    """Perplexity by recipe."""
     comparison = read(MAIN)
-    patterns = patterns_of(comparison)
-    colours = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
-    with picture(PICTURE) as axes:
-        for offset, (recipe, colour) in enumerate(colours.items()):
-            means = [
-                statistics.mean(c["perplexity"][TEXT] for c in cells(comparison, recipe, pattern).values())
-                if cells(comparison, recipe, pattern)
-                else 0.0
-                for pattern in patterns
-            ]
-            places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
-            axes.bar(places, means, 0.19, color=colour, label=recipe)
-            for place, height in zip(places, means, strict=True):
-                if height:
-                    axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
-        axes.axhline(
-            comparison.cells["dense"]["perplexity"][TEXT], color="black", linewidth=0.8, linestyle="--", label="dense"
-        )
-        axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
-        axes.set_xticklabels(patterns)
-        axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)
-        axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    means = {
+        recipe: {
+            pattern: statistics.mean(cell["perplexity"][TEXT] for cell in found.values())
+            for pattern in patterns_of(comparison)
+            if (found := cells(comparison, recipe, pattern))
+        }
+        for recipe in COLOURS
+    }
+    data = {"dense": comparison.cells["dense"]["perplexity"][TEXT], "means": means}
+    return [Picture(DOCS / "perplexity.svg", data, draw)]
 
 
-if __name__ == "__main__":
-    write_or_check({PAGE: page(), README: readme()})
-    draw()
+def draw(axes: Any, data: dict[str, Any]) -> None:
+    """Perplexity by recipe, one group of bars a pattern."""
+    patterns = list(data["means"]["sparsegpt"])
+    for offset, (recipe, colour) in enumerate(COLOURS.items()):
+        heights = [data["means"][recipe].get(pattern, 0.0) for pattern in patterns]
+        places = [index + (offset - 1.5) * 0.2 for index in range(len(patterns))]
+        axes.bar(places, heights, 0.19, color=colour, label=recipe)
+        for place, height in zip(places, heights, strict=True):
+            if height:
+                axes.text(place, height + 1, f"{height:.1f}", ha="center", va="bottom", fontsize=6.5)
+    axes.axhline(data["dense"], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.set(ylabel="perplexity", ylim=(0, None), xticks=range(len(patterns)))
+    axes.set_xticklabels(patterns)
+    axes.set_title("SmolLM2-135M after pruning, WikiText-2 test: lower is better", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
