@@ -1,9 +1,10 @@
 """Prune a fixed set of models and print a hash of the weights of each, to show that a change kept every bit.
 
-    python benchmarks/same_bits.py --out benchmarks/results/same_bits.json
+    python benchmarks/same_bits.py --out AFTER.json --against BEFORE.json
 
-The figures depend on the machine and on the number of threads, which is 1 here. `--keywords 622a1c4` calls the API by
-the names that it had at that commit (run it there with `PYTHONPATH=src`).
+Hashes depend on the CPU and on torch, and on the number of threads, which is 1 here: make both files on one machine. It
+exits with 1 where a hash differs. `--keywords 622a1c4` calls the API by the names that it had at that commit (run it
+there with `PYTHONPATH=src`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def main() -> None:
     """Prune every model and write one JSON."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--against", type=Path, help="An earlier file of this script to compare with.")
     parser.add_argument("--keywords", choices=KEYWORDS)
     parser.add_argument("--only", default="", help="Only models whose name contains this.")
     arguments = parser.parse_args()
@@ -54,6 +57,10 @@ def main() -> None:
                     hashes[name] = smollm2(keywords) if model == "smollm2" else tiny(model, keywords)
                     print(name, hashes[name], flush=True)
                     arguments.out.write_text(json.dumps({"hashes": hashes}, indent=1) + "\n")
+    if arguments.against:
+        before = json.loads(arguments.against.read_text())["hashes"]
+        differing = [name for name in hashes if hashes[name] != before.get(name)]
+        sys.exit(f"{len(differing)} of {len(hashes)} differ: {', '.join(differing)}" if differing else 0)
 
 
 def smollm2(keywords: dict[str, Any]) -> str:

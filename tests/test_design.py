@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "secateur"
@@ -200,6 +201,26 @@ def test_readme_has_the_two_commands_on_one_line_each():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len([line for line in lines if line.endswith("secateur demo")]) == 1
     assert len([line for line in lines if line.endswith("pytest -n 2")]) == 1
+
+
+def test_readme_bullets_are_short():
+    bullets = re.findall(r"^- (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert bullets
+    for bullet in bullets:
+        assert len(bullet.split()) <= 40, bullet
+
+
+def test_recipes_in_the_documents_are_valid():
+    from secateur import Recipe
+
+    blocks = [
+        block
+        for page in (ROOT / "README.md", ROOT / "docs" / "recipe.md")
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    assert len(blocks) > 1
+    for block in blocks:
+        Recipe.from_dict(YAML(typ="safe").load(block))
 
 
 def test_generated_pages_and_pictures_are_up_to_date():

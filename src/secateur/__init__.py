@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import coverage_of, evaluate, inspect, prune, solve
+    from secateur.api import coverage_of, dry_run, evaluate, inspect, prune, solve
     from secateur.errors import SecateurError
     from secateur.pruning.report import Report
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -34,6 +34,7 @@ _HOME = {
     "SwapRefinement": "secateur.recipe.steps",
     "Unstructured": "secateur.recipe.patterns",
     "coverage_of": "secateur.api",
+    "dry_run": "secateur.api",
     "evaluate": "secateur.api",
     "inspect": "secateur.api",
     "parse_pattern": "secateur.recipe.patterns",
@@ -56,6 +57,7 @@ __all__ = [
     "SwapRefinement",
     "Unstructured",
     "coverage_of",
+    "dry_run",
     "evaluate",
     "inspect",
     "parse_pattern",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import wraps
-from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +15,19 @@ from secateur.calibration.coverage import Coverage, measure_coverage
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import Checkpoint, load
-from secateur.errors import SecateurError, nearest
+from secateur.errors import SecateurError
 from secateur.evaluation.perplexity import divergence, perplexity
 from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.models.blocks import config_of
 from secateur.models.determinism import evaluation_mode, full_precision
 from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
+from secateur.numerics.problem import check_problem
 from secateur.pruning.dry_run import DryRun
 from secateur.pruning.report import Report
 from secateur.recipe.patterns import Pattern
 from secateur.recipe.recipe import CalibrationText, Recipe
 from secateur.recipe.resolve import resolve_recipe
+from secateur.recipe.settings import checks_names
 from secateur.recipe.sizes import parse_size
 from secateur.recipe.steps import SwapRefinement
 from secateur.run import ModelSource, Request, estimate_run, prune_in_memory, prune_to_folder, texts_of
@@ -37,45 +37,13 @@ from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import check_columns, refine_by_swaps
 
 DEFAULT_SHARD_SIZE = "5GB"
-MAX_WEIGHT = 1e18  # squares of larger ones overflow fp32
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
-def _checks_names(function: Callable[P, T]) -> Callable[P, T]:
-    """Name the nearest argument for a misspelt one."""
-    known = list(signature(function).parameters)
-
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if unknown := [name for name in kwargs if name not in known]:
-            raise SecateurError(
-                f"{function.__name__}() has no argument {unknown[0]!r}: its arguments are {', '.join(known)}"
-                f"{nearest(unknown[0], known)}{_as_setting(unknown[0])}"
-            )
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _as_setting(name: str) -> str:
-    """A hint for an option of a section, given as an argument."""
-    from secateur.recipe.declare import fields_of
-    from secateur.recipe.settings import SECTIONS
-    from secateur.recipe.solvers import SOLVERS
-
-    places = [section for section, kind in SECTIONS.items() if name in fields_of(kind)]
-    places += ["solver"] if any(name in fields_of(kind) for kind in SOLVERS.values()) else []
-    places = places or ([""] if name in fields_of(Recipe) else [])
-    return f" (write settings={{'{f'{places[0]}.{name}'.lstrip('.')}': ...}})" if places else ""
-
-
-@_checks_names
+@checks_names
 def prune(
     model: nn.Module | Checkpoint | str | Path,
     out: str | Path | None = None,
@@ -186,7 +154,7 @@ def prune(
         return prune_to_folder(source, Path(out), request, overwrite, resume, shard_size)
 
 
-@_checks_names
+@checks_names
 def dry_run(
     model: str | Path,
     *,
@@ -243,7 +211,7 @@ def dry_run(
     return estimate_run(source, Request(chosen, texts, offload_dir, progress), parse_size(DEFAULT_SHARD_SIZE))
 
 
-@_checks_names
+@checks_names
 def evaluate(
     model: nn.Module | str | Path,
     text: str | Path | None = None,
@@ -307,7 +275,7 @@ def evaluate(
         return figures
 
 
-@_checks_names
+@checks_names
 def inspect(folder: str | Path) -> Inspection:
     """Count the zeros in a checkpoint and check them against what its `secateur.json` records.
 
@@ -322,7 +290,7 @@ def inspect(folder: str | Path) -> Inspection:
     return inspect_folder(Path(folder))
 
 
-@_checks_names
+@checks_names
 def coverage_of(
     model: nn.Module | str | Path,
     *,
@@ -360,7 +328,7 @@ def coverage_of(
     return measure_coverage(module, batches, chosen)
 
 
-@_checks_names
+@checks_names
 def solve(
     W: Tensor,
     H: Tensor,
@@ -388,7 +356,7 @@ def solve(
             does not divide C, an unknown option.
     """
     recipe = Recipe.from_dict({"pattern": pattern, "solver": solver, "damping": damping, "refine": refine})
-    _check_matrix(W, H)
+    check_problem(W, H)
     recipe.pattern.check_width(W.shape[1])
     if recipe.refine is not None:
         check_columns(W.shape[1], W.device)
@@ -405,33 +373,3 @@ def solve(
 def _several(names: str | Sequence[str] | None) -> list[str]:
     """A list of names; one alone, or none, may be given as it is."""
     return [names] if isinstance(names, str) else list(names or ())
-
-
-def _check_matrix(W: Any, H: Any) -> None:
-    """Check that W and H are weights and the Hessian of their inputs."""
-    for name, tensor in (("W", W), ("H", H)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = f"{tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise SecateurError(f"{name} is a {kind}: give a torch tensor of a floating dtype")
-    if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
-        raise SecateurError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
-    if W.device != H.device:
-        raise SecateurError(f"W is on {W.device} and H on {H.device}: put both on one device")
-    for name, tensor in (("W", W), ("H", H)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise SecateurError(f"{name} holds NaN or infinity")
-    if torch.float64 not in (W.dtype, H.dtype) and float(W.abs().max()) > MAX_WEIGHT:
-        raise SecateurError(
-            f"W holds {float(W.abs().max()):.1e}, whose square overflows fp32: scale W down, or pass it in fp64"
-        )
-    diagonal = H.diagonal()
-    if bool((diagonal < 0).any()):
-        raise SecateurError("H has a negative diagonal: it is not X X^T / T")
-    if not torch.allclose(H, H.T, rtol=1e-2, atol=1e-3 * float(diagonal.max())):
-        raise SecateurError("H is not symmetric: it is not X X^T / T")
-    dead = diagonal == 0
-    if bool(H[dead].any()):
-        raise SecateurError(
-            f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is not "
-            f"X X^T / T, or was computed in too narrow a dtype (fp32 is enough)"
-        )

@@ -150,7 +150,7 @@ def name_of(source: str | Path | None) -> str:
 
 
 def is_dataset(source: str | Path | None) -> bool:
-    """Whether a source that is not a file names a data set: a short name, or `owner/name` without a text file's suffix."""
+    """Whether a source names a data set: not a file, a short name or `owner/name` without a text file's suffix."""
     if source is None or Path(source).exists():
         return False
     name = str(source)

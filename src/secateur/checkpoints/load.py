@@ -121,13 +121,17 @@ def load(
     notices = _differences(folder, config, model, info["unexpected_keys"], shards)
     stored = {name: (path, name) for name, path in shards.items()}
     stored |= {ours: stored[theirs] for ours, theirs in names.items()}
-    floating = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
-    storage = {key: dtypes.get(stored[key][1], main) if key in stored else main for key in floating}
+    storage = _storage_dtypes(model, {ours: dtypes.get(theirs, main) for ours, (_, theirs) in stored.items()}, main)
     if skeleton is not None and computes_in != main:
         _take_buffers(model, skeleton)
         _map_wider_tensors(model, storage, stored)
     model = model.to(device).eval() if converted is None else model.eval()
     return Checkpoint(model, tokenizer, folder, name, storage, stored, main, device, notices)
+
+
+def _storage_dtypes(model: Any, known: dict[str, torch.dtype], main: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype that each floating tensor of a model has in its files; `main` for those that no file holds."""
+    return {key: known.get(key, main) for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def _map_wider_tensors(model: Any, storage: dict[str, torch.dtype], stored: dict[str, tuple[Path, str]]) -> None:

@@ -31,7 +31,7 @@ class MatrixRecipe:
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob matches a matrix's name, or equals it: an expert's name has brackets, which a glob reads as a set."""
+    """Whether a glob matches a matrix's name, or equals it: experts' names have brackets, a set for globs."""
     return name == glob or fnmatchcase(name, glob)
 
 

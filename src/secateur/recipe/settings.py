@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 from secateur.recipe.declare import RecipeError, fields_of, plain, unknown_option
 from secateur.recipe.recipe import Recipe
+from secateur.recipe.solvers import SOLVERS
 from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SECTIONS: dict[str, type] = {
     "target": DenseTarget,
@@ -99,3 +105,27 @@ def value_at(data: Mapping[str, Any], name: str) -> Any:
 def describe_error(error: SecateurError) -> str:
     """The dotted name of a wrong option, for a message."""
     return ".".join(map(str, error.location)) if isinstance(error, RecipeError) else ""
+
+
+def checks_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Name the nearest argument for a misspelt one."""
+    known = list(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if unknown := [name for name in kwargs if name not in known]:
+            raise SecateurError(
+                f"{function.__name__}() has no argument {unknown[0]!r}: its arguments are {', '.join(known)}"
+                f"{nearest(unknown[0], known)}{_as_setting(unknown[0])}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _as_setting(name: str) -> str:
+    """A hint for an option of a section, given as an argument."""
+    places = [section for section, kind in SECTIONS.items() if name in fields_of(kind)]
+    places += ["solver"] if any(name in fields_of(kind) for kind in SOLVERS.values()) else []
+    places = places or ([""] if name in fields_of(Recipe) else [])
+    return f" (write settings={{'{f'{places[0]}.{name}'.lstrip('.')}': ...}})" if places else ""
