@@ -32,7 +32,6 @@ class GroupSearch:
     def __init__(self, U: Float[Tensor, "C C"], pattern: NM) -> None:
         """Precompute the inverses of every set of every group, where there are few sets."""
         m = pattern.m
-        self.pattern = pattern
         self.m, self.num_pruned = m, m - pattern.n
         self.exhaustive = pattern.num_masks <= MAX_ENUMERATED
         blocks = torch.stack([U[a : a + m, a : a + m] for a in range(0, len(U), m)])

@@ -53,7 +53,7 @@ def sweep(
 
     Cost: R C^2 multiply-adds for the updates, besides the factor of `damped`.
     """
-    rows, columns = W.shape
+    columns = W.shape[1]
     U = damped.U
     search = GroupSearch(U, pattern) if isinstance(pattern, NM) else None
     Wt = W.T.clone(memory_format=torch.contiguous_format)  # .contiguous() would alias a W stored transposed
@@ -64,14 +64,10 @@ def sweep(
         for a, b in _spans(i, j, pattern):
             span = U[a:b, a:b]
             current = Wt[a:b].T
-            if search is None:
-                count = pattern.num_pruned(rows, b) - pattern.num_pruned(rows, a)
-                kept = keep_all_but_lowest(current.square() / _single_variance(span, compensation), count)
-            elif mask == "M":
+            if search is not None and mask == "M":
                 kept = search.best_keep(current, a)
             else:
-                score = current.square() / _single_variance(span, compensation)
-                kept = keep_highest_of_groups(score, search.pattern)
+                kept = _lowest_go(current.square() / _single_variance(span, compensation), pattern, a, b)
             keep[a:b] = kept.T
             pruned = ~kept
             if compensation == "S":
@@ -93,6 +89,14 @@ def sweep(
         if j < columns:
             Wt[j:].addmm_(U[i:j, j:].T, errors, alpha=-1)
     return Wt.masked_fill_(~keep, 0.0).T.contiguous(), keep.T.contiguous()
+
+
+def _lowest_go(score: Float[Tensor, "R c"], pattern: Pattern, a: int, b: int) -> Bool[Tensor, "R c"]:
+    """Keep all of columns a to b but those of lowest score, as many as the pattern prunes there."""
+    if isinstance(pattern, NM):
+        return keep_highest_of_groups(score, pattern)
+    rows = len(score)
+    return keep_all_but_lowest(score, pattern.num_pruned(rows, b) - pattern.num_pruned(rows, a))
 
 
 def _tiles(columns: int, tile: int, pattern: Pattern) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,66 @@
+"""Time of `secateur demo` on a quiet machine and next to other work on every core, by OpenMP's wait policy.
+
+    python benchmarks/busy.py --out benchmarks/results/busy.json
+
+Run it on a quiet machine. The other work is one process on each core that multiplies numbers without pause. `default` is
+what the command sets by itself. The demo runs in full for it, and on few tokens to compare policies; its model must be in
+the cache, so run `secateur demo` once before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common import arguments_of, write_result
+
+POLICIES = {"default": {}, "ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE"}}
+SHORT = ("--samples", "8", "--eval-tokens", "4096")
+LIMIT = 1800.0  # seconds
+
+
+def main() -> None:
+    """Measure and write one JSON."""
+    args = arguments_of(__doc__)
+    cells = {}
+    for policy, arguments in [("default", ()), ("default", SHORT), ("ACTIVE", SHORT)]:
+        quiet = demo_seconds(policy, arguments)
+        with busy_cores():
+            busy = demo_seconds(policy, arguments)
+        name = f"{'short' if arguments else 'full'} {policy}"
+        cells[name] = {"quiet": quiet, "busy": busy, "busy / quiet": busy / quiet}
+        print(name, cells[name], flush=True)
+        write_result(args.out, {"cores": os.cpu_count(), "cells": cells})
+
+
+def demo_seconds(policy: str, arguments: tuple[str, ...]) -> float:
+    """Wall seconds of one demo."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "secateur", "demo", "--quiet", *arguments, "--out", str(Path(scratch) / "out")]
+        started = time.perf_counter()
+        subprocess.run(command, env=environment | POLICIES[policy], check=True, timeout=LIMIT)
+        return time.perf_counter() - started
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Other work on every core."""
+    spin = "x = 1\nwhile True:\n    x = x * 3 % 1000003"
+    workers = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+if __name__ == "__main__":
+    main()
