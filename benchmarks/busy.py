@@ -2,9 +2,9 @@
 
     python benchmarks/busy.py --out benchmarks/results/busy.json
 
-Run it on a quiet machine. The other work is one process on each core that multiplies numbers without pause. `default` is
-what the command sets by itself. The demo runs in full for it, and on few tokens to compare policies; its model must be in
-the cache, so run `secateur demo` once before.
+Run it on a quiet machine. The other work is one process on each core that multiplies numbers without pause. `default`
+is what the command sets by itself. The demo runs in full for it, and on few tokens to compare policies. Its model must
+be in the cache, so run `secateur demo` once before.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ def demo_seconds(policy: str, arguments: tuple[str, ...]) -> float:
     """Wall seconds of one demo."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "secateur", "demo", "--quiet", *arguments, "--out", str(Path(scratch) / "out")]
+        command = [sys.executable, "-m", "secateur", "demo", "--json", *arguments, "--out", str(Path(scratch) / "out")]
         started = time.perf_counter()
-        subprocess.run(command, env=environment | POLICIES[policy], check=True, timeout=LIMIT)
+        subprocess.run(
+            command, env=environment | POLICIES[policy], check=True, timeout=LIMIT, stdout=subprocess.DEVNULL
+        )
         return time.perf_counter() - started
 
 

@@ -182,6 +182,17 @@ def processes_table() -> str:
     return table([*head, "layer errors apart"], rows)
 
 
+def busy_table() -> str:
+    if not (RESULTS / "busy.json").is_file():
+        return "Not measured."
+    found = read_result("busy")
+    rows = [
+        [name, f"{cell['quiet']:.0f}", f"{cell['busy']:.0f}", f"{cell['busy / quiet']:.2f}"]
+        for name, cell in found["cells"].items()
+    ]
+    return f"{table(['demo, wait policy', 'quiet, s', 'busy, s', 'busy / quiet'], rows)}\n\n{found['cores']} cores."
+
+
 def page() -> str:
     """docs/performance.md."""
     return f"""# Performance
@@ -224,6 +235,16 @@ process does for itself stays (loading, the steps of the refit, rounding what it
 
     python benchmarks/processes.py --out benchmarks/results/processes.json
 
+## Busy machines
+
+`secateur demo` on a quiet machine, and next to a process on each core that never pauses. Short = fewer tokens. OpenMP threads
+that spin while they wait (ACTIVE) take the cores from the threads that they wait for, so the command sets
+`OMP_WAIT_POLICY=PASSIVE` where the variable is not set. `import secateur` sets nothing: set it yourself in a script.
+
+{busy_table()}
+
+    python benchmarks/busy.py --out benchmarks/results/busy.json
+
 ## End to end against llm-compressor
 
 SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in a separate environment
@@ -260,9 +281,9 @@ Their `fasterprune` on the same weights and Hessian, in the same run.
 
 ## On a GPU
 
-Not measured. `tests/test_gpu.py` runs the code on a pretended one, which says nothing of time; what can be said of that
-without one are the last columns of the table above: operations, of which each starts a kernel at least, and reads of single
-numbers, at which the CPU waits for the GPU. `python benchmarks/solvers.py --device cuda`, with `--sizes` too, and
+Not measured. `python tests/pretended_gpu/pretended_gpu.py` runs `tests/test_gpu.py` on a pretended GPU, which says nothing about
+time. The last columns of the table above do: each operation starts at least one kernel, and at each read of a single number
+the CPU waits for the GPU. `python benchmarks/solvers.py --device cuda`, with `--sizes` too, and
 `python benchmarks/reference.py --device cuda` run the solvers there, and
 `python benchmarks/memory.py --cases llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.
 """
