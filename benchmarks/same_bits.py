@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Only models whose name contains this.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    before = json.loads(arguments.against.read_text())["hashes"] if arguments.against else None
     names = KEYWORDS.get(arguments.keywords, {})
     hashes: dict[str, str] = {}
     for pattern in PATTERNS:
@@ -57,8 +58,7 @@ def main() -> None:
                     hashes[name] = smollm2(keywords) if model == "smollm2" else tiny(model, keywords)
                     print(name, hashes[name], flush=True)
                     arguments.out.write_text(json.dumps({"hashes": hashes}, indent=1) + "\n")
-    if arguments.against:
-        before = json.loads(arguments.against.read_text())["hashes"]
+    if before is not None:
         differing = [name for name in hashes if hashes[name] != before.get(name)]
         sys.exit(f"{len(differing)} of {len(hashes)} differ: {', '.join(differing)}" if differing else 0)
 

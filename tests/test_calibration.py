@@ -10,6 +10,7 @@ import torch
 from models import character_tokenizer, tiny_model
 
 import secateur
+from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.texts import encode, opening, read_documents, shipped_text
 from secateur.recipe.recipe import CalibrationText
@@ -106,6 +107,18 @@ def test_a_bos_of_the_chat_template_is_not_doubled():
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     ids = encode([[{"role": "user", "content": "hi"}]], tokenizer)
     assert 0 not in ids
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named():
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SecateurError, match=r"refuses a conversation \(roles must alternate; roles: user, user\)"):
+        encode([[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]], tokenizer)
+
+
+def test_a_text_without_a_name_is_refused():
+    with pytest.raises(SecateurError, match="name is empty"):
+        list(read_documents(""))
 
 
 def test_data_set_streams_stop_at_the_limit(monkeypatch):

@@ -235,6 +235,11 @@ def test_a_dry_run_tells_and_writes_nothing(main, model, text, tmp_path):
     assert found["coverage"]["shares"]["pruned"] == 1.0
     assert "256 tokens in" in main(*arguments)[1]
     assert main(*arguments, "--pattern", "2:5")[0] == 2
+    assert main(*arguments, "--max-shard-size", "garbage")[0] == 2
+    code, _, errors = main(*arguments, "--recipe", "balanced", "--samples", "1", "--seq-len", "32")
+    assert code == 2
+    assert "needs 2 calibration batches or more" in errors
+    assert "must stay: write to another folder" in main("prune", model, model, "--dry-run")[2]
     assert content(model) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 

@@ -131,7 +131,7 @@ def test_padding_that_is_not_the_decoders_is_refused():
 
 def test_curve_allocation_needs_predictions():
     model, batches, _ = bert()
-    with pytest.raises(ValueError, match=r"allocation curve.*logits.*'allocation': none"):
+    with pytest.raises(ValueError, match=r"allocation curve.*logits.*'allocation': None"):
         secateur.prune(randomised(model), pattern="50%", calibration=batches)
 
 

@@ -363,7 +363,7 @@ def test_a_model_that_can_not_be_replayed_by_blocks_is_pruned_as_a_whole(oddity)
         expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
         assert report.relative_error == pytest.approx(expected, rel=1e-4), "the dense model's inputs, of all uses"
         assert report.zeros == 32
-    with pytest.raises(UnsupportedModelError, match=r"replayed block by block.*refit would need.*recipe=fast"):
+    with pytest.raises(UnsupportedModelError, match=r"replayed block by block.*refit would need.*recipe='fast'"):
         prune_model(model, [batch] * 2, context(NM(2, 4), refit=BlockRefit()))
 
 

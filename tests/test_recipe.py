@@ -25,7 +25,8 @@ from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText, recipe_schema
 from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import SECTIONS, parse_settings
-from secateur.recipe.solvers import SOLVERS
+from secateur.recipe.solvers import MRP, SOLVERS
+from secateur.recipe.steps import BlockRefit
 from secateur.run import Request
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
@@ -71,6 +72,30 @@ def test_settings_turn_steps_on_and_off_and_replace_solvers():
     other = resolve_recipe("best", {"solver.name": "mrp", "solver.block": 64})
     assert (other.solver.name, other.solver.block) == ("mrp", 64)
     assert Recipe.preset("fast").changed({"solver": "wanda"}).solver.name == "wanda"
+
+
+def test_options_of_a_solver_that_is_not_named_are_the_default_ones(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("pattern: 60%\n")
+    for recipe in (path, Recipe.preset("fast"), {}, {"solver": MRP()}):
+        assert resolve_recipe(recipe, {"solver.block": 64}).solver == MRP(block=64)
+
+
+def test_settings_do_not_depend_on_their_order_and_lose_nothing():
+    for names in (["solver.search_iterations", "solver.name"], ["solver.name", "solver.search_iterations"]):
+        values = {"solver.search_iterations": 12, "solver.name": "admm"}
+        assert resolve_recipe("fast", {name: values[name] for name in names}).solver.search_iterations == 12
+    assert resolve_recipe("fast", {"solver.search_iterations": 12, "solver": "admm"}).solver.search_iterations == 12
+    changed = resolve_recipe({"refit": BlockRefit(rate=0.01)}, {"refit.epochs": 1})
+    assert changed.refit == BlockRefit(rate=0.01, epochs=1)
+    with pytest.raises(SecateurError, match="target is 'dense': it must be a mapping of options"):
+        resolve_recipe({"target": "dense"}, {"target.strength": 0.5})
+
+
+def test_python_spellings_of_options_are_python():
+    error = SecateurError("‹settings.refit=none›, ‹recipe=fast›, ‹seed=3›, ‹exclude='*.a'›, ‹settings.refit.rate›")
+    assert str(error) == "settings={'refit': None}, recipe='fast', seed=3, exclude='*.a', settings={'refit.rate': ...}"
+    assert error.for_command_line() == "--set refit=none, --recipe fast, --seed 3, --exclude '*.a', --set refit.rate=..."
 
 
 def test_values_of_settings_are_yaml():
@@ -256,13 +281,19 @@ def test_shortcuts_fill_in_and_may_not_contradict(tmp_path):
     path.write_text("pattern: 60%\nsolver: wanda\n")
     assert resolve_recipe(path, seed=4, samples=8).seed == 4
     assert resolve_recipe(path, pattern="0.6").pattern == secateur.Unstructured(0.6)
-    with pytest.raises(SecateurError, match=r"mine.yaml, line 1 says pattern: 60%, and pattern=2:4 contradicts it"):
+    with pytest.raises(SecateurError, match=r"mine.yaml, line 1 says pattern: 60%, and pattern='2:4' contradicts it"):
         resolve_recipe(path, pattern="2:4")
     with pytest.raises(SecateurError, match="line 2 says solver: wanda") as raised:
         resolve_recipe(path, solver="mrp")
     assert "--solver mrp contradicts it" in raised.value.for_command_line()
     assert "--set solver=mrp" in raised.value.for_command_line()
     assert resolve_recipe(path, {"pattern": "2:4"}).pattern == secateur.NM(2, 4)
+    assert resolve_recipe("balanced", solver="mrp") == Recipe.preset("balanced")
+    only_the_source = Recipe(calibration=CalibrationText(source="c4"))
+    assert resolve_recipe(only_the_source, samples=32).calibration == CalibrationText(source="c4", samples=32)
+    assert resolve_recipe({"calibration": only_the_source.calibration}, samples=32).calibration.samples == 32
+    with pytest.raises(SecateurError, match="calibration.samples: 8"):
+        resolve_recipe(Recipe(calibration=CalibrationText(samples=8)), samples=32)
     with pytest.raises(SecateurError, match="include can't be combined with a recipe's rules"):
         resolve_recipe(Recipe(rules=[Rule(match="*", dense=True)]), include=["a"])
 
@@ -308,7 +339,7 @@ def test_an_encoder_at_the_default_recipe_is_told_what_to_do():
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=128))
-    with pytest.raises(SecateurError, match=r"gives no logits .*settings=\{'allocation': none\}") as raised:
+    with pytest.raises(SecateurError, match=r"gives no logits .*settings=\{'allocation': None\}") as raised:
         secateur.prune(model, calibration=tokens())
     assert "--set allocation=none" in raised.value.for_command_line()
 

@@ -392,6 +392,8 @@ def test_a_request_that_is_wrong_costs_no_finished_block(source, tmp_path, monke
     interrupted(source, out, monkeypatch)
     with pytest.raises(ValueError, match="no file"):
         prune(source, out, resume=False, overwrite=True, calibration=Path("absent.txt"))
+    with pytest.raises(ValueError, match="not a folder that can be written"):
+        prune(source, out, resume=False, overwrite=True, offload_dir=tmp_path / "absent")
     (out / "notes.txt").write_text("the user's own")
     report = prune(source, out)
     assert len(report.matrices) == 3 * 7

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.calibration.batches import Texts, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
 from secateur.calibration.stream import Progress
+from secateur.calibration.texts import max_positions
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.errors import SecateurError
@@ -157,6 +158,7 @@ def prune(
 @checks_names
 def dry_run(
     model: str | Path,
+    out: str | Path | None = None,
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     pattern: str | float | Pattern | None = None,
@@ -171,6 +173,9 @@ def dry_run(
     max_memory: str | int | None = None,
     offload_dir: str | Path | None = None,
     device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
@@ -181,9 +186,11 @@ def dry_run(
 
     Args:
         model: folder, GGUF file or hub name.
+        out: the folder that `prune` would write, which is checked; None = not checked.
         recipe, pattern, solver, settings, include, exclude: as for `prune`.
         calibration, samples, seq_len, seed: as for `prune`.
-        max_memory, offload_dir, device, trust_remote_code, allow_pickle, progress: as for `prune`.
+        max_memory, offload_dir, device, overwrite, resume, max_shard_size: as for `prune`.
+        trust_remote_code, allow_pickle, progress: as for `prune`.
 
     Raises:
         SecateurError: what a run would raise before the first block.
@@ -208,7 +215,9 @@ def dry_run(
             f"the model is a {type(model).__name__}: a dry run takes a folder, a GGUF file or a hub name"
         )
     source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
-    return estimate_run(source, Request(chosen, texts, offload_dir, progress), parse_size(DEFAULT_SHARD_SIZE))
+    request = Request(chosen, texts, offload_dir, progress)
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    return estimate_run(source, None if out is None else Path(out), request, overwrite, resume, shard_bytes)
 
 
 @checks_names
@@ -318,13 +327,15 @@ def coverage_of(
     Raises:
         SecateurError: anything wrong with the request, the model or the text.
     """
-    chosen = resolve_recipe(recipe, None, _several(include), _several(exclude))
+    named = str(calibration) if isinstance(calibration, str | Path) else None
+    chosen = resolve_recipe(recipe, None, _several(include), _several(exclude), calibration=named)
     module: Any = model
     if not isinstance(model, nn.Module):
         checkpoint = load(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
-    few = CalibrationText(samples=4, seq_len=64)
-    batches = calibration_batches(calibration, tokenizer, config_of(module), few).batches
+    chosen, texts = texts_of(chosen, calibration)
+    few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
+    batches = calibration_batches(texts, tokenizer, config_of(module), few).batches
     return measure_coverage(module, batches, chosen)
 
 

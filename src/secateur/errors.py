@@ -43,8 +43,18 @@ class UnsupportedModelError(SecateurError):
 def _as_argument(name: str, value: str | None) -> str:
     if "." in name:
         setting = name.removeprefix("settings.")
-        return f"settings={{{setting!r}: {value or '...'}}}"
-    return name if value is None else f"{name}={value}"
+        return f"settings={{{setting!r}: {_literal(value)}}}"
+    return name if value is None else f"{name}={_literal(value)}"
+
+
+def _literal(value: str | None) -> str:
+    """A value as Python writes it."""
+    if value is None:
+        return "..."
+    if value in ("none", "true", "false"):
+        return value.capitalize()
+    is_literal = value[:1] in "'\"[{(" or value.replace(".", "", 1).isdigit()
+    return value if is_literal else repr(value)
 
 
 def _as_flag(name: str, value: str | None) -> str:

@@ -138,10 +138,11 @@ def prune_to_folder(
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data.origin, where)
+        memory = request.memory(journal)
         manifest = begin_run(journal, before, identity, overwrite)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         blocks = JournalledBlocks(manifest, placement, _storage_of(checkpoint))
-        report = _report_of(checkpoint, data, request, where, manifest, blocks, out)
+        report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
         publisher = Publisher(manifest, blocks)
         publisher.publish(
             checkpoint.model,
@@ -150,12 +151,16 @@ def prune_to_folder(
     return report
 
 
-def estimate_run(source: ModelSource, request: Request, shard_bytes: int) -> DryRun:
-    """What a run to a folder would do and take. Nothing is written but a scratch folder.
+def estimate_run(
+    source: ModelSource, out: Path | None, request: Request, overwrite: bool, resume: bool, shard_bytes: int
+) -> DryRun:
+    """What a run to a folder would do and take. Only a scratch folder is written, and removed.
 
     Raises:
         SecateurError: what a run would raise before the first block.
     """
+    if out is not None:
+        _check_writable(out.expanduser().resolve(), source.name, request.texts, source.folder(), overwrite, resume)
     with TemporaryDirectory() as scratch:
         checkpoint = source.load(Path(scratch))
         data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
@@ -177,13 +182,13 @@ def _report_of(
     where: dict[str, Any],
     manifest: RunManifest,
     blocks: JournalledBlocks,
+    memory: MemoryBudget,
     out: Path,
 ) -> Report:
     """The report of a run from files: of an earlier process that finished every block, or of pruning them now."""
     outcome = distributed.broadcast_object(read_outcome(manifest) if distributed.is_main() else None)
     if outcome:
         return replace(Report.from_dict(outcome["report"]), out=str(out))
-    memory = request.memory(manifest.folder)
     report = _prune(checkpoint.model, checkpoint.name, data, request, where, blocks, blocks.storage_of, memory)
     return replace(
         report,
@@ -248,7 +253,7 @@ def _check_same_on_all_ranks(model: nn.Module, data: CalibrationBatches, recipe:
 def _room(device: str) -> int:
     """Bytes of layers that stay onloaded between forward passes of the whole model: half of a GPU's free memory.
 
-    None on a CPU: copies are cheap there, and the model may be larger than memory.
+    0 on a CPU: copies are cheap there, and the model may be larger than memory.
     """
     return torch.cuda.mem_get_info(device)[0] // 2 if device.startswith("cuda") else 0
 

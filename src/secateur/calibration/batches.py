@@ -17,6 +17,7 @@ from secateur.calibration.texts import (
     cut_windows,
     encode,
     is_dataset,
+    max_positions,
     name_of,
     read_documents,
     window_length,
@@ -141,7 +142,11 @@ def check_ids(ids: Tensor, config: Any) -> None:
             f"token ids go from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {vocabulary}: is "
             f"the tokenizer its own?"
         )
-    window_length(max(2, ids.shape[-1]), DEFAULT_SEQ_LEN, config)
+    positions = max_positions(config)
+    if positions and ids.shape[-1] > positions:
+        raise SecateurError(
+            f"the tensors hold {ids.shape[-1]} tokens, but the model has {positions} positions: cut them"
+        )
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -92,6 +92,6 @@ def coverage_from(model: nn.Module, structure: ModelStructure, passes: Sequence[
     coverage.whole = next((chain.whole for chain in structure.chains if chain.whole), None)
     for name, weights in structure.weights.items():
         state = "missed" if name in missed else "dense" if name in dense else "pruned"
-        reason = str(missed[name]) if name in missed else dense.get(name)
+        reason = missed[name].raw if name in missed else dense.get(name)
         coverage.matrices.append(Covered(name, weights, state, reason))
     return coverage

@@ -44,6 +44,8 @@ def read_documents(source: str | Path | None, seed: int = 0, evaluation: bool = 
         seed: of the order in which a data set's training split is streamed.
         evaluation: the shipped evaluation text or a data set's test split, in order, instead of what to calibrate on.
     """
+    if source is not None and not str(source).strip():
+        raise SecateurError("the text's name is empty: give a file, a folder or a data set")
     if source is None:
         yield shipped_text("evaluation" if evaluation else "calibration")
         return
@@ -73,13 +75,30 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
                 raise SecateurError(
                     "the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field"
                 )
-            encoded = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+            encoded = _encode_chat(document, tokenizer)
             prefix = opening(tokenizer)  # each window gets it anyway
             encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
         ids += encoded
         if limit is not None and len(ids) >= limit:
             break
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of a conversation by the tokenizer's chat template.
+
+    Raises:
+        SecateurError: the template refuses it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages[:6])
+        raise SecateurError(
+            f"the model's chat template refuses a conversation ({error}; roles: {roles}): change it, or use `text`"
+        ) from error
 
 
 def opening(tokenizer: Any) -> list[int]:
@@ -114,15 +133,20 @@ def cut_windows(ids: Tensor, length: int, tokenizer: Any, what: str) -> Tensor:
     )
 
 
+def max_positions(config: Any) -> int | None:
+    """Positions of a model; None where it has no limit."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None  # XLNet's -1 means no limit
+
+
 def window_length(seq_len: int | None, default: int, config: Any) -> int:
     """Tokens of a window: what was asked for, or the default, capped by the model's positions.
 
     Raises:
         SecateurError: fewer than 2 tokens, or more than the model has positions.
     """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text_config, "max_position_embeddings", None)
-    positions = positions if positions and positions > 0 else None  # XLNet's -1 means no limit
+    positions = max_positions(config)
     if seq_len is None:
         return min(default, positions or default)
     if seq_len < 2:
@@ -163,6 +187,8 @@ def is_dataset(source: str | Path | None) -> bool:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SecateurError(f"{path} can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise SecateurError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
 
@@ -212,7 +238,9 @@ def _stream_dataset(name: str, seed: int, evaluation: bool) -> Iterator[str]:
             if field_name not in record:
                 raise SecateurError(f"data set {name} has no field {field_name!r}, only {', '.join(record)}")
             yield record[field_name]
-    except OSError as error:  # the hub's network and not-found errors all derive from it
+    except SecateurError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # network, not found; unknown configuration or split; a script
         raise SecateurError(
             f"data set {name} could not be read ({error}): check the name and the connection"
         ) from error

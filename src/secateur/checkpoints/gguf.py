@@ -59,7 +59,7 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
             )
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, NotImplementedError) as error:
             raise SecateurError(f"{gguf} can't be read as a GGUF model: {error}") from error
         made = Path(place) / "model"
         with cache_errors(folder.parent):

@@ -24,9 +24,9 @@ TOKENIZER_FILES = (
     "tiktoken.model",
 )  # fmt: skip
 # What transformers raises for files that do not fit together: RuntimeError for tensors of other sizes than the
-# config's,
-# the others for values in the config that make no sense.
-BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError)
+# config's, ImportError for packages that a checkpoint's code needs, the others for values in the config that make no
+# sense.
+BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError)
 HINT_OTHER_CLASS = "its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
 
 

@@ -92,12 +92,12 @@ def prune(
         "seq_len": seq_len, "seed": seed, "max_memory": max_memory, "offload_dir": offload_dir, "device": device,
         "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
     }  # fmt: skip
+    asked |= {"overwrite": overwrite, "resume": resume, "max_shard_size": max_shard_size}
     if dry_run:
         with progress_shown(not quiet) as progress:
-            found = api.dry_run(model, progress=progress, **asked)
+            found = api.dry_run(model, out, progress=progress, **asked)
         print_json(found.to_dict()) if as_json else print_dry_run(found)
         return
-    asked |= {"overwrite": overwrite, "resume": resume, "max_shard_size": max_shard_size}
     with distributed.process_group(device):
         main_rank = distributed.is_main()
         with progress_shown(main_rank and not quiet) as progress, resume_hint(out, main_rank):
@@ -192,8 +192,8 @@ def compare(
     from secateur.comparison.table import tables, write_pages
 
     settings = ComparisonSettings(
-        model, calibration, samples or DEFAULT_SAMPLES, seq_len, tuple(text or ()), eval_seq_len, max_tokens,
-        flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, device,
+        model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, tuple(text or ()), eval_seq_len,
+        max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, device,
         trust_remote_code, allow_pickle,
     )  # fmt: skip
     comparison = run(
@@ -287,8 +287,8 @@ def demo(
     recipe: flags.RecipeName = None,
     pattern: flags.PatternText = None,
     solver: flags.SolverName = None,
-    samples: Annotated[int, flags.flag("Calibration sequences.", flags.CALIBRATION)] = 32,
-    seq_len: Annotated[int, flags.flag("Tokens a sequence.", flags.CALIBRATION)] = 512,
+    samples: Annotated[int | None, flags.flag("Calibration sequences (32).", flags.CALIBRATION)] = None,
+    seq_len: Annotated[int | None, flags.flag("Tokens a sequence (512).", flags.CALIBRATION)] = None,
     eval_tokens: Annotated[int, flags.flag("Tokens of the shipped text to evaluate.", flags.EVALUATION)] = 20480,
     as_json: flags.Json = False,
     device: flags.Device = None,
@@ -361,7 +361,7 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
             raise
-        advice = "use --max-memory, a shorter --seq-len, a larger device, or --device cpu"
+        advice = "use a shorter --seq-len, a larger device, or --device cpu; prune also has --max-memory"
         _print_error(f"error: {error}: {advice}")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -15,11 +15,13 @@ from secateur.checkpoints.load import load
 from secateur.checkpoints.output_folder import check_output_folder
 from secateur.checkpoints.validate import read_json
 from secateur.pruning.report import METADATA, Report
+from secateur.recipe.presets import PRESETS
 from secateur.resume.manifest import FOLDER, MANIFEST
 from secateur.runtime.environment import default_device
 
 PROMPT = "Photosynthesis is the process by which"
 NEW_TOKENS = 40
+DEFAULT_TOKENS = {"samples": 32, "seq_len": 512}
 
 
 def run_demo(
@@ -41,8 +43,15 @@ def run_demo(
     overwrite = _is_earlier_demo(out)
     check_output_folder(out, [], overwrite)
     before = look_at(DEMO_NAME, eval_tokens, device, progress)
-    report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **asked)
+    report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **few_tokens(asked))
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
+
+
+def few_tokens(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with the demo's calibration tokens, where neither they nor a recipe file say another number."""
+    if asked["recipe"] not in (None, *PRESETS):
+        return dict(asked)
+    return {name: DEFAULT_TOKENS.get(name) if value is None else value for name, value in asked.items()}
 
 
 def _is_earlier_demo(out: Path) -> bool:

@@ -154,7 +154,8 @@ def compare(
     names = [str(parse_pattern(pattern)) for pattern in patterns]
     for recipe in recipes:
         for name in names:
-            check_recipe(recipe, name, peer_python)
+            for seed in seeds:
+                check_recipe(recipe, name, peer_python, samples=settings.samples, seq_len=settings.seq_len, seed=seed)
     check_tasks(settings.tasks, settings.task_dir, settings.task_limit)
     wanted = [Cell(DENSE)] + [Cell(recipe, pattern, seed) for seed in seeds for pattern in names for recipe in recipes]
     _open(out, settings)
@@ -220,8 +221,8 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
     return arguments | ({"settings": parse_settings(parts)} if parts else {})
 
 
-def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
-    """Check that a recipe can be run at a pattern, before anything is.
+def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcuts: Any) -> None:
+    """Check that a recipe can be run at a pattern, with samples, seq_len and seed, before anything is.
 
     Raises:
         SecateurError: it can't.
@@ -234,7 +235,7 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None) -> None:
             )
         return
     try:
-        resolve_recipe(pattern=pattern, **parse_recipe(recipe))
+        resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
     except SecateurError as error:
         raise error.within(f"{recipe} at {pattern}") from error
 
@@ -273,7 +274,7 @@ def _in_own_process(
         try:
             return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
         except SecateurError as error:
-            raise SecateurError(f"cell {cell.key}: {error}") from error
+            raise error.within(f"cell {cell.key}") from error
         except BrokenProcessPool as error:
             raise SecateurError(f"cell {cell.key}: its process died; it may have run out of memory") from error
 

@@ -3,10 +3,7 @@
 Modules need not be `nn.Linear`: Mamba multiplies `weight @ x`, Falcon `x @ weight.T`, GPT-2 `addmm(b, x, weight)`,
 experts take slices of one 3-D parameter. All of them multiply. So a `TorchFunctionMode` looks at the operands of
 products, and knows a parameter by storage, offset, shape and strides: views and transposes match, and so does a whole
-3-D parameter
-    in
-a batched product.
-
+3-D parameter in a batched product.
 """
 
 from __future__ import annotations

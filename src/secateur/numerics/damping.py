@@ -61,7 +61,7 @@ class DampedHessian:
                 return Hd, factor, tried[: attempt + 1]
         raise NotPositiveDefiniteError(
             f"the Hessian ({len(diagonal)} inputs) is not positive definite even with damping {tried[-1]:g}: use more "
-            f"calibration tokens, or a larger damping (‹settings.damping›)"
+            f"calibration tokens, or a larger `damping`"
         )
 
     @property

@@ -71,8 +71,7 @@ def allocate(
         SecateurError: a matrix that saw none of the sequences, or a Hessian that can't be factored.
 
     Cost: none without an allocation. Else a dense pass of every block over `windows` sequences with its Hessians, and
-        for
-    `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
+        for `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
     """
     recipe, allocation = context.recipe, context.recipe.allocation
     found = {matrix.name: matrix_recipe(recipe, matrix.name) for block in blocks for matrix in block.matrices}

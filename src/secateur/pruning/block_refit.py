@@ -37,9 +37,8 @@ from secateur.runtime import distributed
 
 BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25
-STOP_AFTER_FIRST = (
-    1.05  # stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better
-)
+# Stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better.
+STOP_AFTER_FIRST = 1.05
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 

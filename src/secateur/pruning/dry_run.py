@@ -18,7 +18,7 @@ from secateur.calibration.coverage import Coverage, coverage_from
 from secateur.calibration.dense_pass import DensePass
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block
-from secateur.models.checks import check_runnable
+from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
@@ -26,7 +26,7 @@ from secateur.pruning.allocation import LayerPatterns
 from secateur.pruning.block_refit import refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
-from secateur.pruning.loop import check_steps, checked_dense_pass, prune_block
+from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
 from secateur.pruning.loss_curves import curve_levels, loss_curve
 from secateur.recipe.rules import matrix_recipe
 
@@ -77,6 +77,8 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         SecateurError: what a run would raise before the first block.
     """
     check_runnable(model)
+    check_finite_weights(model)
+    check_number_of_batches(len(batches), context)
     sample = _sample(batches)
     scale = _num_tokens(batches) / _num_tokens(sample)
     with deterministic_forward(model):

@@ -72,13 +72,12 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         SecateurError: anything wrong with the model, the texts or the recipe.
 
     Cost: the dense pass (another for each further chain), two forward passes of each block over the batches, the
-        Hessians
-    and the solver calls; one more forward pass where something aims at the dense model; allocation and refit as their
-    docstrings say.
+        Hessians and the solver calls; one more forward pass where something is fitted to the dense model; allocation
+        and refit as their docstrings say.
     """
     check_runnable(model)
     check_finite_weights(model)
-    _check_number_of_batches(len(batches), context)
+    check_number_of_batches(len(batches), context)
     with deterministic_forward(model):
         torch.manual_seed(context.recipe.seed)
         structure = find_block_chains(model, batches[0], context.recipe, context.store)
@@ -86,9 +85,8 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure))
         first, *later = structure.chains
         dense = checked_dense_pass(model, first, batches, context)
-        for (
-            chain
-        ) in later:  # only to find what is wrong: their calls are recorded again when the chains before are pruned
+        # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
+        for chain in later:
             checked_dense_pass(model, chain, batches, context)
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
@@ -235,7 +233,12 @@ def _write_gains(block: Block, stream: Stream, groups: Sequence[InputGroup]) -> 
     )
 
 
-def _check_number_of_batches(number: int, context: RunContext) -> None:
+def check_number_of_batches(number: int, context: RunContext) -> None:
+    """Check that every rank gets a batch, and that a refit can hold one out.
+
+    Raises:
+        SecateurError: there are too few.
+    """
     if number < distributed.world_size():
         raise SecateurError(
             f"{number} calibration batches can't be sharded over {distributed.world_size()} processes: use more "

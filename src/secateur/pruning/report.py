@@ -25,7 +25,7 @@ class MatrixReport:
         zeros: zeros of the mask; weights that were zero before and stay outside it are not counted.
         relative_error: `tr(D H D^T) / tr(W H W^T)` as the solver left it, H undamped; a block refit comes later.
         target_error: the same against the weights of a dense target; None without one.
-        seconds: of the solver.
+        seconds: of the matrix: target, solver, exchanges, and these figures.
         tokens: real tokens that it saw.
         borrowed: share of H from tokens that a router sends to other experts.
         solver: the solver's name.

@@ -74,7 +74,7 @@ class NM:
         if columns % self.m:
             raise SecateurError(
                 f"pattern {self} needs an input dimension that is a multiple of {self.m}, but it is {columns}: choose "
-                f"another ‹pattern›, or leave the matrix dense with ‹exclude›"
+                f"another ‹pattern›, or leave the matrix dense"
             )
 
 

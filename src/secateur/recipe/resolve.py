@@ -103,7 +103,9 @@ def _filled_in(data: dict[str, Any], file: RecipeFile | None, recipe: Any, optio
 
 
 def _same(option: str, stated: Any, value: Any) -> bool:
-    """Whether two spellings of an option mean the same."""
+    """Whether two spellings of an option mean the same. A solver's name agrees with any options of that solver."""
+    if option == "solver" and isinstance(value, str) and isinstance(stated, Mapping):
+        return stated.get("name") == value
     try:
         ours, theirs = (plain(Recipe.from_dict(apply_settings({}, {option: each}))) for each in (stated, value))
     except SecateurError:  # a wrong value is named when the whole recipe is checked

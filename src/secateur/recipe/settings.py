@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
@@ -13,8 +14,8 @@ from ruamel.yaml.error import YAMLError
 
 from secateur.errors import SecateurError, nearest
 from secateur.recipe.declare import RecipeError, fields_of, plain, unknown_option
-from secateur.recipe.recipe import Recipe
-from secateur.recipe.solvers import SOLVERS
+from secateur.recipe.recipe import CalibrationText, Recipe
+from secateur.recipe.solvers import SOLVERS, plain_solver
 from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """A value as YAML reads it; what is no YAML is text."""
+    """A value as YAML reads it; anything else is text."""
     try:
         return plain_data(YAML(typ="safe", pure=True).load(text))
     except YAMLError:
@@ -64,13 +65,14 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     """A recipe's data with some options replaced.
 
     A section that was off is turned on by an option of it, and off by `none`. A solver that is named anew starts from
-    its defaults.
+    its defaults. The order of the settings does not matter.
 
     Raises:
         RecipeError: a name that the recipe does not have.
     """
     data = copy.deepcopy(dict(recipe))
-    for name, value in settings.items():
+    for name in sorted(settings, key=lambda name: ("." in name, name != "solver.name")):
+        value = settings[name]
         section, dot, option = name.partition(".")
         if section not in fields_of(Recipe):
             raise RecipeError(unknown_option(section, "", Recipe, (section,)), (section,))
@@ -79,32 +81,45 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
             continue
         if "." in option or section not in (*SECTIONS, "solver", "calibration"):
             raise RecipeError(f"{name} is not an option of a recipe: write SECTION.OPTION=VALUE", (section,))
-        before = data.get(section)
-        held = {"name": before} if isinstance(before, str) else dict(before) if isinstance(before, Mapping) else {}
+        held = _section(section, data.get(section))
         if name == "solver.name" and held.get("name") != value:
             held = {}
         data[section] = held | {option: value}
     return data
 
 
+def _section(name: str, value: Any) -> dict[str, Any]:
+    """A section of a recipe's data as a dictionary; what is not said of a solver is the default one's."""
+    if value is None:
+        return {"name": Recipe().solver.name} if name == "solver" else {}
+    if name == "solver" and isinstance(value, str):
+        return {"name": value}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain_solver(value) if name == "solver" else plain(value)
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{name} is {value!r}: it must be a mapping of options", (name,))
+    return dict(value)
+
+
 def stated_settings(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says other than the defaults, as data."""
-    defaults = plain(Recipe())
-    return {name: value for name, value in plain(recipe).items() if value != defaults[name]}
+    values, defaults = plain(recipe), plain(Recipe())
+    stated = {name: value for name, value in values.items() if value != defaults[name]}
+    if "calibration" in stated:
+        usual = defaults["calibration"]
+        stated["calibration"] = {name: value for name, value in values["calibration"].items() if value != usual[name]}
+    return stated
 
 
 def value_at(data: Mapping[str, Any], name: str) -> Any:
-    """The option of a dotted name; None where the data does not have it."""
+    """The option of a dotted name; None where the data does not have it, or only by default."""
     section, dot, option = name.partition(".")
     found = data.get(section)
     if not dot:
         return found
+    if isinstance(found, CalibrationText):
+        found = stated_settings(Recipe(calibration=found)).get("calibration")
     return found.get(option) if isinstance(found, Mapping) else None
-
-
-def describe_error(error: SecateurError) -> str:
-    """The dotted name of a wrong option, for a message."""
-    return ".".join(map(str, error.location)) if isinstance(error, RecipeError) else ""
 
 
 def checks_names(function: Callable[P, T]) -> Callable[P, T]:

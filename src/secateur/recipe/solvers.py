@@ -185,7 +185,8 @@ def _check_plugin_values(name: str, kind: type, values: dict[str, Any]) -> None:
             raise RecipeError(f"{key} is {value!r}: {explained(error, kind).raw.partition(': ')[2]}", (key,)) from error
 
 
-def _plain_solver(solver: Any) -> dict[str, Any]:
+def plain_solver(solver: Any) -> dict[str, Any]:
+    """A solver's options as plain data, with its name."""
     values = plain(solver) if isinstance(solver, SolverOptions) else dataclasses.asdict(solver)
     return {"name": solver.name, **values}
 
@@ -202,4 +203,4 @@ def _schema() -> dict[str, Any]:
     return {"anyOf": [{"enum": list(SOLVERS)}, *sections, other, plugin]}
 
 
-Solver = Annotated[Any, PlainValidator(read_solver), PlainSerializer(_plain_solver), WithJsonSchema(_schema())]
+Solver = Annotated[Any, PlainValidator(read_solver), PlainSerializer(plain_solver), WithJsonSchema(_schema())]

@@ -74,8 +74,8 @@ def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None
         raise SecateurError(f"{solver} gave weights other than zero where its mask prunes")
     if not bool(torch.isfinite(solved.weight).all()):
         raise SecateurError(
-            f"{solver} gave NaN or infinite weights: the input may be too large for {W.dtype}, or a larger damping may "
-            f"help (‹settings.damping›)"
+            f"{solver} gave NaN or infinite weights: the input may be too large for {W.dtype}, or a larger "
+            f"`damping` may help"
         )
 
 

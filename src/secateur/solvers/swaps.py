@@ -88,7 +88,7 @@ def check_columns(columns: int, device: torch.device) -> None:
         raise SecateurError(
             f"swap refinement of {columns} input columns takes {ARRAYS_A_ROW * columns**2 * 8 / 1e6:.0f} MB and "
             f"{5 * columns**3 / 1e12:.1f} Tflop a row, and is limited to {limit} columns on {device.type}: leave out "
-            f"refine (‹settings.refine=none›), leave the matrix dense with ‹exclude›, or use a GPU"
+            f"`refine`, leave the matrix dense, or use a GPU"
         )
 
 
