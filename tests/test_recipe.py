@@ -93,9 +93,12 @@ def test_settings_do_not_depend_on_their_order_and_lose_nothing():
 
 
 def test_python_spellings_of_options_are_python():
-    error = SecateurError("‹settings.refit=none›, ‹recipe=fast›, ‹seed=3›, ‹exclude='*.a'›, ‹settings.refit.rate›")
+    error = SecateurError("‹settings.refit=none›, ‹recipe=fast›, ‹seed=3›, ‹exclude='*.a'›, ‹refit.rate›")
     assert str(error) == "settings={'refit': None}, recipe='fast', seed=3, exclude='*.a', settings={'refit.rate': ...}"
-    assert error.for_command_line() == "--set refit=none, --recipe fast, --seed 3, --exclude '*.a', --set refit.rate=..."
+    assert (
+        error.for_command_line()
+        == "--set refit=none, --recipe fast, --seed 3, --exclude '*.a', --set " + "refit.rate=..."
+    )
 
 
 def test_values_of_settings_are_yaml():
