@@ -4,39 +4,46 @@
 
 Run it on a quiet machine. The other work is one process on each core that multiplies numbers without pause. `default`
 is what the command sets by itself. The demo runs in full for it, and on few tokens to compare policies. Its model must
-be in the cache, so run `secateur demo` once before.
+be in the cache, so run `secateur demo` once before. `--cells NAME ...` measures some; the JSON keeps the others.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from common import arguments_of, write_result
 
 POLICIES = {"default": {}, "ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE"}}
 SHORT = ("--samples", "8", "--eval-tokens", "4096")
+CELLS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "full, default, quiet": ("default", (), False),
+    "full, default, busy": ("default", (), True),
+    "short, default, quiet": ("default", SHORT, False),
+    "short, default, busy": ("default", SHORT, True),
+    "short, ACTIVE, quiet": ("ACTIVE", SHORT, False),
+    "short, ACTIVE, busy": ("ACTIVE", SHORT, True),
+}
 LIMIT = 1800.0  # seconds
 
 
 def main() -> None:
-    """Measure and write one JSON."""
-    args = arguments_of(__doc__)
-    cells = {}
-    for policy, arguments in [("default", ()), ("default", SHORT), ("ACTIVE", SHORT)]:
-        quiet = demo_seconds(policy, arguments)
-        with busy_cores():
-            busy = demo_seconds(policy, arguments)
-        name = f"{'short' if arguments else 'full'} {policy}"
-        cells[name] = {"quiet": quiet, "busy": busy, "busy / quiet": busy / quiet}
-        print(name, cells[name], flush=True)
-        write_result(args.out, {"cores": os.cpu_count(), "cells": cells})
+    """Measure the cells and add them to one JSON."""
+    args = arguments_of(__doc__, cells=list(CELLS))
+    seconds = json.loads(args.out.read_text())["seconds"] if args.out.exists() else {}
+    for name in args.cells:
+        policy, arguments, is_busy = CELLS[name]
+        with busy_cores() if is_busy else nullcontext():
+            seconds[name] = demo_seconds(policy, arguments)
+        print(name, seconds[name], flush=True)
+        write_result(args.out, {"cores": os.cpu_count(), "seconds": seconds})
 
 
 def demo_seconds(policy: str, arguments: tuple[str, ...]) -> float:

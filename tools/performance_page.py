@@ -183,13 +183,13 @@ def processes_table() -> str:
 
 
 def busy_table() -> str:
-    if not (RESULTS / "busy.json").is_file():
-        return "Not measured."
+    """Demos x quiet and busy, in seconds."""
     found = read_result("busy")
-    rows = [
-        [name, f"{cell['quiet']:.0f}", f"{cell['busy']:.0f}", f"{cell['busy / quiet']:.2f}"]
-        for name, cell in found["cells"].items()
-    ]
+    rows = []
+    for name in dict.fromkeys(cell.rsplit(", ", 1)[0] for cell in found["seconds"]):
+        quiet, busy = (found["seconds"].get(f"{name}, {state}") for state in ("quiet", "busy"))
+        shown = [f"{seconds:.0f}" if seconds else "" for seconds in (quiet, busy)]
+        rows.append([name, *shown, f"{busy / quiet:.2f}" if quiet and busy else ""])
     return f"{table(['demo, wait policy', 'quiet, s', 'busy, s', 'busy / quiet'], rows)}\n\n{found['cores']} cores."
 
 
