@@ -390,7 +390,7 @@ def test_an_unfinished_run_is_not_started_over_by_accident(source, tmp_path, mon
 def test_a_request_that_is_wrong_costs_no_finished_block(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="not a file"):
         prune(source, out, resume=False, overwrite=True, calibration=Path("absent.txt"))
     with pytest.raises(ValueError, match="not a folder that can be written"):
         prune(source, out, resume=False, overwrite=True, offload_dir=tmp_path / "absent")
@@ -523,7 +523,7 @@ def test_ctrl_c_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_is_left_of_a_run_that_finished_no_block(source, tmp_path):
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="not a file"):
         prune(source, tmp_path / "deep" / "out", calibration=Path("absent.txt"))
     assert not list(tmp_path.iterdir())
 
