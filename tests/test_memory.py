@@ -96,7 +96,7 @@ def test_sizes_and_folders_are_checked(tmp_path):
     for wrong in ("much", "0GB", "-1GB", "8 apples", "8IB"):
         with pytest.raises(ValueError, match="max_memory is"):
             memory_budget(wrong, None)
-    with pytest.raises(ValueError, match="no folder that can be written"):
+    with pytest.raises(ValueError, match="not a folder that can be written"):
         memory_budget(None, tmp_path / "absent")
 
 

@@ -80,7 +80,7 @@ def test_groups_keep_n_of_m(n, m, seed):
 
 
 def test_width_error_says_what_to_do():
-    with pytest.raises(ValueError, match=r"multiple of 4, but it is 10.*exclude"):
+    with pytest.raises(ValueError, match=r"multiple of 4, but it is 10.*leave the matrix dense"):
         NM(2, 4).check_width(10)
 
 
