@@ -497,7 +497,9 @@ def test_bad_models_are_refused_and_left_as_they_were():
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=[]), "empty")
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="x.txt"), "tokenizer")
     long = [torch.ones(1, 65, dtype=torch.long)]
-    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=long), "65 tokens, but the model has 64 positions")
+    unchanged(
+        tiny_model("llama"), lambda model: pruned(model, calibration=long), "65 tokens, but the model has 64 positions"
+    )
     foreign = [torch.full((1, 8), 128)]
     unchanged(
         tiny_model("llama"),
