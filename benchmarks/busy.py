@@ -21,15 +21,22 @@ from pathlib import Path
 
 from common import arguments_of, write_result
 
-POLICIES = {"default": {}, "ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE"}}
-SHORT = ("--samples", "8", "--eval-tokens", "4096")
+POLICIES = {
+    "default": {},
+    "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
+    "ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
+SHORT = ("--samples", "8", "--seq-len", "256", "--eval-tokens", "4096")
 CELLS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "full, default, quiet": ("default", (), False),
     "full, default, busy": ("default", (), True),
-    "short, default, quiet": ("default", SHORT, False),
-    "short, default, busy": ("default", SHORT, True),
-    "short, ACTIVE, quiet": ("ACTIVE", SHORT, False),
-    "short, ACTIVE, busy": ("ACTIVE", SHORT, True),
+    **{
+        f"short, {policy}, {state}": (policy, SHORT, state == "busy")
+        for policy in ("PASSIVE", "spin 1000", "spin 10000", "ACTIVE")
+        for state in ("quiet", "busy")
+    },
 }
 LIMIT = 1800.0  # seconds
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Before anything imports secateur: annotations become checks. Not those of the API and the recipe, which check what
-# users
-# pass by themselves.
-FOLDERS = ("runtime", "numerics", "solvers", "models", "calibration", "pruning", "resume", "checkpoints", "evaluation")
+# Before anything imports secateur: annotations become checks. Not those of the API and the recipe, which check by
+# themselves what users pass.
+FOLDERS = (
+    "storage",
+    "runtime",
+    "numerics",
+    "solvers",
+    "models",
+    "calibration",
+    "pruning",
+    "resume",
+    "checkpoints",
+    "evaluation",
+)
 install_import_hook([f"secateur.{folder}" for folder in FOLDERS], "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -32,6 +43,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there: golden figures and real texts are kept next to the checkout")
     return SHARED
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The command in this process: gives exit code, stdout and stderr."""
+    from secateur.cli import app as cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -100,3 +100,43 @@ def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = tor
     (folder / "NOTICE").write_text("the notice\n")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: somebody/something\n---\n# theirs\n")
     return model
+
+
+def save_gguf(path: Any, layers: int = 2) -> None:
+    """Write a random Llama with the printable ASCII characters as its vocabulary, as a GGUF file in fp32."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    characters = ["<s>", "</s>", *map(chr, range(33, 127)), "\u0120", "ab"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(characters))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(characters)
+    writer.add_token_types([3, 3, *[1] * (len(characters) - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(characters), 32), "output": (len(characters), 32), "output_norm": (32,)}
+    for block in range(layers):
+        shapes |= {
+            f"blk.{block}.{name}": shape
+            for name, shape in {
+                "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
+                "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,),
+            }.items()
+        }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", (random.standard_normal(shape) / 6).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.checkpoints.validate import compute_dtype
-from secateur.cli import app as cli
 from secateur.cli.progress import LogLines
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
@@ -45,21 +44,6 @@ def command(*arguments, **options):
     """The real command in its own process."""
     run = [sys.executable, "-m", "secateur", *map(str, arguments)]
     return subprocess.run(run, capture_output=True, text=True, timeout=300, check=False, **options)
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """The command in this process: gives exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def content(folder):

@@ -16,7 +16,8 @@ from filelock import FileLock
 from models import save_checkpoint
 
 from secateur.cli import app as cli
-from secateur.comparison.compare import Comparison, ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, to_csv, to_html
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60

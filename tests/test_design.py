@@ -27,6 +27,7 @@ LONG_FUNCTIONS = {
 # Bottom to top: a folder (or a file beside the folders) imports only from those before it.
 ORDER = (
     "errors",
+    "storage",
     "recipe",
     "runtime",
     "numerics",

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from filelock import FileLock
 from models import character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from zoo import tiny
@@ -25,11 +24,15 @@ import secateur
 from secateur import run
 from secateur.pruning import loop
 from secateur.resume import block_store, folder, manifest, publish
+from secateur.storage import held_folder
+from secateur.storage.held_folder import HeldFolder
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SHARD = "20KB"  # a layer is 19 KB, and so is what is in none
 SETTINGS = {"pattern": "50%", "recipe": "balanced", "samples": 4, "seq_len": 32}
-WAITS_A_BLOCK = 3  # its file, the manifest, and the folder of the manifest
+BEGINS = 4  # waits for the disk before the first block: the journal's folder twice, the manifest, and its folder
+WAITS_A_BLOCK = 4  # its file and its folder, the manifest, and its folder
+TWO_BLOCKS = BEGINS + 2 * WAITS_A_BLOCK + 1  # the wait after which two blocks are finished
 FLAGS = ("--pattern", "50%", "--recipe", "balanced", "--samples", "4", "--seq-len", "32", "--resume")
 
 
@@ -65,7 +68,7 @@ def check_as_if_never_stopped(source, out, name="reference"):
     for report in (ours, theirs):
         for part in (*report["matrices"], *report["blocks"], report["summary"]):
             del part["seconds"]
-        del report["summary"]["out"]
+        del report["summary"]["out"], report["sha256"], report["files"]["README.md"]  # the card has OUT's name
     assert ours == theirs
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
@@ -126,7 +129,7 @@ def test_shards_hold_what_one_file_holds(source, sharded):
 
 def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sharded, tmp_path, monkeypatch):
     """Stopped at each wait for the disk after the last block: whole shards stay, and the blocks that they hold go."""
-    out, step, kept, sizes = tmp_path / "out", 3 * WAITS_A_BLOCK + 2, [], []
+    out, step, kept, sizes = tmp_path / "out", BEGINS + 3 * WAITS_A_BLOCK + 1, [], []
     whole = weight_bytes(sharded)
     while True:
         with monkeypatch.context() as patched:
@@ -135,8 +138,9 @@ def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sha
                 prune(source, out, max_shard_size=SHARD)
         if count[0] < step:
             break
-        sizes.append(weight_bytes(out))
-        kept.append(len(manifest.read_manifest(out / manifest.FOLDER).shards))
+        sizes.append(weight_bytes(tmp_path))
+        if not out.exists():
+            kept.append(len(manifest.read_manifest(manifest.journal_of(out)).shards))
         with monkeypatch.context() as patched:
             if kept[-1]:
                 patched.setattr(run, "prune_model", None)  # nothing is pruned, nor replayed
@@ -144,7 +148,6 @@ def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sha
         check_as_if_never_stopped(source, out, "sharded")
         shutil.rmtree(out)
         step += 1
-    assert kept.pop() == 0  # all was moved, and the journal gone
     assert kept == sorted(kept)
     assert set(kept) == {0, 1, 2, 3, 4}
     assert max(sizes) < whole * (1 + 1 / 3)  # four shards, of which one is there twice
@@ -162,22 +165,29 @@ def test_a_block_that_is_gone_and_was_not_saved_is_not_taken_for_a_saved_one(sou
         patched.setattr(publish.Publisher, "keep_shard", lambda *_: cut())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, max_shard_size=SHARD)
-    assert manifest.read_manifest(out / manifest.FOLDER).shards == []
-    kept = manifest.read_manifest(out / manifest.FOLDER)
+    assert manifest.read_manifest(manifest.journal_of(out)).shards == []
+    kept = manifest.read_manifest(manifest.journal_of(out))
     for blocks in (kept.blocks | {"model.layers.1": manifest.SAVED}, dict([*kept.blocks.items()][:2])):
-        shutil.copytree(out, tmp_path / "copy")
-        manifest.RunManifest(tmp_path / "copy" / manifest.FOLDER, kept).update(blocks=blocks)
+        shutil.copytree(manifest.journal_of(out), manifest.journal_of(tmp_path / "copy"))
+        change_manifest(tmp_path / "copy", blocks=blocks)
         with pytest.raises(ValueError, match=r"is damaged \(model\.layers\.\d\S+ is in no file\).*overwrite"):
             prune(source, tmp_path / "copy")
-        shutil.rmtree(tmp_path / "copy")
-    (out / manifest.FOLDER / "block-00001.safetensors").unlink()
+        shutil.rmtree(manifest.journal_of(tmp_path / "copy"))
+    (manifest.journal_of(out) / "block-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"block-00001.safetensors is damaged"):
         prune(source, out)
-    (out / manifest.FOLDER / publish.OUTCOME).write_text("{}")
+    (manifest.journal_of(out) / publish.OUTCOME).write_text("{}")
     with pytest.raises(ValueError, match=r"outcome\.json is damaged .*overwrite"):
         prune(source, out)
     prune(source, out, resume=False, overwrite=True)
     check_as_if_never_stopped(source, out)
+
+
+def change_manifest(out, **changes):
+    """Give a manifest other content, as a person would who knows its digest."""
+    journal = manifest.journal_of(out)
+    with HeldFolder(journal) as held:
+        manifest.RunManifest(journal, manifest.read_manifest(journal), held).update(**changes)
 
 
 def cut():
@@ -204,7 +214,7 @@ def stopped_while_saving(source, out, monkeypatch, shards):
 def test_a_damaged_shard_is_not_published(source, tmp_path, monkeypatch, damage):
     out = tmp_path / "out"
     stopped_while_saving(source, out, monkeypatch, 2)
-    shard = out / manifest.FOLDER / publish.FINISHED / "00001-model.safetensors"
+    shard = manifest.journal_of(out) / publish.FINISHED / "00001-model.safetensors"
     bits = shard.read_bytes()
     if damage == "all":
         shard.unlink()
@@ -240,7 +250,7 @@ def test_starting_again_leaves_nothing_of_a_run_that_was_stopped_while_saving(so
 
     def committed(self, *others):
         commit(self, *others)
-        found.append(sorted(path.name for path in out.rglob("*.safetensors")))
+        found.append(sorted(path.name for path in manifest.journal_of(out).rglob("*.safetensors")))
 
     monkeypatch.setattr(block_store.JournalledBlocks, "commit", committed)
     prune(source, out, resume=False, overwrite=True)
@@ -248,52 +258,67 @@ def test_starting_again_leaves_nothing_of_a_run_that_was_stopped_while_saving(so
     check_as_if_never_stopped(source, out)
 
 
-def test_power_cuts_while_the_finished_model_is_moved(source, tmp_path, monkeypatch):
-    """No exit code runs: whatever has been moved or removed stays so. A folder with a config.json is a whole model."""
-    out = tmp_path / "out"
-    shutil.copytree(source / "reference", tmp_path / "kept")
-    earlier = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
-    step, states = 1, set()
+@pytest.mark.parametrize("exchange", [True, False])
+def test_power_cuts_while_the_finished_model_takes_its_place(source, tmp_path, monkeypatch, exchange):
+    """No exit code runs. OUT is the earlier model or the new one; without an exchange it may be away for a moment."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    shutil.copytree(source / "reference", kept)
+    earlier = bytes_of(kept)
+    stopped_before_its_place(source, kept, monkeypatch)
+    journal = tmp_path / "journal"
+    manifest.journal_of(kept).rename(journal)
+    step, states = 1, []
+    if not exchange:
+        monkeypatch.setattr(held_folder, "_exchange", lambda *_: False)
     while True:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(tmp_path / "kept", out)
-        (out / "old.bin").write_text("of the earlier model")
-        count = [0]
+        shutil.copytree(kept, out)
+        shutil.copytree(journal, manifest.journal_of(out))
         with monkeypatch.context() as patched:
-            for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
-                patched.setattr(owner, name, cut_at(getattr(owner, name), step, count, out))
+            count = [0]
+            for owner, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (held_folder, "_exchange")):
+                patched.setattr(owner, name, cut_at(getattr(owner, name), step, count))
             try:
-                prune(source, out, seed=7, overwrite=True, resume=False)
+                prune(source, out, seed=7)
             except PowerCutError:
                 pass
             else:
                 break
-        names = {path.name for path in out.iterdir() if path.is_file()}
-        if "config.json" in names:
-            assert earlier.keys() <= names  # the earlier model or the new one, whole
-            assert json.loads((out / "secateur.json").read_text())["recipe"]
-            assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "kept/model.safetensors").keys()
-        states.add(frozenset(names))
-        prune(source, out, seed=7, overwrite=True)
-        assert {path.name for path in out.iterdir()} == earlier.keys()
-        assert (out / "model.safetensors").read_bytes() != earlier["model.safetensors"]
+        states.append(bytes_of(out) if out.exists() else None)
+        prune(source, out, seed=7)
+        new = bytes_of(out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "kept", "out"]
+        shutil.rmtree(out)
         step += 1
-    assert len(states) >= 4  # whole, without its config.json, and partly moved
+    assert earlier != new
+    assert [state for state in states if state not in (earlier, new)] == [None] * (not exchange)
+    assert earlier in states
+    assert new in states
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stopped_before_its_place(source, out, monkeypatch):
+    """Leave a whole model in the journal of a folder that holds an earlier one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "put_in_place", lambda *_: cut())
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, seed=7, overwrite=True)
 
 
 class PowerCutError(BaseException):
     """The process is gone."""
 
 
-def cut_at(real, step, count, out):
-    """The function, until `step` calls of it and others were made about the model in `out`; then none does a thing."""
+def cut_at(real, step, count):
+    """The function, until `step` calls of it and others were made; then none does a thing."""
 
-    def call(path, *others, **options):
-        about = (out / manifest.FOLDER / publish.FINISHED).exists() or count[0]
-        count[0] += bool(about)
-        if count[0] >= step and about:
+    def call(*arguments, **options):
+        count[0] += 1
+        if count[0] >= step:
             raise PowerCutError
-        return real(path, *others, **options)
+        return real(*arguments, **options)
 
     return call
 
@@ -307,7 +332,7 @@ def test_finished_blocks_are_not_pruned_again(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "prune_block", watched)
     with monkeypatch.context() as patched:
-        stop_at(patched, 3 * 2 + 2, KeyboardInterrupt())
+        stop_at(patched, TWO_BLOCKS, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, tmp_path / "out")
     prune(source, tmp_path / "out")
@@ -317,23 +342,23 @@ def test_finished_blocks_are_not_pruned_again(source, tmp_path, monkeypatch):
 def test_a_full_disk_costs_nothing_that_was_there(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(source / "reference", out)
-    (out / "mark").write_text("earlier")
-    for step in (1, 5, 10):
+    (out / "LICENSE.txt").write_text("earlier")
+    for step in (1, 6, 14):
         with monkeypatch.context() as patched:
             stop_at(patched, step, OSError(errno.ENOSPC, "No space left on device"))
             with pytest.raises(ValueError, match="No space left on device"):
                 prune(source, out, seed=7, overwrite=True)
-        assert (out / "mark").read_text() == "earlier"
+        assert (out / "LICENSE.txt").read_text() == "earlier"
         assert (out / "model.safetensors").read_bytes() == (source / "reference/model.safetensors").read_bytes()
     prune(source, out, seed=7, overwrite=True)
-    assert not (out / "mark").exists()
-    assert not (out / manifest.FOLDER).exists()
+    assert not (out / "LICENSE.txt").exists()
+    assert not manifest.journal_of(out).exists()
 
 
 def interrupted(source, out, monkeypatch):
     """Leave two finished blocks in `out`."""
     with monkeypatch.context() as patched:
-        stop_at(patched, 3 * 2 + 2, KeyboardInterrupt())
+        stop_at(patched, TWO_BLOCKS, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out)
 
@@ -350,10 +375,10 @@ def interrupted(source, out, monkeypatch):
 def test_another_run_refuses_to_go_on_and_says_why(source, tmp_path, monkeypatch, changed, message):
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    before = (out / manifest.FOLDER / manifest.MANIFEST).read_bytes()
+    before = (manifest.journal_of(out) / manifest.MANIFEST).read_bytes()
     with pytest.raises(ValueError, match=message):
         prune(source, out, **changed)
-    assert (out / manifest.FOLDER / manifest.MANIFEST).read_bytes() == before
+    assert (manifest.journal_of(out) / manifest.MANIFEST).read_bytes() == before
     prune(source, out)
     check_as_if_never_stopped(source, out)
 
@@ -366,8 +391,9 @@ def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, mon
         patched.setattr(torch, "get_num_threads", lambda: more)
         with pytest.raises(ValueError, match=f"environment threads was .*, is {more}"):
             prune(source, out)
-    path = out / manifest.FOLDER / manifest.MANIFEST
-    path.write_text(path.read_text().replace('"torch": "', '"torch": "0.'))
+    identity = manifest.read_manifest(manifest.journal_of(out)).identity
+    older = identity | {"environment": identity["environment"] | {"torch": "0.1"}}
+    change_manifest(out, identity=older)
     with pytest.raises(ValueError, match="environment torch was 0"):
         prune(source, out)
     shutil.copytree(source, tmp_path / "changed")
@@ -394,11 +420,14 @@ def test_a_request_that_is_wrong_costs_no_finished_block(source, tmp_path, monke
         prune(source, out, resume=False, overwrite=True, calibration=Path("absent.txt"))
     with pytest.raises(ValueError, match="not a folder that can be written"):
         prune(source, out, resume=False, overwrite=True, offload_dir=tmp_path / "absent")
-    (out / "notes.txt").write_text("the user's own")
-    report = prune(source, out)
-    assert len(report.matrices) == 3 * 7
-    assert (out / "notes.txt").read_text() == "the user's own"
-    (out / "notes.txt").unlink()
+    out.mkdir()
+    for name in ("notes.txt", "README.md"):
+        (out / name).write_text("the user's own")
+        with pytest.raises(ValueError, match=f"holds {name}, which was not there when the run began: move it"):
+            prune(source, out)
+        assert (out / name).read_text() == "the user's own"
+        (out / name).unlink()
+    prune(source, out)
     check_as_if_never_stopped(source, out)
 
 
@@ -406,9 +435,10 @@ def test_another_run_in_place_of_one_that_was_cut_off_when_all_was_moved(source,
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(folder, "_remove_if_done", lambda _folder: None)
+        patched.setattr(HeldFolder, "remove", lambda *_: None)
         prune(source, out, seed=7)
     with monkeypatch.context() as patched:
-        stop_at(patched, 3 * 2 + 2, KeyboardInterrupt())
+        stop_at(patched, TWO_BLOCKS, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, overwrite=True)
     assert "2 finished blocks" in manifest.unfinished(out).progress
@@ -419,9 +449,10 @@ def test_another_run_in_place_of_one_that_was_cut_off_when_all_was_moved(source,
 def test_overwriting_an_unfinished_run_takes_no_file_that_is_none_of_its(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        stop_at(patched, 3 * 2 + 2, KeyboardInterrupt())
+        stop_at(patched, TWO_BLOCKS, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(source, out)
+    out.mkdir()
     (out / "notes.txt").write_text("of today")
     with pytest.raises(ValueError, match="so it is not a model, and is not overwritten"):
         prune(source, out, seed=7, resume=False, overwrite=True)
@@ -459,21 +490,15 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
     assert (foreign / "thesis.tex").exists()
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    path = out / manifest.FOLDER / manifest.MANIFEST
+    path = manifest.journal_of(out) / manifest.MANIFEST
     whole = path.read_text()
-    for damage in (
-        "{",
-        whole.replace('"replaces": []', '"replaces": [".secateur"]'),
-        whole.replace('"files": {}', '"files": {"..": "model.safetensors"}'),
-        "[]",
-        '{"blocks": 3}',
-    ):
+    for damage in ("{", whole.replace('"blocks"', '"block"'), "[]", '{"blocks": 3}', "[" * 100_000):
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"manifest\.json .*overwrite"):
             prune(source, out)
         assert "a damaged journal" in manifest.unfinished(out).progress
     path.write_text(whole)
-    block = out / manifest.FOLDER / "block-00001.safetensors"
+    block = manifest.journal_of(out) / "block-00001.safetensors"
     bits = block.read_bytes()
     for damage in (bits[:-8], bits[:-8] + bytes(8)):
         block.write_bytes(damage)
@@ -481,13 +506,12 @@ def test_a_foreign_folder_and_a_damaged_journal_are_refused(source, tmp_path, mo
             prune(source, out)
     path.write_text("{")
     prune(source, out, resume=False, overwrite=True)  # as the message says
-    assert not (out / manifest.FOLDER).exists()
+    assert not manifest.journal_of(out).exists()
 
 
 def test_two_runs_on_one_folder(source, tmp_path):
     out = tmp_path / "out"
-    (out / manifest.FOLDER).mkdir(parents=True)
-    with FileLock(out / manifest.FOLDER / folder.LOCK), pytest.raises(ValueError, match="written by another run"):
+    with folder.locked_journal(out), pytest.raises(ValueError, match="written by another run"):
         prune(source, out)
     prune(source, out)
     check_as_if_never_stopped(source, out)
@@ -497,7 +521,7 @@ def test_kill_at_random_moments(source, tmp_path):
     """The real command, killed as by a power cut, again and again until it gets through."""
     out, chance = tmp_path / "out", random.Random(0)
     command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
-    path = out / manifest.FOLDER / manifest.MANIFEST
+    path = manifest.journal_of(out) / manifest.MANIFEST
     for kept in range(4):
         process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (path.exists() and path.read_text().count("block-0") >= kept):
@@ -513,7 +537,7 @@ def test_kill_at_random_moments(source, tmp_path):
 def test_ctrl_c_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
     from secateur.cli import app as cli
 
-    stop_at(monkeypatch, 3 * 2 + 2, KeyboardInterrupt())
+    stop_at(monkeypatch, TWO_BLOCKS, KeyboardInterrupt())
     arguments = ["prune", source / "model", tmp_path / "out", "--calibration", source / "text.txt", *FLAGS]
     monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pages import DOCS, RESULTS, ROOT, Picture, table
 
-from secateur.comparison.compare import Comparison
+from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, without_members
 from secateur.evaluation.tasks import headline
 

@@ -36,6 +36,7 @@ from secateur.runtime import distributed
 from secateur.runtime.environment import check_device, default_device
 from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import check_columns, refine_by_swaps
+from secateur.storage.paths import user_path
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -152,7 +153,7 @@ def prune(
     if device is not None:
         check_device(device)
     with distributed.process_group(device):
-        return prune_to_folder(source, Path(out), request, overwrite, resume, shard_size)
+        return prune_to_folder(source, user_path(out), request, overwrite, resume, shard_size)
 
 
 @checks_names
@@ -217,7 +218,7 @@ def dry_run(
     source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
     request = Request(chosen, texts, offload_dir, progress)
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
-    return estimate_run(source, None if out is None else Path(out), request, overwrite, resume, shard_bytes)
+    return estimate_run(source, None if out is None else user_path(out), request, overwrite, resume, shard_bytes)
 
 
 @checks_names
@@ -296,7 +297,7 @@ def inspect(folder: str | Path) -> Inspection:
             f"inspect() takes the folder of a checkpoint, not a {type(folder).__name__}: save the model first, or use "
             f"coverage_of(model)"
         )
-    return inspect_folder(Path(folder))
+    return inspect_folder(user_path(folder))
 
 
 @checks_names

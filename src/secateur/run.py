@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +15,8 @@ from torch import nn
 from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
-from secateur.checkpoints.output_folder import check_output_folder
-from secateur.checkpoints.save import write_checkpoint
+from secateur.checkpoints.save import check_links, write_checkpoint
 from secateur.checkpoints.sources import resolve
-from secateur.checkpoints.validate import read_json
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.matrices import all_parameters
@@ -27,16 +24,18 @@ from secateur.models.placement import OffloadedWeights
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import prune_model
-from secateur.pruning.report import METADATA, Report
+from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.recipe import OWN_BATCHES, Recipe
 from secateur.resume.block_store import JournalledBlocks
-from secateur.resume.folder import begin_run, locked_journal, take_over
-from secateur.resume.manifest import Manifest, RunManifest
+from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
+from secateur.resume.manifest import Manifest, RunManifest, journal_of
+from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import sha256
 from secateur.runtime.environment import default_device, environment, processor_name
 from secateur.runtime.memory import MemoryBudget, memory_budget
+from secateur.storage.file_records import first_damage, sha256
+from secateur.storage.paths import real_path, user_path
 
 
 @dataclass(frozen=True)
@@ -126,24 +125,28 @@ def prune_to_folder(
         SecateurError: as `api.prune` says.
     """
     folder = source.folder()
-    out = out.expanduser().resolve()
+    out = real_path(out)
     if distributed.is_main():
-        _check_writable(out, source.name, request.texts, folder, overwrite, resume)
+        _check_request(out, source.name, request.texts, folder)
     with locked_journal(out) as journal:
-        before = take_over(journal, resume, overwrite)
+        before = take_over(journal, out, resume, overwrite)
         if finished := _finished(out, source, folder, request, before, resume, overwrite):
             return finished
-        checkpoint = source.load(journal)
+        if journal is not None:
+            before = check_out(out, before, overwrite)
+        place = journal_of(out)
+        checkpoint = source.load(place)
+        checkpoint.notices += check_links(folder)
         data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data.origin, where)
-        memory = request.memory(journal)
-        manifest = begin_run(journal, before, identity, overwrite)
+        memory = request.memory(place)
+        manifest = begin_run(journal, out, before, identity, overwrite)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         blocks = JournalledBlocks(manifest, placement, _storage_of(checkpoint))
         report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
-        publisher = Publisher(manifest, blocks)
+        publisher = Publisher(manifest, blocks, out)
         publisher.publish(
             checkpoint.model,
             lambda: write_checkpoint(checkpoint, report, publisher, out.name, max_shard_size, request.progress),
@@ -160,9 +163,13 @@ def estimate_run(
         SecateurError: what a run would raise before the first block.
     """
     if out is not None:
-        _check_writable(out.expanduser().resolve(), source.name, request.texts, source.folder(), overwrite, resume)
+        place = real_path(out)
+        _check_request(place, source.name, request.texts, source.folder())
+        if not resume:
+            check_may_replace(place, overwrite)
     with TemporaryDirectory() as scratch:
         checkpoint = source.load(Path(scratch))
+        check_links(checkpoint.folder)
         data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         context = RunContext(
@@ -267,37 +274,35 @@ def _finished(
         SecateurError: it is of another run, and may not be overwritten.
     """
     found = None
-    if distributed.is_main() and resume and (before.files or not before.identity):
+    if distributed.is_main() and resume and not before.identity and (out / METADATA).is_file():
         found = _report_in(out, source, folder, request, overwrite)
     return distributed.broadcast_object(found)
 
 
 def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, overwrite: bool) -> Report | None:
-    path = out / METADATA
-    if not path.is_file():
-        return None
     config, tokenizer = load_config_and_tokenizer(folder, source.trust_remote_code)
     data = request.calibration(tokenizer, config)
     wanted = _identity(source.name, folder, request.recipe, data.origin, {})
     try:
-        report = Report.from_dict(read_json(path, ""))
-    except (KeyError, TypeError, AttributeError) as error:
+        report = read_metadata(out)
+        # Versions and threads may differ: the model is there.
+        names = ("model", "recipe", "calibration")
+        different = sorted(name for name in names if report.identity.get(name) != wanted[name])
+        if different:
+            raise SecateurError(f"{out} holds a finished model of another run (its {', '.join(different)} differs)")
+        if found := first_damage(out, report.files):
+            raise SecateurError(f"{found}: the finished model in {out} is damaged or was changed")
+    except SecateurError as error:
         if overwrite:
             return None
-        raise SecateurError(f"{path} is not a report of a run: choose another folder, or pass ‹overwrite›") from error
-    # Versions and threads may differ: the model is there.
-    different = sorted(name for name in ("model", "recipe", "calibration") if report.identity.get(name) != wanted[name])
-    if different and not overwrite:
-        raise SecateurError(
-            f"{out} holds a finished model of another run (its {', '.join(different)} differs): choose another folder, "
-            f"or pass ‹overwrite› to replace it"
-        )
-    return None if different else report
+        raise SecateurError(f"{error.raw}: choose another folder, or pass ‹overwrite› to replace it") from error
+    return report
 
 
 def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """What decides the bits of a run. Cost: one read of the model's files."""
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".py")]
+    suffixes = (".safetensors", ".bin", ".json", ".py")
+    files = [path for path in folder.iterdir() if path.suffix in suffixes and path.is_file()]
     return {
         "model": {"name": name, "files": {path.name: sha256(path) for path in sorted(files)}},
         "recipe": recipe.without_calibration().to_dict(),
@@ -311,10 +316,11 @@ def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], w
     }
 
 
-def _check_writable(out: Path, model: str, texts: Texts, folder: Path, overwrite: bool, resume: bool) -> None:
-    """Check that `out` may be written, against everything that the run reads."""
-    named: Sequence[Path] = [Path(item).expanduser() for item in (model, texts) if isinstance(item, str | Path)]
-    check_output_folder(out, [folder, *(item for item in named if item.exists())], overwrite, resume)
+def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
+    """Check that `out` can be written, and holds nothing that the run reads."""
+    named = [user_path(item) for item in (model, texts) if isinstance(item, str | Path)]
+    check_place(out)
+    check_apart(out, [folder, *(item for item in named if item.exists())])
 
 
 def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:

@@ -7,7 +7,6 @@ as `<|endoftext|>` on a web page, stays ordinary text; in conversations the chat
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.storage.json_files import parse_json
+from secateur.storage.paths import user_path
 
 Document = str | list[dict[str, Any]]  # a text, or a conversation for the chat template
 MAX_NAME = 255  # of a file, in all common file systems
@@ -49,7 +50,7 @@ def read_documents(source: str | Path | None, seed: int = 0, evaluation: bool = 
     if source is None:
         yield shipped_text("evaluation" if evaluation else "calibration")
         return
-    path = Path(source)
+    path = user_path(source)
     if path.is_dir():
         members = sorted(member for member in path.iterdir() if member.suffix in (".txt", ".jsonl"))
         if not members:
@@ -69,7 +70,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
     ids: list[int] = []
     for document in documents:
         if isinstance(document, str):
-            encoded = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+            encoded = _encode_text(document, tokenizer)
         else:
             if not getattr(tokenizer, "chat_template", None):
                 raise SecateurError(
@@ -82,6 +83,20 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
         if limit is not None and len(ids) >= limit:
             break
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _encode_text(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        SecateurError: the tokenizer has no token for it.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    except Exception as error:
+        if type(error) is not Exception:  # which is all that the tokenizers library raises
+            raise
+        raise SecateurError(f"the model's tokenizer can't encode the text ({error}): it is damaged") from error
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
@@ -175,7 +190,7 @@ def name_of(source: str | Path | None) -> str:
 
 def is_dataset(source: str | Path | None) -> bool:
     """Whether a source names a data set: not a file, a short name or `owner/name` without a text file's suffix."""
-    if source is None or Path(source).exists():
+    if source is None or user_path(source).exists():
         return False
     name = str(source)
     looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
@@ -198,9 +213,9 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SecateurError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            record = parse_json(line)
+        except ValueError as error:
+            raise SecateurError(f"{path}, line {number}: not JSON ({error})") from error
         if isinstance(record, dict) and isinstance(record.get("messages"), list):
             yield [_message(message, f"{path}, line {number}") for message in record["messages"]]
         elif isinstance(record, dict) and isinstance(record.get("text"), str):

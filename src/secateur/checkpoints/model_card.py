@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from secateur.checkpoints.demo_model import DEMO_NAME
 from secateur.checkpoints.load import Checkpoint
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
+from secateur.runtime.messages import one_line
+
+MAX_HEADER = 1 << 16  # characters
 
 
 def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
@@ -18,17 +25,17 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
     header = {
         "license": source.get("license", "unknown"),
         "base_model": base or checkpoint.name,
-        "tags": "[pruned, sparse, secateur]",
+        "tags": ["pruned", "sparse", "secateur"],
         "library_name": "transformers",
     }
     gguf = checkpoint.name == DEMO_NAME or checkpoint.name.endswith(".gguf")
-    what = f"{base or checkpoint.name}{' (dequantised from its GGUF file)' * gguf}"
+    what = f"{one_line(base or checkpoint.name)}{' (dequantised from its GGUF file)' * gguf}"
     recipe, calibration = report.the_recipe, report.calibration
     lines = [
         "---",
-        *(f"{key}: {value}" for key, value in header.items()),
+        _yaml(header),
         "---",
-        f"# {title}",
+        f"# {one_line(title)}",
         "",
         f"{what}, pruned to {recipe.pattern} in one shot, without retraining, by secateur.",
         "",
@@ -38,7 +45,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
         f"| mean relative layer error, before any block refit | {report.mean_relative_error:.4f} |",
         f"| recipe | {recipe.summary()} |",
-        f"| calibration | {_amount(calibration)} of {calibration['source']} |",
+        f"| calibration | {_amount(calibration)} of {one_line(calibration['source'])} |",
         "",
         "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster.",
         f"The whole recipe is in `{RECIPE_FILE}`, figures of every matrix are in `{METADATA}`.",
@@ -54,11 +61,20 @@ def _amount(calibration: dict[str, Any]) -> str:
     return f"{calibration['samples']} sequences"
 
 
-def _front_matter(card: Path) -> dict[str, str]:
-    """Plain `key: value` lines of a card's YAML header."""
+def _yaml(header: dict[str, Any]) -> str:
+    written = io.StringIO()
+    YAML().dump(header, written)
+    return written.getvalue().rstrip("\n")
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The licence and the base model in a card's YAML header, where they are text."""
     if not card.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    lines = match[1].splitlines() if match else []
-    pairs = (re.fullmatch(r"(\w+):\s*(\S.*)", line) for line in lines)
-    return {pair[1]: pair[2] for pair in pairs if pair}
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace")[:MAX_HEADER], re.DOTALL)
+    try:
+        found = YAML(typ="safe", pure=True).load(match[1]) if match else None
+    except (YAMLError, ValueError, RecursionError):  # nobody checks the headers of cards
+        return {}
+    values = found if isinstance(found, dict) else {}
+    return {name: values[name] for name in ("license", "base_model") if isinstance(values.get(name), str)}

@@ -1,7 +1,7 @@
 """Write a pruned model as an ordinary checkpoint: dense safetensors, tokenizer, `secateur.json`, recipe, model card.
 
 Nothing marks the checkpoint as sparse: every loader that knew such marks has dropped them, and some then load random
-weights without an error. `resume.publish` moves it to its place.
+weights without an error. `resume.put_in_place` gives it its place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -21,11 +22,17 @@ from torch import Tensor
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
-from secateur.checkpoints.validate import INDEX, read_json
+from secateur.checkpoints.validate import INDEX
+from secateur.errors import SecateurError
 from secateur.models.matrices import parameter_of
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
+from secateur.resume.output_folder import CHECKPOINT_FILES
 from secateur.resume.publish import Publisher, read_outcome
+from secateur.storage.file_records import FileRecord
+from secateur.storage.held_folder import HeldFolder
+from secateur.storage.json_files import read_json
+from secateur.storage.paths import real_path
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
 NOT_COPIED = {"README.md", "config.json", METADATA, RECIPE_FILE}
@@ -38,7 +45,7 @@ def write_checkpoint(
     title: str,
     max_shard_size: str | int,
     progress: Progress,
-) -> dict[str, str]:
+) -> dict[str, FileRecord]:
     """Write model, tokenizer, every other file of the source, report, recipe and card to the publisher's folder.
 
     The publisher knows which shards are whole, and records each that follows. Memory: one shard.
@@ -52,7 +59,7 @@ def write_checkpoint(
         progress: called with the stage `save`.
 
     Returns:
-        for each file its name in the finished model.
+        the record of each file of the finished model.
 
     Raises:
         OSError, SafetensorError: the disk is full or not writable.
@@ -66,19 +73,17 @@ def write_checkpoint(
     publisher.restore(model, pruned_parameters(report), outcome["shards"])
     for number in range(publisher.num_whole_shards, len(outcome["shards"])):
         names = outcome["shards"][number]
-        made = _write_shard(checkpoint, report, names, folder, number, outcome["max_shard_size"])
+        made = _write_shard(checkpoint, report, names, folder, outcome["max_shard_size"])
         publisher.keep_shard(model, names, made)
         progress("save", number + 1, len(outcome["shards"]))
-    weights = _final_names(publisher.weight_files)
+    weights = publisher.name_shards()
     if len(weights) > 1:
-        _write_index(folder, weights, report.model_parameters)
+        _write_index(folder, list(weights), report.model_parameters)
     _write_config(checkpoint, folder)
     _copy_other_files(checkpoint.folder, folder)
-    report.save(folder)
     (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
     _make_readable(folder)
-    others = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
-    return weights | {name: name for name in others}
+    return report.save(folder, weights)
 
 
 def _plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> list[list[str]]:
@@ -106,41 +111,30 @@ def _plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> list[list[str]]
 
 
 def _write_shard(
-    checkpoint: Checkpoint, report: Report, names: Collection[str], folder: Path, number: int, max_shard_size: int
-) -> list[Path]:
-    """Let transformers save some of the model's tensors, with config and code; returns the files.
+    checkpoint: Checkpoint, report: Report, names: Collection[str], folder: Path, max_shard_size: int
+) -> str:
+    """Let transformers save some of the model's tensors, with config and code, to a new folder; returns its name.
 
     A layer that is larger than the size becomes several files.
     """
-    scratch = folder / "shard"
-    shutil.rmtree(scratch, ignore_errors=True)
+    with HeldFolder(folder) as finished:
+        made = finished.new_name()
+    (folder / made).mkdir()
     tensors = tensors_to_save(checkpoint, report, names)
-    checkpoint.model.save_pretrained(scratch, state_dict=tensors, max_shard_size=max_shard_size)
-    (scratch / INDEX).unlink(missing_ok=True)
-    made = []
-    for path in sorted(scratch.iterdir()):
-        name = f"{number:05d}-{path.name}" if path.suffix == ".safetensors" else path.name
-        made.append(path.replace(folder / name))
-    scratch.rmdir()
+    checkpoint.model.save_pretrained(folder / made, state_dict=tensors, max_shard_size=max_shard_size)
+    (folder / made / INDEX).unlink(missing_ok=True)
     return made
 
 
-def _final_names(made: list[str]) -> dict[str, str]:
-    """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
-    if len(made) == 1:
-        return {made[0]: "model.safetensors"}
-    return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
-
-
-def _write_index(folder: Path, weights: dict[str, str], parameters: int) -> None:
+def _write_index(folder: Path, weights: list[str], parameters: int) -> None:
     """Write the index of shards, as transformers does."""
     size, weight_map = 0, {}
-    for made, name in weights.items():
-        with safe_open(folder / made, framework="pt") as shard:
+    for name in weights:
+        with safe_open(folder / name, framework="pt") as shard:
             weight_map |= dict.fromkeys(shard.keys(), name)
-        with (folder / made).open("rb") as file:
+        with (folder / name).open("rb") as file:
             header = 8 + int.from_bytes(file.read(8), "little")
-        size += (folder / made).stat().st_size - header
+        size += (folder / name).stat().st_size - header
     index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -194,15 +188,51 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _copy_other_files(source: Path, target: Path) -> None:
     """Copy the source's other files as they are: tokenizer, chat template, generation config, licence, notice."""
+    for path in copied_files(source):
+        with path.open("rb") as file, (target / path.name).open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+        (target / path.name).chmod(path.stat().st_mode & 0o666)
+
+
+def copied_files(source: Path) -> list[Path]:
+    """Files of a checkpoint that are copied to the pruned one. A link that leaves its folder is none of them."""
+    return [path for path in sorted(source.iterdir()) if _is_copied(path) and _stays_inside(path, source)]
+
+
+def check_links(source: Path) -> list[str]:
+    """Notices of links in a checkpoint's folder that are not copied, since they leave it.
+
+    Raises:
+        SecateurError: the checkpoint needs such a file.
+    """
+    notices = []
     for path in sorted(source.iterdir()):
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name not in NOT_COPIED and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+        if not _is_copied(path) or _stays_inside(path, source):
+            continue
+        if any(fnmatchcase(path.name, name) for name in CHECKPOINT_FILES):
+            raise SecateurError(
+                f"{path} is a link to {os.path.realpath(path)}, outside of the model's folder: what it leads to would "
+                f"be published with the pruned model. Replace the link by a copy"
+            )
+        notices.append(f"{path.name} is a link that leaves the model's folder: it is not copied")
+    return notices
+
+
+def _is_copied(path: Path) -> bool:
+    weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return path.is_file() and not weights and path.name not in NOT_COPIED and not path.name.startswith(".")
+
+
+def _stays_inside(path: Path, source: Path) -> bool:
+    """Whether a file lies in the model's folder, or in its part of the hub's cache, whose files are links."""
+    folder = real_path(source)
+    inside = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    return inside in real_path(path).parents
 
 
 def _make_readable(folder: Path) -> None:
-    """Give files the permissions that the user's umask asks for (safetensors writes 0600)."""
+    """Give weights the permissions that the user's umask asks for (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
+    for path in folder.glob("*.safetensors"):
         path.chmod(0o666 & ~umask)

@@ -7,6 +7,7 @@ from pathlib import Path
 from secateur.checkpoints.demo_model import DEMO_NAME, demo_model
 from secateur.checkpoints.gguf import convert_gguf
 from secateur.errors import SecateurError
+from secateur.storage.paths import user_path
 
 # Copies of the weights in another layout, which nothing here reads.
 NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]
@@ -29,7 +30,7 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
     Raises:
         SecateurError: there is no such model.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name == DEMO_NAME and not path.exists():
         return demo_model()
     if path.is_file() and path.suffix == ".gguf":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError
+from secateur.storage.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+_COUNT = re.compile(r"layers?$|layers_|blocks$|experts$|depth$")  # num_hidden_layers, n_layer, num_local_experts
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -31,6 +33,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
+    _check_config(folder / "config.json", config)
     shard_paths = _shard_paths(folder)
     if not shard_paths:
         if allow_pickle and any(folder.glob("*.bin")):
@@ -55,28 +58,35 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
                         )
         except (SafetensorError, OSError) as error:
             raise SecateurError(f"{path} is damaged or incomplete ({first_line(error)}): download it again") from error
+    _check_counts(folder / "config.json", config, len(shards))
     return dtypes, shards
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-        path: the file.
-        why: what is said of a missing file.
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Check what is read of a config.json before transformers reads it.
 
     Raises:
-        SecateurError: the file is missing, no JSON, or no object.
+        SecateurError: a value of another kind, or code from elsewhere.
     """
-    if not path.is_file():
-        raise SecateurError(f"{path} is missing: {why}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SecateurError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SecateurError(f"{path} must hold a JSON object")
-    return value
+    made_as = config.get("architectures") or []
+    if not isinstance(made_as, list) or not all(isinstance(name, str) for name in made_as):
+        raise SecateurError(f"{path}: architectures is {made_as!r}, which must be a list of names")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(config.get(name, "")):
+            raise SecateurError(f"{path}: {name} is {config[name]!r}, code from a hub, which is not run: remove it")
+
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Check numbers of layers and experts against the tensors: each has one at least, and each costs time to build.
+
+    Raises:
+        SecateurError: more than there can be.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(path, value, tensors)
+        elif _COUNT.search(name) and isinstance(value, int) and value > max(tensors, 1024):
+            raise SecateurError(f"{path}: {name} is {value:,}, but the files hold {tensors:,} tensors: it is damaged")
 
 
 def main_dtype(dtypes: dict[str, torch.dtype], config: Any) -> torch.dtype:

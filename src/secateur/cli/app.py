@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from secateur.cli import flags
 from secateur.cli.console import (
+    note,
     print_coverage,
     print_dry_run,
     print_inspection,
@@ -21,8 +23,8 @@ from secateur.cli.console import (
     print_pairs,
     print_report,
     resume_hint,
-    stderr,
-    stdout,
+    show,
+    show_table,
 )
 from secateur.cli.progress import progress_shown
 from secateur.errors import SecateurError
@@ -204,17 +206,14 @@ def compare(
         out,
         peer_python,
         None if task_seeds is None else flags.numbers(task_seeds, "task_seeds"),
-        say=lambda line: stderr.print(line, markup=False, highlight=False),
+        say=note,
     )
     write_pages(comparison, out)
     if as_json:
         print_json(comparison.to_dict())
         return
     for pattern, rows in tables(comparison).items():
-        table = Table(*rows[0], title=f"{model} at {pattern}")
-        for row in rows[1:]:
-            table.add_row(*row)
-        stdout.print(table)
+        show_table(rows[0], rows[1:], f"{model} at {pattern}")
 
 
 @app.command()
@@ -243,8 +242,6 @@ def inspect(
     if not coverage:
         inspection = api.inspect(model)
         print_json(inspection.to_dict()) if as_json else print_inspection(inspection)
-        for problem in inspection.problems:
-            stderr.print(f"broken: {problem}", markup=False)
         raise typer.Exit(1 if inspection.problems else 0)
     found = api.coverage_of(
         model,
@@ -305,15 +302,11 @@ def demo(
         print_json({"models": models, "report": report.to_dict()})
         return
     print_report(report)
-    table = Table("model", "perplexity", "continuation", title="before and after")
-    for name, figures in models.items():
-        table.add_row(name, f"{figures['perplexity']:.2f}", figures["continuation"])
-    stdout.print(table)
-    stdout.print(
+    rows = [(name, f"{figures['perplexity']:.2f}", figures["continuation"]) for name, figures in models.items()]
+    show_table(("model", "perplexity", "continuation"), rows, "before and after")
+    show(
         f"perplexity on {models['dense']['targets']} tokens of the shipped evaluation text\n"
-        f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})",
-        markup=False,
-        highlight=False,
+        f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
 
 
@@ -344,30 +337,50 @@ def _prepare_process() -> None:
 
 def _stop(*_: object) -> None:
     """End as Ctrl-C does: every context is left in order, and the command says how to resume."""
-    stderr.print("stopped by SIGTERM")
+    note("stopped by SIGTERM")
     sys.exit(143)
 
 
 def main() -> None:
-    """Run a command. User errors print a message and exit with 2; a bug shows its traceback."""
+    """Run a command. What a user can mend prints a message and exits with 2; a bug leaves a file, and exits with 70."""
     _prepare_process()
     try:
         app()
     except SecateurError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"
-        _print_error(f"error{where}: {error.for_command_line()}")
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
-            raise
-        advice = "use a shorter --seq-len, a larger device, or --device cpu; prune also has --max-memory"
-        _print_error(f"error: {error}: {advice}")
+        note(f"error{where}: {error.for_command_line()}")
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("stopped")
+        note("stopped")
         sys.exit(130)
+    except MemoryError as error:
+        sys.exit(_out_of_memory(error))
+    except OSError as error:  # a disk that fails, or a file that went away
+        note(f"error: {error}: the machine could not do this. {_kept_traceback(error)}")
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for --help
+            sys.exit(_out_of_memory(error))
+        note(f"error: {type(error).__name__}: {error}")
+        note(f"This is a bug in secateur. {_kept_traceback(error)}: please report it, with what you ran.")
+        sys.exit(70)
 
 
-def _print_error(message: str) -> None:
-    stderr.print(message, markup=False, highlight=False, soft_wrap=True)
+def _out_of_memory(error: Exception) -> int:
+    advice = "use a shorter --seq-len, a larger device, or --device cpu; prune also has --max-memory"
+    note(f"error: out of memory ({error}): {advice}")
+    return 2
+
+
+def _kept_traceback(error: Exception) -> str:
+    """Where the traceback of an error is."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="secateur-error-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:  # no disk to write to: the terminal has to do
+        note(text)
+        return "The traceback is above"
+    return f"The traceback is in {path}"

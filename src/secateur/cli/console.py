@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
+
+from secateur.runtime.messages import visible
 
 if TYPE_CHECKING:
     from secateur.calibration.coverage import Coverage
@@ -18,7 +21,27 @@ if TYPE_CHECKING:
     from secateur.pruning.dry_run import DryRun
     from secateur.pruning.report import Report
 
-stdout, stderr = Console(), Console(stderr=True)
+_stdout, stderr = Console(), Console(stderr=True)
+
+
+def show(line: object) -> None:
+    """Print text on stdout as it is: it may come from a file, so nothing in it is markup or control."""
+    _stdout.print(Text(visible(line)))
+
+
+def note(line: object) -> None:
+    """Print text on stderr as it is, each line whole."""
+    stderr.print(Text(visible(line)), soft_wrap=True)
+
+
+def show_table(
+    columns: Sequence[str | Column], rows: Iterable[Sequence[object]], title: str = "", **options: Any
+) -> None:
+    """Print a table on stdout, its cells as they are."""
+    table = Table(*columns, title=Text(visible(title), style="table.title") if title else None, **options)
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    _stdout.print(table)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -29,30 +52,28 @@ def print_json(value: dict[str, Any]) -> None:
 def print_notices(notices: list[str]) -> None:
     """Print what the user should know, on stderr."""
     for notice in notices:
-        stderr.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
+        note(f"note: {notice}")
 
 
 @contextmanager
 def resume_hint(out: Path, shown: bool = True) -> Iterator[None]:
     """Afterwards say how to resume what an error, Ctrl-C or SIGTERM left in a folder."""
     from secateur.resume.manifest import unfinished
+    from secateur.storage.paths import real_path, user_path
 
-    before = unfinished(out.expanduser())
+    place = real_path(user_path(out))
+    before = unfinished(place)
     try:
         yield
     finally:
-        if shown and (kept := unfinished(out.expanduser())) and kept != before:
-            stderr.print(
-                f"{kept.progress}: --resume continues from there", markup=False, highlight=False, soft_wrap=True
-            )
+        if shown and (kept := unfinished(place)) and kept != before:
+            note(f"{kept.progress}: --resume continues from there")
 
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:
     """Print a table of names and values; nested ones are named by their path."""
-    table = Table(title=title, show_header=False)
-    for name, value in _flat(pairs):
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    stdout.print(table)
+    rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in _flat(pairs)]
+    show_table(("", ""), rows, title, show_header=False)
 
 
 def _flat(pairs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,79 +91,70 @@ def print_report(report: Report) -> None:
         kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(
             matrix
         )
-    table = Table("matrix", "number", "shape", "zeros", "layer error", "seconds")
+    rows = []
     for kind, matrices in kinds.items():
         weights = sum(matrix.rows * matrix.columns for matrix in matrices)
         error = sum(matrix.relative_error for matrix in matrices) / len(matrices)
         zeros = sum(matrix.zeros for matrix in matrices) / weights
         shape = f"{matrices[0].rows} x {matrices[0].columns}"
         seconds = sum(matrix.seconds for matrix in matrices)
-        table.add_row(kind, str(len(matrices)), shape, f"{zeros:.2%}", f"{error:.5f}", f"{seconds:.1f}")
-    table.title = f"{report.the_recipe.pattern} by {report.the_recipe.summary()}"
-    stdout.print(table)
+        rows.append((kind, len(matrices), shape, f"{zeros:.2%}", f"{error:.5f}", f"{seconds:.1f}"))
+    title = f"{report.the_recipe.pattern} by {report.the_recipe.summary()}"
+    show_table(("matrix", "number", "shape", "zeros", "layer error", "seconds"), rows, title)
     share = report.pruned_parameters / max(1, report.model_parameters)
     of_layers = report.pruned_parameters / max(1, report.layer_parameters)
-    stdout.print(
+    show(
         f"{len(report.matrices)} matrices, {of_layers:.1%} of the weights in the layers' matrices and {share:.1%} of "
         f"the model's; mean layer error "
         f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
-        f"{report.seconds:.0f} s; saved to {report.out}",
-        markup=False,
-        highlight=False,
+        f"{report.seconds:.0f} s; saved to {report.out}"
     )
     if report.blocks:
         before = sum(block.val_loss_before for block in report.blocks) / len(report.blocks)
         after = sum(block.val_loss_after for block in report.blocks) / len(report.blocks)
-        stdout.print(
-            f"block refit: mean validation loss of a block {before:.4f} -> {after:.4f}",
-            highlight=False,
-        )
+        show(f"block refit: mean validation loss of a block {before:.4f} -> {after:.4f}")
     if any(matrix.figures.get("converged") is False for matrix in report.matrices):
-        stderr.print("note: some full-row refits stopped at max_iterations before tolerance; see secateur.json")
+        note("note: some full-row refits stopped at max_iterations before tolerance; see secateur.json")
     if raised := [matrix.name for matrix in report.matrices if len(matrix.figures.get("damping", ())) > 1]:
-        stderr.print(f"note: the damping was raised for {len(raised)} matrices ({raised[0]} ...); see secateur.json")
+        note(f"note: the damping was raised for {len(raised)} matrices ({raised[0]} ...); see secateur.json")
 
 
 def print_inspection(inspection: Inspection) -> None:
     """Print every matrix of a checkpoint."""
-    table = Table(Column("matrix", overflow="fold"), "shape", "sparsity", "pattern", "", title=inspection.folder)
+    rows = []
     for matrix in inspection.matrices:
         verdict = {True: "ok", False: "broken", None: inspection.dense.get(matrix.name, "")}[matrix.ok]
         shape = " x ".join(map(str, matrix.shape))
-        table.add_row(matrix.name, shape, f"{matrix.sparsity:.2%}", matrix.pattern or "dense", verdict)
-    stdout.print(table)
+        rows.append((matrix.name, shape, f"{matrix.sparsity:.2%}", matrix.pattern or "dense", verdict))
+    show_table((Column("matrix", overflow="fold"), "shape", "sparsity", "pattern", ""), rows, inspection.folder)
+    for problem in inspection.problems:
+        note(f"broken: {problem}")
 
 
 def print_coverage(coverage: Coverage) -> None:
     """Print every kind of matrix of a model's layers, and what a run would do with it."""
-    table = Table(Column("matrix", overflow="fold"), "number", "share of layers", "", Column("why", overflow="fold"))
-    total = sum(matrix.weights for matrix in coverage.matrices)
+    total, rows = sum(matrix.weights for matrix in coverage.matrices), []
     for (name, state, reason), matrices in coverage.by_kind().items():
         share = sum(matrix.weights for matrix in matrices) / max(1, total)
-        table.add_row(name, str(len(matrices)), f"{share:.2%}", state, reason or "")
-    stdout.print(table)
+        rows.append((name, len(matrices), f"{share:.2%}", state, reason or ""))
+    columns = (Column("matrix", overflow="fold"), "number", "share of layers", "", Column("why", overflow="fold"))
+    show_table(columns, rows)
     shares = ", ".join(f"{coverage.share(state):.2%} {state}" for state in ("pruned", "dense", "missed"))
-    stdout.print(
-        f"of {total:,} weights in the matrices of the layers: {shares}; the model has {coverage.model_parameters:,}",
-        highlight=False,
-    )
+    show(f"of {total:,} weights in the matrices of the layers: {shares}; the model has {coverage.model_parameters:,}")
     if coverage.whole:
-        stderr.print(f"note: the model is pruned as one block: {coverage.whole}", markup=False)
+        note(f"note: the model is pruned as one block: {coverage.whole}")
 
 
 def print_dry_run(found: DryRun) -> None:
     """Print what a run would do, and what it would take."""
     print_coverage(found.coverage)
-    table = Table("", "estimate", show_header=False)
     rows = {
         "calibration": f"{found.num_tokens:,} tokens in {found.num_batches} batches",
         "time": f"{_minutes(found.seconds)} (from one timed block of {found.num_blocks})",
         "memory": f"{found.memory_bytes / 1e9:.2f} GB of this process, besides the mapped files of the model",
         "disk": f"{found.disk_bytes / 1e9:.2f} GB in OUT",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    stdout.print(table)
+    show_table(("", "estimate"), list(rows.items()), show_header=False)
 
 
 def _minutes(seconds: float) -> str:

@@ -12,12 +12,12 @@ from secateur.api import evaluate, prune
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.demo_model import DEMO_NAME
 from secateur.checkpoints.load import load
-from secateur.checkpoints.output_folder import check_output_folder
-from secateur.checkpoints.validate import read_json
-from secateur.pruning.report import METADATA, Report
+from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.presets import PRESETS
-from secateur.resume.manifest import FOLDER, MANIFEST
+from secateur.resume.manifest import unfinished
+from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device
+from secateur.storage.paths import real_path, user_path
 
 PROMPT = "Photosynthesis is the process by which"
 NEW_TOKENS = 40
@@ -39,9 +39,11 @@ def run_demo(
     Returns:
         figures and continuations of both models, and the report.
     """
-    out = out.expanduser().resolve()
+    out = real_path(user_path(out))
     overwrite = _is_earlier_demo(out)
-    check_output_folder(out, [], overwrite)
+    check_place(out)
+    check_apart(out, [])
+    check_may_replace(out, overwrite)
     before = look_at(DEMO_NAME, eval_tokens, device, progress)
     report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **few_tokens(asked))
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
@@ -55,10 +57,9 @@ def few_tokens(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_earlier_demo(out: Path) -> bool:
-    finished, begun = out / METADATA, out / FOLDER / MANIFEST
-    if begun.is_file():
-        return read_json(begun, "").get("identity", {}).get("model", {}).get("name") == DEMO_NAME
-    return finished.is_file() and read_json(finished, "").get("model") == DEMO_NAME
+    if begun := unfinished(out):
+        return begun.identity.get("model", {}).get("name") == DEMO_NAME
+    return (out / METADATA).is_file() and read_metadata(out).model == DEMO_NAME
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 
 from secateur.cli.console import stderr
+from secateur.runtime.messages import say
 
 SECONDS_A_LINE = 30.0
 Show = Callable[[str, int, int], None]
@@ -42,7 +42,12 @@ def progress_shown(shown: bool = True) -> Iterator[Show]:
 @contextmanager
 def _bars() -> Iterator[Show]:
     """One bar a stage, with the time left."""
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:12}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -64,7 +69,7 @@ class LogLines:
     """
 
     clock: Callable[[], float] = time.monotonic
-    write: Callable[[str], object] = field(default=lambda line: print(line, file=sys.stderr, flush=True))
+    write: Callable[[str], object] = field(default=say)
     _stage: str = ""
     _started: float = 0.0
     _written: float = 0.0

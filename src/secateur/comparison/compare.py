@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -28,9 +28,9 @@ from filelock import FileLock, Timeout
 from secateur.api import evaluate, prune
 from secateur.calibration.batches import calibration_batches
 from secateur.checkpoints.load import Checkpoint, load
-from secateur.checkpoints.validate import read_json
 from secateur.comparison.peer_llmcompressor import peak_of_process
 from secateur.comparison.peers import prune_by_llmcompressor
+from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
 from secateur.errors import SecateurError
 from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.recipe.patterns import parse_pattern
@@ -38,11 +38,10 @@ from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText
 from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import parse_settings
-from secateur.runtime.atomic_files import atomic_write, sha256
 from secateur.runtime.environment import default_device, environment, environment_number
+from secateur.storage.file_records import sha256
+from secateur.storage.held_folder import make_folders
 
-RESULTS = "compare.json"
-DENSE = "dense"
 DEFAULT_SAMPLES = 128
 DIGEST = " sha256:"
 PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")
@@ -104,20 +103,6 @@ class Cell:
     def key(self) -> str:
         """Name of the cell in the file of results."""
         return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
-
-
-@dataclass
-class Comparison:
-    """A table's settings, environment and cells, as `compare.json` holds them."""
-
-    settings: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def compare(
@@ -207,7 +192,7 @@ def _add(out: Path, settings: ComparisonSettings, cell: Cell, result: dict[str, 
         table = _open(out, settings)
         table.cells[cell.key] = result
         table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])
-        atomic_write(out / RESULTS, json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_results(table, out)
 
 
 def parse_recipe(recipe: str) -> dict[str, Any]:
@@ -245,17 +230,17 @@ def _open(out: Path, settings: ComparisonSettings) -> Comparison:
         raise SecateurError(f"{out} is a file: give a folder for the results")
     path = out / RESULTS
     identity = json.loads(json.dumps(settings.identity()))
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+    found = read_results(out)
+    if found is None:
+        make_folders(out)
         return Comparison(identity)
-    found = read_json(path, "")
-    known = found.get("settings", {})
+    known = found.settings
     if differs := sorted(name for name in identity if not _agree(known.get(name, identity[name]), identity[name])):
         raise SecateurError(
             f"{path} was made with other settings ({', '.join(differs)}): cells of one table must share them. Choose "
             f"another ‹out›, or the same settings"
         )
-    return Comparison(**found | {"settings": known | identity})
+    return replace(found, settings=known | identity)
 
 
 def _agree(known: Any, now: Any) -> bool:

@@ -12,9 +12,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from secateur.comparison.compare import DENSE, Comparison
+from secateur.comparison.results import DENSE, Comparison
 from secateur.evaluation.tasks import headline
-from secateur.runtime.atomic_files import atomic_write
+from secateur.storage.held_folder import write_durably
 
 _HTML = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -124,8 +124,8 @@ def to_html(comparison: Comparison) -> str:
 
 def write_pages(comparison: Comparison, out: Path) -> None:
     """Write `compare.csv` and `compare.html`."""
-    atomic_write(out / "compare.csv", to_csv(comparison))
-    atomic_write(out / "compare.html", to_html(comparison))
+    write_durably(out / "compare.csv", to_csv(comparison))
+    write_durably(out / "compare.html", to_html(comparison))
 
 
 def _html_rows(rows: list[list[str]]) -> str:

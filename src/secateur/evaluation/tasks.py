@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, nearest
+from secateur.storage.paths import user_path
 
 # The figure that papers quote, where a task has several.
 PREFERRED = ("acc_norm,none", "acc,none", "exact_match,none")
@@ -67,7 +68,7 @@ def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | 
         return
     if limit is not None and limit < 1:
         raise SecateurError(f"‹task_limit› is {limit}; it must be at least 1")
-    if task_dir is not None and not Path(task_dir).is_dir():
+    if task_dir is not None and not user_path(task_dir).is_dir():
         raise SecateurError(
             f"‹task_dir› is {task_dir}, which is not a folder: give one that holds the YAML files of your tasks"
         )

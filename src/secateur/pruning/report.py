@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import SecateurError
 from secateur.recipe.recipe import Recipe
+from secateur.storage.file_records import FileRecord, Records, read_records, record_of
+from secateur.storage.json_files import is_sealed, read_json, sealed
 
 METADATA = "secateur.json"
 RECIPE_FILE = "recipe.yaml"
@@ -105,6 +109,7 @@ class Report:
         notices: what the user should know.
         out: the folder, for a run that wrote one.
         identity: what decides the bits, for a run from files.
+        files: the record of each file that was saved with the model, except that of `secateur.json`.
     """
 
     model: str
@@ -120,6 +125,7 @@ class Report:
     notices: list[str] = field(default_factory=list)
     out: str | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
     def pruned_parameters(self) -> int:
@@ -147,26 +153,39 @@ class Report:
             f"mean layer error {self.mean_relative_error:.4f}, {self.seconds:.0f} s)"
         )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, known: Records | None = None) -> dict[str, FileRecord]:
         """Write `secateur.json` and `recipe.yaml` next to a model that `save_pretrained` wrote.
 
-        `secateur inspect FOLDER` then checks every matrix.
+        `secateur inspect FOLDER` then checks every matrix, and every file that was there.
+
+        Args:
+            folder: of the model.
+            known: records of files that need not be read again.
+
+        Returns:
+            the record of each file of the folder.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / METADATA).write_text(self.to_json(), encoding="utf-8")
         self.the_recipe.save(target / RECIPE_FILE)
+        names = [path.name for path in target.iterdir() if path.is_file() and not path.is_symlink()]
+        found = {
+            name: (known or {}).get(name) or record_of(target / name) for name in sorted(names) if name != METADATA
+        }
+        self.files = found
+        (target / METADATA).write_text(self.to_json(), encoding="utf-8")
+        return found | {METADATA: record_of(target / METADATA)}
 
     def to_json(self) -> str:
         """The content of `secateur.json`."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        return json.dumps(sealed(self.to_dict()), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that `to_dict` made into plain data.
 
         Raises:
-            KeyError, TypeError, AttributeError: data of another form.
+            KeyError, TypeError, AttributeError, ValueError: data of another form.
         """
         own = {field.name for field in fields(MatrixReport)}
         summary = data["summary"]
@@ -179,6 +198,7 @@ class Report:
             layer_parameters=summary["layer_parameters"],
             seconds=summary["seconds"],
             out=summary["out"],
+            files=read_records(data["files"]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,4 +225,37 @@ class Report:
             "dense": self.dense,
             "blocks": [asdict(block) for block in self.blocks],
             "matrices": [asdict(matrix) | {"sparsity": matrix.sparsity} for matrix in self.matrices],
+            "files": {name: asdict(record) for name, record in self.files.items()},
         }
+
+
+def read_metadata(folder: Path) -> Report:
+    """The report that a run saved with its model.
+
+    Raises:
+        SecateurError: there is none, or it is damaged or was changed.
+    """
+    path = folder / METADATA
+    data = read_json(path)
+    if not is_sealed(data):
+        raise SecateurError(f"{path} is damaged, or was changed: its content does not match its digest")
+    try:
+        found = Report.from_dict(data)
+        for matrix in found.matrices:
+            _check_types(matrix, ("name", "pattern", "solver"), str)
+            _check_types(matrix, ("rows", "columns", "input_dim", "zeros"), int)
+        for name in ("recipe", "environment", "calibration", "dense", "identity"):
+            if not isinstance(getattr(found, name), dict):
+                raise TypeError(f"its {name} is no mapping")
+        found.the_recipe  # noqa: B018 - checks it
+        return found
+    except SecateurError as error:
+        raise error.within(str(path)) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SecateurError(f"{path} is not a report of a run ({error})") from error
+
+
+def _check_types(matrix: MatrixReport, names: Sequence[str], kind: type) -> None:
+    for name in names:
+        if not isinstance(getattr(matrix, name), kind):
+            raise TypeError(f"{name} of a matrix is {getattr(matrix, name)!r}")

@@ -11,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from secateur.recipe.declare import RecipeError, fields_of
@@ -68,7 +69,11 @@ def read_recipe(path: Path) -> RecipeFile:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path} can't be read: {reason}") from error
     try:
+        if "&" in text and "*" in text:
+            _check_no_alias(path, text)
         found = YAML(typ="rt", pure=True).load(text)
+    except RecursionError as error:
+        raise RecipeError(f"{path} is nested too deeply: it is not a recipe") from error
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         where = "" if mark is None else f", line {mark.line + 1}"
@@ -80,6 +85,13 @@ def read_recipe(path: Path) -> RecipeFile:
     if "summary" in found and isinstance(found.get("recipe"), CommentedMap):  # a secateur.json
         found = found["recipe"]
     return RecipeFile(path, plain_data(found), dict(_lines(found)))
+
+
+def _check_no_alias(path: Path, text: str) -> None:
+    """Check that no value stands for another: a few lines of such can stand for more than memory holds."""
+    for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
+        if isinstance(event, AliasEvent):
+            raise RecipeError(f"{path}, line {event.start_mark.line + 1}: a recipe can't use YAML aliases (*name)")
 
 
 def _lines(node: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], int]]:

@@ -14,6 +14,7 @@ from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
 from secateur.recipe.sizes import parse_size
 from secateur.recipe.solvers import MRP, Solver
 from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+from secateur.storage.paths import user_path
 
 VERSION = 1
 MAX_SEED = 2**63 - 1  # torch's
@@ -160,7 +161,7 @@ class Recipe:
         """
         from secateur.recipe.files import read_recipe
 
-        return read_recipe(Path(path)).recipe()
+        return read_recipe(user_path(path)).recipe()
 
     def save(self, path: str | Path) -> None:
         """Write the whole recipe as YAML, with the help text of each option."""

@@ -13,6 +13,7 @@ from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
+from secateur.storage.paths import user_path
 
 SHORTCUTS = {  # keyword and flag -> option of the recipe
     "pattern": "pattern",
@@ -74,8 +75,8 @@ def _stated(
         raise RecipeError(
             f"recipe is a {type(recipe).__name__}: give a Recipe, a preset's name, a file or a dictionary"
         )
-    if str(recipe) not in PRESETS and (Path(recipe).suffix or Path(recipe).exists()):
-        file = read_recipe(Path(recipe).expanduser())
+    if str(recipe) not in PRESETS and (Path(recipe).suffix or user_path(recipe).exists()):
+        file = read_recipe(user_path(recipe))
         return dict(file.data), file
     pattern = settings.get("pattern", given.get("pattern", "50%"))
     return preset_settings(str(recipe), parse_pattern(pattern)), None

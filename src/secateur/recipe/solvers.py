@@ -157,8 +157,9 @@ def _plugin_options(name: str, values: dict[str, Any]) -> Any:
         raise RecipeError(f"unknown solver {name!r}: choose one of {', '.join(known)}{nearest(name, known)}", ("name",))
     try:
         kind = points[name].load()
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise RecipeError(f"the plug-in of solver {name} can't be loaded: {error}", ("name",)) from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"the plug-in of solver {name} can't be loaded: {reason}", ("name",)) from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise RecipeError(f"the plug-in of solver {name} is {kind!r}: it must be a dataclass with a call", ("name",))
     known = [field.name for field in dataclasses.fields(kind) if field.init]
@@ -167,9 +168,12 @@ def _plugin_options(name: str, values: dict[str, Any]) -> Any:
     kind.name = name  # pyright: ignore[reportAttributeAccessIssue]
     _check_plugin_values(name, kind, values)
     try:
-        return kind(**values)
+        made = kind(**values)
     except TypeError as error:
         raise RecipeError(f"solver {name}: {error}") from error
+    if not callable(made):
+        raise RecipeError(f"the plug-in of solver {name} has no __call__(W, hessian, pattern): it can't solve")
+    return made
 
 
 def _check_plugin_values(name: str, kind: type, values: dict[str, Any]) -> None:

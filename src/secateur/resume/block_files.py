@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.errors import SecateurError
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import sha256
+from secateur.storage.file_records import record_of
 
 
 def check_digest(path: Path, digest: str) -> None:
@@ -22,7 +22,11 @@ def check_digest(path: Path, digest: str) -> None:
     Raises:
         SecateurError: it is gone or was changed.
     """
-    if not path.is_file() or sha256(path) != digest:
+    try:
+        found = record_of(path).sha256
+    except OSError as error:
+        raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
+    if found != digest:
         raise SecateurError(f"{path} is damaged (its bits changed): start again with ‹overwrite›")
 
 

@@ -21,7 +21,7 @@ from secateur.pruning.report import BlockFigures, BlockReport, MatrixReport
 from secateur.resume.block_files import check_digest, map_from_file, open_block
 from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import fsync, sha256
+from secateur.storage.json_files import parse_json
 
 
 class JournalledBlocks:
@@ -66,7 +66,7 @@ class JournalledBlocks:
         path = self.path_of(block.name)
         check_digest(path, digest)
         with open_block(path) as file:
-            figures = json.loads(file.metadata()["figures"])
+            figures = parse_json(file.metadata()["figures"])
             refit = figures["refit"]
             matrices = [MatrixReport(**matrix) for matrix in figures["matrices"]]
             self.passed.add(block.name)
@@ -91,12 +91,20 @@ class JournalledBlocks:
         self.passed.add(block.name)
 
     def _write(self, block: Block, figures: BlockFigures) -> None:
-        blocks = self.manifest.state.blocks
-        path = self._path(len(blocks))
+        journal, blocks = self.manifest.held, self.manifest.state.blocks
+        name, partial = self._path(len(blocks)).name, journal.new_name()
         try:
-            save_file(self._tensors(block), path, metadata={"figures": json.dumps(asdict(figures))})
-            fsync(path)
-            self.manifest.update(blocks=blocks | {block.name: sha256(path)})
+            try:
+                save_file(
+                    self._tensors(block), journal.path / partial, metadata={"figures": json.dumps(asdict(figures))}
+                )
+                journal.flush_file(partial)
+                digest = journal.record(partial).sha256
+                journal.rename(partial, name)
+                journal.flush()
+            finally:
+                journal.remove(partial)
+            self.manifest.update(blocks=blocks | {block.name: digest})
         except (OSError, SafetensorError) as error:
             raise SecateurError(f"{block.name} could not be written to {self.manifest.folder} ({error})") from error
 

@@ -3,96 +3,151 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from secateur.errors import SecateurError
-from secateur.resume.manifest import FOLDER, MANIFEST, Manifest, RunManifest, differences, read_manifest
-from secateur.resume.publish import FINISHED, OUTCOME, move_finished_files
+from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
+from secateur.resume.output_folder import check_may_replace, check_unchanged
+from secateur.resume.publish import OUTCOME
+from secateur.resume.put_in_place import FINISHED, REPLACED, put_in_place
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import fsync
+from secateur.storage.held_folder import HeldFolder, make_folders
 
 LOCK = "lock"
+_OURS = re.compile(rf"block-\d{{5,}}\.safetensors|converted-\d+|{FINISHED}|{REPLACED}|{re.escape(OUTCOME)}")
 
 
 @contextmanager
-def locked_journal(out: Path) -> Iterator[Path]:
-    """The journal's folder, which no other run may use within this context.
+def locked_journal(out: Path) -> Iterator[HeldFolder | None]:
+    """The journal of runs to `out`, which no other run may use within this context; None except on rank 0.
 
     Afterwards it is removed where the run is finished or nothing was done, with the folders that were made for it.
 
     Raises:
         SecateurError: another run holds the folder, or it can't be written.
     """
-    folder = out / FOLDER
     if not distributed.is_main():
         distributed.barrier()
-        yield folder
+        yield None
         return
-    if folder.is_symlink():
-        raise SecateurError(f"{folder} is a link: remove it, or choose another folder")
-    made = [path for path in (folder, out, *out.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, blocking=False)
-        lock.acquire()
-    except Timeout:
-        raise SecateurError(f"{out} is being written by another run: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise SecateurError(f"{out} can't be written: {error.strerror} ({error.filename})") from error
+    journal, lock, made = _open(out)
     try:
         distributed.barrier()
-        yield folder
-    finally:
-        try:
-            _remove_if_done(folder)
-        finally:
-            lock.release()
+        yield journal
+    except BaseException:
+        with suppress(SecateurError):  # the first error is the one that explains
+            _leave(journal, lock, made)
+        raise
+    _leave(journal, lock, made)
+
+
+def _leave(journal: HeldFolder, lock: int, made: list[Path]) -> None:
+    """Unlock the journal; remove it where it is done, and the folders that were made for it where they are empty."""
+    try:
+        _remove_if_done(journal)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+    except OSError as error:
+        raise SecateurError(f"{journal.path} is of no more use, but could not be removed ({error})") from error
+    finally:
+        os.close(lock)
+        journal.close()
 
 
-def take_over(folder: Path, resume: bool, overwrite: bool) -> Manifest:
+def _open(out: Path) -> tuple[HeldFolder, int, list[Path]]:
+    """The journal, its lock, and the folders that were made for it."""
+    path = journal_of(out)
+    try:
+        made = make_folders(out.parent)
+        while True:
+            if not path.is_dir() or path.is_symlink():
+                path.mkdir()
+                with HeldFolder(out.parent) as parent:
+                    parent.flush()
+            journal = HeldFolder(path)
+            lock = journal.lock(LOCK)
+            if journal.is_still_there():  # its owner may have removed it, and was done
+                return journal, lock, made
+            os.close(lock)
+            journal.close()
+    except BlockingIOError:
+        raise SecateurError(f"{out} is being written by another run: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise SecateurError(f"{out} can't be written: {error.strerror} ({path})") from error
+
+
+def take_over(journal: HeldFolder | None, out: Path, resume: bool, overwrite: bool) -> Manifest:
     """The manifest of the run to resume, empty where a new one begins.
 
-    A model that an earlier process finished is moved to its place in any case.
+    A model that an earlier process finished is put in its place in any case.
 
     Raises:
         SecateurError: the manifest is damaged, and may not be overwritten.
     """
     found: Manifest | None = None
-    if distributed.is_main():
+    if journal is not None:
         try:
-            found = read_manifest(folder)
+            journal.remove_partial()
+            found = read_manifest(journal.path)
             if found.files:
-                move_finished_files(folder, found)
+                put_in_place(journal, out, found)
+                forget(journal)
+                found = None
+        except OSError as error:
+            raise SecateurError(f"{journal.path} can't be written ({error})") from error
         except SecateurError:
             if not overwrite:
                 raise
             found = None
     found = distributed.broadcast_object(found)
+    if found is not None and found.identity and not (resume or overwrite):
+        raise SecateurError(
+            f"{out} has an unfinished run ({len(found.blocks)} finished blocks are in {journal_of(out)}): go on with "
+            f"‹resume›, or start again with ‹overwrite›"
+        )
     return found if resume and found is not None else Manifest()
 
 
-def begin_run(folder: Path, before: Manifest, identity: dict[str, Any], overwrite: bool) -> RunManifest:
+def check_out(out: Path, before: Manifest, overwrite: bool) -> Manifest:
+    """Check what OUT holds, and return the manifest with the files that the run may replace.
+
+    Raises:
+        SecateurError: OUT holds what may not be replaced.
+    """
+    if before.identity and not overwrite:
+        check_unchanged(out, before.replaces)
+        return before
+    return replace(before, replaces=check_may_replace(out, overwrite))
+
+
+def begin_run(
+    journal: HeldFolder | None, out: Path, before: Manifest, identity: dict[str, Any], overwrite: bool
+) -> RunManifest:
     """The manifest of a run that begins or is resumed; what lies there of another run is removed.
 
     Raises:
         SecateurError: the run to resume differs; the message names every difference.
     """
     state = before
-    if distributed.is_main():
-        state = _state_of(folder, before, json.loads(json.dumps(identity)), overwrite)
-    return RunManifest(folder, distributed.broadcast_object(state))
+    if journal is not None:
+        state = _state_of(journal, out, before, json.loads(json.dumps(identity)), overwrite)
+    manifest = RunManifest(journal_of(out), distributed.broadcast_object(state), journal)
+    if journal is not None:
+        try:
+            manifest.update()
+        except OSError as error:
+            raise SecateurError(f"{journal.path} can't be written ({error})") from error
+    return manifest
 
 
-def _state_of(folder: Path, before: Manifest, identity: dict[str, Any], overwrite: bool) -> Manifest:
+def _state_of(journal: HeldFolder, out: Path, before: Manifest, identity: dict[str, Any], overwrite: bool) -> Manifest:
     begun_by, resumed_by = (each.get("environment", {}).get("processes", 1) for each in (before.identity, identity))
     found = list(differences(before.identity, identity)) if before.identity else []
     if before.identity and begun_by != resumed_by:  # torchrun gives each process other threads than one alone has
@@ -102,49 +157,49 @@ def _state_of(folder: Path, before: Manifest, identity: dict[str, Any], overwrit
         found = [difference for difference in found if not difference.startswith("environment ")]
     if found and not overwrite:
         raise SecateurError(
-            f"{folder.parent} holds an unfinished run that differs: {'; '.join(found)}. Resume it with what it began "
-            f"with, or start again with ‹overwrite›"
+            f"{out} has an unfinished run that differs: {'; '.join(found)}. Resume it with what it began with, or "
+            f"start again with ‹overwrite›"
         )
     if found or not before.identity:
-        _forget(folder)
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_file())
-        return Manifest(identity=identity, replaces=there)
+        forget(journal)
+        return Manifest(identity=identity, replaces=before.replaces)
     notices = list(before.notices)
     if begun_by != resumed_by:
         notices.append(
             f"{begun_by} processes began this run and {resumed_by} resumed it: the model is that of an uninterrupted "
             f"run to the rounding of sums, not to the bit"
         )
-    return Manifest(**{**vars(before), "identity": identity, "notices": notices})
+    return replace(before, identity=identity, notices=notices)
 
 
-def _forget(folder: Path) -> None:
-    """Remove what an earlier run wrote, the manifest first."""
-    manifest = folder / MANIFEST
+def forget(journal: HeldFolder) -> None:
+    """Remove what runs wrote to the journal, the manifest first. What is not ours stays.
+
+    Raises:
+        SecateurError: the journal can't be written.
+    """
     try:
-        if manifest.exists():
-            manifest.unlink()
-            fsync(folder)
-        shutil.rmtree(folder / FINISHED, ignore_errors=True)
-        for path in (*folder.glob("block-*.safetensors"), folder / OUTCOME):
-            path.unlink(missing_ok=True)
+        journal.remove(MANIFEST)
+        journal.flush()
+        journal.remove_partial()
+        for name in journal.names():
+            if _OURS.fullmatch(name):
+                journal.remove_folder(name)
     except OSError as error:
-        raise SecateurError(f"{folder} can't be written ({error})") from error
+        raise SecateurError(f"{journal.path} can't be written ({error})") from error
 
 
-def _remove_if_done(folder: Path) -> None:
-    """Remove the journal of a run that is finished, or did nothing; the manifest goes after what it names."""
-    if (folder / MANIFEST).exists():
-        try:
-            files = read_manifest(folder).files
-        except SecateurError:  # the user decides
-            return
-        if not files or any((folder / FINISHED / name).exists() for name in files):
-            return
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (MANIFEST, LOCK):
-            path.unlink()
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+def _remove_if_done(journal: HeldFolder) -> None:
+    """Remove the journal of a run that is finished, or did nothing."""
+    try:
+        manifest = read_manifest(journal.path)
+    except SecateurError:  # the user decides
+        return
+    if manifest.blocks or manifest.outcome or (manifest.identity and manifest.replaces):
+        return
+    forget(journal)
+    if journal.names() == [LOCK]:
+        journal.remove(LOCK)
+        with HeldFolder(journal.path.parent) as parent:
+            parent.remove_empty_folder(journal.path.name)
+            parent.flush()

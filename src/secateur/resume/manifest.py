@@ -12,11 +12,18 @@ from typing import Any, NamedTuple
 
 from secateur.errors import SecateurError
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import atomic_write
+from secateur.storage.file_records import FileRecord, read_records
+from secateur.storage.held_folder import HeldFolder
+from secateur.storage.json_files import is_sealed, read_json, sealed
 
-FOLDER, MANIFEST = ".secateur", "manifest.json"
+MANIFEST = "manifest.json"
 SAVED = "saved"  # instead of the digest of a block whose file is gone, since whole shards hold it
-PLAIN_NAME = re.compile(r"(?!\.secateur$)[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def journal_of(out: Path) -> Path:
+    """The journal of runs to a folder. It lies beside the folder, which stays as it is until the model is finished."""
+    return out.parent / f".{out.name}.secateur"
 
 
 @dataclass(frozen=True)
@@ -27,20 +34,20 @@ class Manifest:
         identity: what a resumed run must share with the one that began, as nested plain data.
         blocks: SHA-256 of each finished block's file, or `SAVED`, by block; files are numbered in this order.
         seconds: of work so far, of every process that took part.
-        replaces: files that OUT held when the run began.
+        replaces: the files of OUT that the run may replace, as they were when it began.
         outcome: SHA-256 of the file with the report and the plan of shards; "" while there are blocks to prune.
-        shards: SHA-256 of the finished model's weight files by name, shard by shard.
-        files: the whole finished model's files: name in the journal -> name in OUT; empty until it is whole.
+        shards: the finished model's weight files under the names that they have in the journal, shard by shard.
+        files: every file of the finished model under its final name; empty until it is whole.
         notices: what the user should know of how the run was resumed.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    replaces: list[str] = field(default_factory=list)
+    replaces: dict[str, FileRecord] = field(default_factory=dict)
     outcome: str = ""
-    shards: list[dict[str, str]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
+    shards: list[dict[str, FileRecord]] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -52,10 +59,16 @@ class RunManifest:
         state: what has happened.
     """
 
-    def __init__(self, folder: Path, state: Manifest) -> None:
-        """Go on from a state; its seconds are those of earlier processes."""
-        self.folder, self.state = folder, state
+    def __init__(self, folder: Path, state: Manifest, held: HeldFolder | None = None) -> None:
+        """Go on from a state; its seconds are those of earlier processes. `held` is the journal on rank 0."""
+        self.folder, self.state, self._held = folder, state, held
         self._before, self._started = state.seconds, time.perf_counter()
+
+    @property
+    def held(self) -> HeldFolder:
+        """The journal to write to. Rank 0 only."""
+        assert self._held is not None
+        return self._held
 
     @property
     def seconds(self) -> float:
@@ -65,7 +78,7 @@ class RunManifest:
     def update(self, **changes: Any) -> None:
         """Record what has happened, and return when that is on the disk. Rank 0 only."""
         self.state = replace(self.state, **changes, seconds=self.seconds)
-        atomic_write(self.folder / MANIFEST, json.dumps(asdict(self.state), indent=1) + "\n")
+        self.held.write(MANIFEST, json.dumps(sealed(asdict(self.state)), indent=1) + "\n")
 
     def take_state_of_main(self) -> None:
         """Take rank 0's state."""
@@ -79,50 +92,67 @@ def read_manifest(folder: Path) -> Manifest:
         SecateurError: the manifest is damaged, or names files elsewhere.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return Manifest()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(
-            identity=dict(found["identity"]),
-            blocks={str(block): str(digest) for block, digest in found["blocks"].items()},
-            seconds=float(found["seconds"]),
-            replaces=[str(name) for name in found["replaces"]],
-            outcome=str(found["outcome"]),
-            shards=[{str(name): str(digest) for name, digest in shard.items()} for shard in found["shards"]],
-            files={str(made): str(name) for made, name in found["files"].items()},
-            notices=[str(notice) for notice in found["notices"]],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is not a regular file")
+        found = read_json(path)
+        if not is_sealed(found):
+            raise ValueError("its content does not match its digest")
+        return _checked(found)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
-    names = [*manifest.replaces, *(name for shard in manifest.shards for name in shard)]
-    names += [name for pair in manifest.files.items() for name in pair]
-    if foreign := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
-        raise SecateurError(
-            f"{path} names {foreign[0]!r}, which is not a plain file name: start again with ‹overwrite›"
-        )
-    return manifest
+
+
+def _checked(found: dict[str, Any]) -> Manifest:
+    """The manifest of plain data.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: data of another form.
+    """
+    blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
+    outcome = str(found["outcome"])
+    if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
+        raise ValueError(f"{wrong[0]!r} is no SHA-256")
+    if outcome and not _DIGEST.fullmatch(outcome):
+        raise ValueError(f"{outcome!r} is no SHA-256")
+    shards = [read_records(shard) for shard in found["shards"]]
+    files = read_records(found["files"])
+    if (shards or files) and not outcome:
+        raise ValueError("it has shards of a model whose blocks are not finished")
+    return Manifest(
+        identity=dict(found["identity"]),
+        blocks=blocks,
+        seconds=float(found["seconds"]),
+        replaces=read_records(found["replaces"]),
+        outcome=outcome,
+        shards=shards,
+        files=files,
+        notices=[str(notice) for notice in found["notices"]],
+    )
 
 
 class Unfinished(NamedTuple):
-    """How far a run has come, in words, and the files that it replaces or writes."""
+    """How far a run has come, in words, and what it is a run of."""
 
     progress: str
-    files: set[str]
+    identity: dict[str, Any]
 
 
 def unfinished(out: Path) -> Unfinished | None:
-    """The unfinished run in `out`, if there is one."""
-    if not (out / FOLDER / MANIFEST).is_file():
-        return None
+    """The unfinished run to `out`, if there is one."""
+    journal = journal_of(out)
     try:
-        manifest = read_manifest(out / FOLDER)
+        manifest = read_manifest(journal)
     except SecateurError:  # whoever resumes it is told why
-        return Unfinished(f"a damaged journal is in {out / FOLDER}", set())
+        return Unfinished(f"a damaged journal is in {journal}", {})
+    if not manifest.identity:
+        return None
     done = f"{len(manifest.blocks)} finished blocks"
     if manifest.outcome:
         done = f"all blocks, some of them in {len(manifest.shards)} finished shards,"
-    return Unfinished(f"{done} are in {out / FOLDER}", {*manifest.replaces, *manifest.files.values()})
+    return Unfinished(f"{done} are in {journal}", manifest.identity)
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""From finished blocks to the finished model: shard by shard into the journal, then moved to OUT.
+"""From finished blocks to the finished model, shard by shard, in the journal.
 
 The file of a block goes as soon as whole shards hold it, so the disk never holds a model of many blocks twice.
 """
@@ -6,8 +6,8 @@ The file of a block goes as soon as whole shards hold it, so the disk never hold
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.resume.block_files import check_digest, map_from_file, names_in
 from secateur.resume.block_store import JournalledBlocks
-from secateur.resume.manifest import SAVED, Manifest, RunManifest
+from secateur.resume.manifest import SAVED, RunManifest
+from secateur.resume.put_in_place import FINISHED, put_in_place
 from secateur.runtime import distributed
-from secateur.runtime.atomic_files import atomic_write, fsync, sha256
+from secateur.storage.file_records import FileRecord, damage
+from secateur.storage.held_folder import HeldFolder
+from secateur.storage.json_files import read_json
 
-OUTCOME, FINISHED = "outcome.json", "finished"
-LAST_MOVED = "config.json"  # without it a folder is not a model, so a half-moved folder never is
+OUTCOME = "outcome.json"
+_MADE = re.compile(r"\d{5,}-.+\.safetensors")  # a shard's file before the number of files is known
 
 
 def read_outcome(manifest: RunManifest) -> dict[str, Any] | None:
@@ -35,30 +38,25 @@ def read_outcome(manifest: RunManifest) -> dict[str, Any] | None:
         return None
     path = manifest.folder / OUTCOME
     check_digest(path, manifest.state.outcome)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 class Publisher:
-    """Saves the finished model and moves it to OUT. Rank 0 alone writes."""
+    """Saves the finished model and puts it in OUT's place. Rank 0 alone writes."""
 
-    def __init__(self, manifest: RunManifest, blocks: JournalledBlocks) -> None:
-        """Publish the blocks of a run."""
-        self.manifest, self.blocks = manifest, blocks
+    def __init__(self, manifest: RunManifest, blocks: JournalledBlocks, out: Path) -> None:
+        """Publish the blocks of a run to a folder."""
+        self.manifest, self.blocks, self.out = manifest, blocks, out
 
     @property
     def folder(self) -> Path:
-        """Where the finished model is written before it is moved."""
+        """Where the finished model is written before it gets its place."""
         return self.manifest.folder / FINISHED
 
     @property
     def num_whole_shards(self) -> int:
         """Shards that are written."""
         return len(self.manifest.state.shards)
-
-    @property
-    def weight_files(self) -> list[str]:
-        """Names of the files of whole shards, in order."""
-        return [name for shard in self.manifest.state.shards for name in shard]
 
     def keep_outcome(self, outcome: dict[str, Any]) -> None:
         """Record that every block is finished: a resumed run only has to save.
@@ -69,12 +67,11 @@ class Publisher:
         Raises:
             OSError: the disk is full or not writable.
         """
-        path = self.manifest.folder / OUTCOME
-        atomic_write(path, json.dumps(outcome) + "\n")
-        self.manifest.update(outcome=sha256(path))
+        self.manifest.held.write(OUTCOME, json.dumps(outcome) + "\n")
+        self.manifest.update(outcome=self.manifest.held.record(OUTCOME).sha256)
 
     def restore(self, model: nn.Module, pruned: Collection[str], shards: Sequence[Collection[str]]) -> None:
-        """Map the blocks that other processes finished, except those that are in whole shards.
+        """Verify what is written, and map the blocks that other processes finished and no whole shard holds.
 
         Args:
             model: the dense model.
@@ -83,20 +80,20 @@ class Publisher:
 
         Raises:
             SecateurError: a damaged block or shard, or pruned weights that no file holds.
+
+        Cost: one read of the journal.
         """
-        for files in self.manifest.state.shards:
-            for name, digest in files.items():
-                check_digest(self.folder / name, digest)
+        self._check_shards(len(shards))
         held = {_parameter(name) for shard in shards[: self.num_whole_shards] for name in shard}
         parameters = {_parameter(name): parameter for name, parameter in model.named_parameters()}
         for block, digest in self.manifest.state.blocks.items():
             path = self.blocks.path_of(block)
             if digest == SAVED:
-                path.unlink(missing_ok=True)
+                self.manifest.held.remove(path.name)
                 continue
+            check_digest(path, digest)
             names = names_in(path)
             if block not in self.blocks.passed:
-                check_digest(path, digest)
                 map_from_file(path, {name: parameters[name] for name in names if name in parameters})
             held.update(names)
         if lost := sorted({*pruned} - held):
@@ -104,92 +101,106 @@ class Publisher:
                 f"{self.manifest.folder} is damaged ({lost[0]} is in no file): start again with ‹overwrite›"
             )
 
-    def keep_shard(self, model: nn.Module, names: Collection[str], paths: Collection[Path]) -> None:
+    def _check_shards(self, planned: int) -> None:
+        """Check the shards that are written, under the names that they have now."""
+        shards, final = self.manifest.state.shards, final_names(self.manifest.state.shards)
+        if len(shards) > planned:
+            raise SecateurError(f"{self.manifest.folder} is damaged (more shards than planned): use ‹overwrite›")
+        for shard in shards:
+            for made, record in shard.items():
+                name = final[made] if len(shards) == planned and not (self.folder / made).exists() else made
+                if found := damage(self.folder, name, record):
+                    raise SecateurError(f"{self.folder / made} is damaged ({found}): start again with ‹overwrite›")
+
+    def keep_shard(self, model: nn.Module, names: Collection[str], folder: str) -> None:
         """Make a shard durable, and let go of the blocks that it holds, on the disk too.
 
         Args:
             model: the model.
             names: its tensors in the shard.
-            paths: the shard's files, in `folder`.
+            folder: a folder in `folder` with the shard's files, and what is written along; it is emptied.
         """
-        for path in paths:
-            fsync(path)
-        fsync(self.folder)
+        with self.manifest.held.subfolder(FINISHED) as finished:
+            made = self._move_shard(finished, folder)
         held, state = {_parameter(name) for name in names}, self.manifest.state
         files = {block: self.blocks.path_of(block) for block, digest in state.blocks.items() if digest != SAVED}
         inside = {block: path for block, path in files.items() if held.issuperset(names_in(path))}
-        weights = [path for path in paths if path.suffix == ".safetensors"]
-        self.manifest.update(
-            shards=[*state.shards, {path.name: sha256(path) for path in weights}],
-            blocks=state.blocks | dict.fromkeys(inside, SAVED),
-        )
+        names_inside = {block: names_in(path) for block, path in inside.items()}
+        self.manifest.update(shards=[*state.shards, made], blocks=state.blocks | dict.fromkeys(inside, SAVED))
         parameters = {_parameter(name): parameter for name, parameter in model.named_parameters()}
-        for path in inside.values():
-            for name in names_in(path):
+        for block, path in inside.items():
+            for name in names_inside[block]:
                 _let_go(parameters[name])
-            path.unlink()
+            self.manifest.held.remove(path.name)
 
-    def publish(self, model: nn.Module, write: Callable[[], dict[str, str]]) -> None:
-        """Let `write` complete the finished model in `folder`, and move it to OUT, which then holds nothing else.
+    def _move_shard(self, finished: HeldFolder, folder: str) -> dict[str, FileRecord]:
+        made = {}
+        with finished.subfolder(folder) as scratch:
+            for name in scratch.names():
+                new = f"{self.num_whole_shards:05d}-{name}" if name.endswith(".safetensors") else name
+                scratch.flush_file(name)
+                if new != name:
+                    made[new] = scratch.record(name)
+                scratch.rename(name, new, finished)
+        finished.remove_empty_folder(folder)
+        finished.flush()
+        return made
+
+    def name_shards(self) -> dict[str, FileRecord]:
+        """Give the shards' files their final names, now that their number is known; their records. Safe to repeat."""
+        shards, final = self.manifest.state.shards, final_names(self.manifest.state.shards)
+        with self.manifest.held.subfolder(FINISHED) as finished:
+            for made, name in final.items():
+                if finished.is_file(made):
+                    finished.rename(made, name)
+            for name in finished.names():
+                if _MADE.fullmatch(name):  # of a shard that a killed process did not record
+                    finished.remove(name)
+            finished.flush()
+        return {final[made]: record for shard in shards for made, record in shard.items()}
+
+    def publish(self, model: nn.Module, write: Callable[[], dict[str, FileRecord]]) -> None:
+        """Let `write` complete the finished model in `folder`, and put it in OUT's place.
 
         Args:
             model: the model.
-            write: returns the name in OUT of each file in `folder`.
+            write: returns the records of the finished model's files.
 
         Raises:
-            SecateurError: the disk is full or not writable; blocks and whole shards are kept, and so is what OUT held,
-                unless the model was whole and only the move was stopped: a resumed run completes it.
+            SecateurError: the disk is full or not writable, or OUT may not be replaced; blocks and whole shards are
+                kept, and so is what OUT held.
         """
         if distributed.is_main():
-            self._write_and_move(write)
+            self._write(write)
+            put_in_place(self.manifest.held, self.out, self.manifest.state)
         else:
             for parameter in model.parameters():  # a file that is mapped keeps its space on the disk
                 _let_go(parameter)
         distributed.barrier()
 
-    def _write_and_move(self, write: Callable[[], dict[str, str]]) -> None:
+    def _write(self, write: Callable[[], dict[str, FileRecord]]) -> None:
+        journal = self.manifest.held
         try:
             if not self.manifest.state.outcome:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)
-            files = write()
-            for name in files:
-                fsync(self.folder / name)
-            fsync(self.folder)
+                journal.remove_folder(FINISHED)
+            with journal.subfolder(FINISHED) as finished:
+                finished.remove_partial()
+                files = write()
+                for name in files:
+                    finished.flush_file(name)
+                finished.flush()
+            journal.flush()
             self.manifest.update(files=files)
         except (OSError, SafetensorError) as error:
-            raise SecateurError(f"{self.manifest.folder.parent} could not be saved ({error})") from error
-        move_finished_files(self.manifest.folder, self.manifest.state)
+            raise SecateurError(f"{self.out} could not be saved ({error})") from error
 
 
-def move_finished_files(folder: Path, manifest: Manifest) -> None:
-    """Move the finished model's files to OUT in place of those that it held. Safe to repeat.
-
-    Raises:
-        SecateurError: a file of the finished model is gone, or the disk is not writable.
-    """
-    try:
-        _move(folder / FINISHED, folder.parent, manifest)
-    except OSError as error:
-        raise SecateurError(f"{folder.parent} could not be saved ({error})") from error
-
-
-def _move(finished: Path, out: Path, manifest: Manifest) -> None:
-    files = manifest.files
-    gone = [name for here, name in files.items() if not (finished / here).exists() and not (out / name).exists()]
-    if gone:
-        raise SecateurError(f"{finished.parent} is damaged ({gone[0]} is gone): start again with ‹overwrite›")
-    if (finished / LAST_MOVED).exists():
-        (out / LAST_MOVED).unlink(missing_ok=True)
-        fsync(out)
-    for name in {*manifest.replaces} - {*files.values()}:
-        (out / name).unlink(missing_ok=True)
-    for here, name in sorted(files.items(), key=lambda file: file[1] == LAST_MOVED):
-        if (finished / here).exists():
-            if name == LAST_MOVED:
-                fsync(out)
-            (finished / here).replace(out / name)
-    fsync(out)
+def final_names(shards: Iterable[Collection[str]]) -> dict[str, str]:
+    """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
+    made = [name for shard in shards for name in shard]
+    if len(made) == 1:
+        return {made[0]: "model.safetensors"}
+    return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
 
 
 def _parameter(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The machine: processes, memory budgets, chunk sizes, crash-safe files, the environment.
+"""The machine: processes, memory budgets, chunk sizes, messages, the environment.
 
 Nothing here knows a model or a matrix.
 """

@@ -35,6 +35,8 @@ def check_device(device: str) -> None:
         SecateurError: they do not.
     """
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,4 +7,18 @@ import sys
 
 def say(message: str) -> None:
     """Print a message on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(visible(message), file=sys.stderr, flush=True)
+
+
+def visible(text: object) -> str:
+    """Text that may come from a file, as a terminal can show it: control characters are spelled out, lines stay."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else _spelled(letter) for letter in str(text))
+
+
+def one_line(text: object) -> str:
+    """The same in one line."""
+    return visible(text).replace("\n", "\\n")
+
+
+def _spelled(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")

@@ -44,11 +44,19 @@ def solve_checked(options: Any, W: Float[Tensor, "R C"], hessian: Hessian, patte
     """
     versions = _version(W), _version(hessian.H)
     solve = SOLVE.get(type(options))
-    solved = options(W, hessian, pattern) if solve is None else solve(options, W, hessian, pattern)
+    solved = _call_plugin(options, W, hessian, pattern) if solve is None else solve(options, W, hessian, pattern)
     if (_version(W), _version(hessian.H)) != versions:
         raise SecateurError(f"solver {options.name} wrote into its weights or its Hessian: it must copy them")
     _check_solved(f"solver {options.name}", solved, W, pattern)
     return solved
+
+
+def _call_plugin(options: Any, W: Tensor, hessian: Hessian, pattern: Pattern) -> Any:
+    """What a plug-in returns. Its errors are its own: they keep their traceback, under its name."""
+    try:
+        return options(W, hessian, pattern)
+    except SystemExit as error:
+        raise SecateurError(f"solver {options.name} ended the process (sys.exit): a solver must return") from error
 
 
 def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None:

@@ -1,0 +1,45 @@
+"""A short run of the fuzzer on every file that secateur reads; `benchmarks/fuzz.py` runs it for long."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+
+import targets
+
+NAMES = ("gguf", "safetensors", "config", "manifest", "metadata", "comparison", "recipe", "jsonl")
+FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SECATEUR_CACHE", "")
+        return targets.targets(tmp_path_factory.mktemp("fuzzed"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_valid_file_is_taken_and_the_corpus_breaks_no_promise(every, name):
+    target = every[name]
+    assert target.check(target.seed) == (2 if name == "comparison" else 0)  # it asks for a recipe that there is not
+    for content in targets.corpus_of(name):
+        target.check(content)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mutated_files_break_no_promise(every, name):
+    codes = []
+
+    @FEW
+    @given(st.data())
+    def fuzz(data):
+        codes.append(every[name].check(data.draw(every[name].inputs())))
+
+    fuzz()
+    assert 2 in codes
