@@ -2,9 +2,9 @@
 
     python benchmarks/faults.py --out benchmarks/results/faults.json
 
-Tiny models are pruned by the real command. A process is killed, or a call fails, at each call in turn; what it leaves is
-resumed and compared bit by bit with a run that nothing happened to. Power cuts replay the recorded calls, and lose, keep
-or reorder what was not flushed. Needs a C compiler and Linux. About an hour on two cores; `--share 0.1` runs a tenth.
+Tiny models are pruned by the real command. A process is killed, or a call fails, at each call in turn; what it leaves
+is resumed and compared bit by bit with a run that nothing happened to. Power cuts replay the recorded calls, and lose,
+keep or reorder what was not flushed. Needs a C compiler and Linux. `--share 0.1` runs a tenth.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def one_run(model: Path, out: Path, whole: float, before: int, chance: random.Ra
 def manifest_of(out: Path) -> dict[str, Any]:
     """What the journal says; nothing where there is none."""
     try:
-        return json.loads((out / ".secateur" / "manifest.json").read_text())
+        return json.loads((out.parent / f".{out.name}.secateur" / "manifest.json").read_text())
     except OSError:
         return {}
 

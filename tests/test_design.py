@@ -44,7 +44,14 @@ ORDER = (
     "cli",
     "__main__",
 )
-TORCH_FREE = ("errors", "recipe", "cli.flags", "cli.app", "cli.console", "cli.progress")
+TORCH_FREE = ("errors", "storage", "recipe", "cli.flags", "cli.app", "cli.console", "cli.progress")
+# Who may catch every exception: what other packages raise can't be listed, and the edge of the program hides nothing.
+BROAD_EXCEPTS = {
+    "checkpoints.gguf": "the parsers of three packages on a damaged file",
+    "recipe.solvers": "the code of a plug-in",
+    "calibration.texts": "the tokenizers library raises Exception itself",
+    "cli.app": "an unexpected error becomes a file and exit code 70",
+}
 # Phrases that make a sentence hard to read; tests/test_design.py alone may name them.
 BANNED = {
     r"\bbut for\b": "except for",
@@ -160,9 +167,12 @@ def test_no_broad_except_no_pickle_and_errors_of_our_class():
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type else "everything"
-                assert caught not in ("everything", "Exception", "BaseException"), f"{name} catches {caught}"
+                raised_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+                if re.search("everything|Exception", caught) and not raised_again:
+                    assert name in BROAD_EXCEPTS, f"{name} catches {caught}"
             if isinstance(node, ast.Import | ast.ImportFrom):
-                assert "pickle" not in ast.unparse(node), f"{name} imports pickle"
+                allowed = "from pickle import UnpicklingError"
+                assert "pickle" not in ast.unparse(node).replace(allowed, ""), f"{name} imports pickle"
             if isinstance(node, ast.Raise) and node.exc is not None:
                 assert not ast.unparse(node.exc).startswith("ValueError"), f"{name} raises a bare ValueError"
 
@@ -190,6 +200,15 @@ def test_plain_english():
     for name, text in written().items():
         for number, line in enumerate(text.splitlines(), 1):
             assert not banned_in(line), f"{name}, line {number}: {', '.join(banned_in(line))}"
+
+
+def test_every_promise_has_its_tests():
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"(test_\w+\.py): ((?:test_\w+(?:, )?)+)", page)
+    assert len(named) > 10
+    for file, tests in named:
+        functions = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE))
+        assert set(tests.split(", ")) <= functions, file
 
 
 def test_readme_lists_every_folder_once():

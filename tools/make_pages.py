@@ -13,11 +13,12 @@ from pathlib import Path
 
 import architectures_page
 import benchmarks_page
+import guarantees_page
 import performance_page
 import reference_pages
 import results_page
 
-PARTS = (reference_pages, results_page, benchmarks_page, architectures_page, performance_page)
+PARTS = (reference_pages, results_page, benchmarks_page, architectures_page, performance_page, guarantees_page)
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def prune(
             change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
         max_shard_size: of a weight file, such as `5GB`.
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
-            passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: `out/.secateur`).
+            passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: next to `out`).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
         device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = a GPU where there is one.
         trust_remote_code: let the checkpoint's Python code run.
@@ -106,25 +106,12 @@ def prune(
 
     Raises:
         SecateurError: anything wrong with the request, the model or the texts. A model object is unchanged where the
-            fault was there before the first weight moved. `out` is written only at the end, except for the finished
-            blocks in `out/.secateur`.
+            fault was there before the first weight moved. `out` changes only at the end, in one step; finished blocks
+            are in `.OUT.secateur` next to it.
     """
-    named = calibration if isinstance(calibration, str | Path) else None
-    chosen = resolve_recipe(
-        recipe,
-        settings,
-        _several(include),
-        _several(exclude),
-        pattern=pattern,
-        solver=solver,
-        calibration=None if named is None else str(named),
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        max_memory=max_memory,
-    )
-    chosen, texts = texts_of(chosen, calibration)
-    request = Request(chosen, texts, offload_dir, progress)
+    shortcuts = {"pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len, "seed": seed}
+    shortcuts["max_memory"] = max_memory
+    request = _request(recipe, settings, include, exclude, calibration, shortcuts, offload_dir, progress)
     if isinstance(model, nn.Module | Checkpoint):
         given = {
             "out": out,
@@ -196,27 +183,14 @@ def dry_run(
     Raises:
         SecateurError: what a run would raise before the first block.
     """
-    named = calibration if isinstance(calibration, str | Path) else None
-    chosen = resolve_recipe(
-        recipe,
-        settings,
-        _several(include),
-        _several(exclude),
-        pattern=pattern,
-        solver=solver,
-        calibration=None if named is None else str(named),
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        max_memory=max_memory,
-    )
-    chosen, texts = texts_of(chosen, calibration)
+    shortcuts = {"pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len, "seed": seed}
+    shortcuts["max_memory"] = max_memory
+    request = _request(recipe, settings, include, exclude, calibration, shortcuts, offload_dir, progress)
     if not isinstance(model, str | Path):
         raise SecateurError(
             f"the model is a {type(model).__name__}: a dry run takes a folder, a GGUF file or a hub name"
         )
     source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
-    request = Request(chosen, texts, offload_dir, progress)
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     return estimate_run(source, None if out is None else user_path(out), request, overwrite, resume, shard_bytes)
 
@@ -380,6 +354,22 @@ def solve(
         if recipe.refine is None:
             return solved
         return refine_by_swaps(recipe.refine, weights, solved, hessian, recipe.pattern)
+
+
+def _request(
+    recipe: Any,
+    settings: Mapping[str, Any] | None,
+    include: Any,
+    exclude: Any,
+    calibration: Texts,
+    shortcuts: dict[str, Any],
+    offload_dir: Any,
+    progress: Progress,
+) -> Request:
+    """What a run is asked for: its whole recipe, and its texts."""
+    named = str(calibration) if isinstance(calibration, str | Path) else None
+    chosen = resolve_recipe(recipe, settings, _several(include), _several(exclude), calibration=named, **shortcuts)
+    return Request(*texts_of(chosen, calibration), offload_dir, progress)
 
 
 def _several(names: str | Sequence[str] | None) -> list[str]:

@@ -133,7 +133,7 @@ def prune_to_folder(
         if finished := _finished(out, source, folder, request, before, resume, overwrite):
             return finished
         if journal is not None:
-            before = check_out(out, before, overwrite)
+            before = check_out(journal, out, before, overwrite)
         place = journal_of(out)
         checkpoint = source.load(place)
         checkpoint.notices += check_links(folder)
@@ -274,7 +274,7 @@ def _finished(
         SecateurError: it is of another run, and may not be overwritten.
     """
     found = None
-    if distributed.is_main() and resume and not before.identity and (out / METADATA).is_file():
+    if distributed.is_main() and resume and not before.has_begun and (out / METADATA).is_file():
         found = _report_in(out, source, folder, request, overwrite)
     return distributed.broadcast_object(found)
 

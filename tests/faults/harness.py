@@ -2,7 +2,7 @@
 
     LD_PRELOAD=shim.so python tests/faults/harness.py CASES.json RESULTS.json
 
-The process imports everything once; each command then runs in a child of its own, which takes a tenth of the time.
+The process imports everything once; each command then runs in its own child, which takes a tenth of the time.
 `benchmarks/faults.py` runs all cases, tests/test_faults.py a sample.
 """
 
@@ -261,8 +261,11 @@ class Laboratory:
             self._check_end(result, first, killed=case.fault in ("kill", "torn write"))
             known = () if case.scenario == "cache" else self._check_out(result, work, scenario, case)
             before = 0 if case.scenario == "cache" else _finished_blocks(work)
+            begun = (work / ".out.secateur" / "manifest.json").exists()
             second = self.run(self.at(work, scenario.resume), **run)
-            if second.code:
+            if case.scenario == "overwrite" and known == ("earlier",) and not begun and second.code == 2:
+                pass  # nothing had begun, so there is nothing to resume
+            elif second.code:
                 result.broken.append(f"resumed: exit code {second.code}: {second.output[-600:]}")
             elif case.scenario == "cache":
                 _check_cache(result, work)
@@ -297,13 +300,13 @@ class Laboratory:
                     return result
             if ended.code or not same_model(work / "out", reference):
                 result.broken.append(f"{damaged}: exit code {ended.code}, other bits: {ended.output[-400:]}")
-            if left := sorted(set(os.listdir(work)) - {"out"}):
+            if left := sorted({path.name for path in work.iterdir()} - {"out"}):
                 result.broken.append(f"leftovers: {left}")
         return result
 
     def cut_power(self, name: str, number: int, how: str, seed: int) -> Result:
         """Cut the power after a number of calls, resume on what the disk then holds, and see which promises hold."""
-        result = Result(Case(name, f"power cut, {how}", number), 0)
+        result = Result(Case(name, f"power cut, {how}", number), -signal.SIGKILL)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             work = Path(scratch) / "work"
             disk = Disk(self.recorded[name].root, self.recorded[name].base)
@@ -354,9 +357,7 @@ class Laboratory:
         elif not out.exists() and (not had_model or not scenario.exchange):
             states.append("away")
         else:
-            result.broken.append(
-                f"OUT is neither the earlier model nor the new one: {sorted(os.listdir(out)) if out.exists() else 'away'}"
-            )
+            result.broken.append("OUT is neither the earlier model nor the new one")
         if result.code == 0 and states != ["new"]:
             result.broken.append("exit code 0 without the model")
         return tuple(states)
@@ -367,7 +368,7 @@ class Laboratory:
         reference = self.folder / ("reference-sharded" if case.scenario in self.sharded else "reference") / "out"
         if not same_model(work / "out", reference):
             result.broken.append("resumed: other bits")
-        if left := sorted(set(os.listdir(work)) - {"out"}):
+        if left := sorted({path.name for path in work.iterdir()} - {"out"}):
             result.broken.append(f"leftovers: {left}")
         expected = 0 if states == ("new",) else BLOCKS - before
         if ended.pruned > expected:
@@ -446,7 +447,7 @@ def _finished_blocks(work: Path) -> int:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() if path.is_file() else b"no file" for path in folder.iterdir()}
 
 
 def same_model(out: Path, reference: Path) -> bool:
@@ -492,10 +493,11 @@ def damage_file(work: Path, how: str, chance: random.Random) -> str | None:
 
 
 def run_cases(cases: Sequence[Case], shim: Path, workers: int) -> list[dict[str, Any]]:
-    """Run cases in processes of their own."""
+    """Run cases in several processes."""
     with tempfile.TemporaryDirectory() as scratch:
         running = [_start(Path(scratch) / str(index), cases[index::workers], shim) for index in range(workers)]
-        if any([process.wait() for process in running]):
+        codes = [process.wait() for process in running]
+        if any(codes):
             raise RuntimeError("the harness itself failed")
         return [
             result for index in range(workers) for result in json.loads((Path(scratch) / f"{index}-found").read_text())

@@ -41,11 +41,10 @@ class Change:
     other: File | Folder | None = None
 
     def apply(self) -> None:
-        """Make it safe, where what it moves is there."""
+        """Make it safe. A name that was never safe where it comes from is safe where it goes."""
         if self.source is not None:
-            if self.source.safe.get(self.source_name) is not self.node:
-                return
-            del self.source.safe[self.source_name]
+            if self.source.safe.get(self.source_name) is self.node:
+                del self.source.safe[self.source_name]
             if self.other is not None:
                 self.source.safe[self.source_name] = self.other
         if self.target is not None:
@@ -73,6 +72,8 @@ class Disk:
         if first.endswith(" (deleted)"):
             return
         folder, name = self._at(first)
+        if name and name not in folder.seen and kind in "WSR":
+            self._rename_of_safetensors(folder, name)
         node = self.top if name == "" else folder.seen.get(name)
         if kind in "OT" and node is None:
             self._change(Change(None, "", folder, name, File()))
@@ -91,6 +92,11 @@ class Disk:
         elif kind in "RX":
             target, new = self._at(second)
             self._change(Change(folder, name, target, new, node, target.seen[new] if kind == "X" else None))
+
+    def _rename_of_safetensors(self, folder: Folder, name: str) -> None:
+        """Safetensors writes to `.tmp...` and renames by a direct system call, which no preloaded library sees."""
+        (made,) = [other for other in folder.seen if other.startswith(".tmp")]
+        self._change(Change(folder, made, folder, name, folder.seen[made]))
 
     def _change(self, change: Change) -> None:
         if change.source is not None:

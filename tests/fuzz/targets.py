@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ CORPUS = Path(__file__).parent / "corpus"
 SECONDS, MEMORY = 10, 500_000_000
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 ODD = [
-    None, True, -1, 0, 2, 10**7, 10**30, 1.5, -0.0, 1e308, "", "x", "../x", "/etc/passwd", "a\x00b", "\x1b[31m", "[red]",
-    "x" * 300, [], {}, [[]], [5], {"": 5}, {"a": {"a": {}}}, "\ud800",
+    None, True, -1, 0, 2, 10**7, 10**30, 1.5, -0.0, 1e308, "", "x", "../x", "/etc/passwd", "a\x00b", "\x1b[31m",
+    "[red]", "x" * 300, [], {}, [[]], [5], {"": 5}, {"a": {"a": {}}}, "\ud800",
 ]  # fmt: skip
 TOKENS = [
     b"", b"\x00", b"\xff" * 8, b"\x00" * 8, b"{", b"}", b"[" * 2000, b'"', b"1e400", b"NaN", b"-1", b"\\ud800", b"\n",
-    b"\xff\xff\xff\x7f", b"\x01\x00\x00\x00\x00\x00\x00\x80", b": ", b"- ", b"&a *a", b"!!python/object:os.system x", b"\t",
+    b"\xff\xff\xff\x7f", b"\x01\x00\x00\x00\x00\x00\x00\x80", b": ", b"- ", b"&a *a",
+    b"!!python/object:os.system x", b"\t",
 ]  # fmt: skip
 
 
@@ -113,10 +114,8 @@ def edit_tree(tree: Any, edits: list[tuple[int, Any]]) -> bytes:
             holder, key = places[number % len(places)]
             holder[key] = copy.deepcopy(value)
     if had_seal:
-        try:
+        with suppress(TypeError, ValueError):
             tree = sealed(tree)
-        except (TypeError, ValueError):
-            pass
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
@@ -149,11 +148,10 @@ def limits(size: int) -> Iterator[None]:
 
 def run(command: tuple[str, ...]) -> tuple[int, str]:
     """Run a command in this process; its exit code and all that it printed."""
-    from secateur.cli import app, console
+    from secateur.cli import app
 
     printed = io.StringIO()
     arguments, sys.argv = sys.argv, ["secateur", *command]
-    files = console._stdout.file, console.stderr.file
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             app.main()
@@ -162,7 +160,6 @@ def run(command: tuple[str, ...]) -> tuple[int, str]:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
         sys.argv = arguments
-        console._stdout.file, console.stderr.file = files
     return code, printed.getvalue()
 
 
@@ -204,7 +201,10 @@ def targets(folder: Path) -> dict[str, Target]:
     for name in ("damaged", "configured"):
         copied(name)()
     found = [
-        Target("gguf", (folder / "model.gguf").read_bytes(), folder / "fuzzed.gguf", ("eval", str(folder / "fuzzed.gguf"), *short)),
+        Target(
+            "gguf", (folder / "model.gguf").read_bytes(), folder / "fuzzed.gguf",
+            ("eval", str(folder / "fuzzed.gguf"), *short),
+        ),
         Target(
             "safetensors", (model / "model.safetensors").read_bytes(), folder / "damaged" / "model.safetensors",
             ("eval", str(folder / "damaged"), "--text", str(text), *short), reset=copied("damaged"),
@@ -222,7 +222,10 @@ def targets(folder: Path) -> dict[str, Target]:
             "comparison", json.dumps(comparison).encode(), folder / "compare" / "compare.json",
             ("compare", str(model), "--out", str(folder / "compare"), "--recipes", "nothing"), is_json=True,
         ),
-        Target("recipe", (folder / "recipe.yaml").read_bytes(), folder / "fuzzed.yaml", ("recipe", str(folder / "fuzzed.yaml"))),
+        Target(
+            "recipe", (folder / "recipe.yaml").read_bytes(), folder / "fuzzed.yaml",
+            ("recipe", str(folder / "fuzzed.yaml")),
+        ),
         Target(
             "jsonl", b'{"text": "some words"}\n{"messages": [{"role": "user", "content": "more"}]}\n' * 4,
             folder / "fuzzed.jsonl", ("eval", str(model), "--text", str(folder / "fuzzed.jsonl"), *short),

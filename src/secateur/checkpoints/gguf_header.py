@@ -36,7 +36,7 @@ def check_gguf(path: Path) -> None:
 
 
 class _Header:
-    """A cursor in a file's bytes. Every method raises ValueError or struct.error for what is not in the file."""
+    """A cursor in a file's bytes. Every method raises SecateurError or struct.error for what is not in the file."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.elements = content, 0, 0
@@ -44,9 +44,11 @@ class _Header:
     def check(self) -> None:
         magic, version, tensors, pairs = self.take("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError("it does not begin as a little-endian GGUF file of version 2 or 3")
+            raise SecateurError("it does not begin as a little-endian GGUF file of version 2 or 3")
         if tensors * SMALLEST_TENSOR + pairs * SMALLEST_PAIR > len(self.content):
-            raise ValueError(f"{tensors:,} tensors and {pairs:,} values are announced, more than the file has room for")
+            raise SecateurError(
+                f"{tensors:,} tensors and {pairs:,} values are announced, more than the file has room for"
+            )
         values = dict(self.pair() for _ in range(pairs))
         found = [self.tensor() for _ in range(tensors)]
         self.check_tensors(found, values.get("general.alignment", 32))
@@ -60,7 +62,7 @@ class _Header:
     def text(self) -> str:
         (length,) = self.take("Q")
         if length > len(self.content) - self.at:
-            raise ValueError(f"a text of {length:,} bytes is announced, more than the file has")
+            raise SecateurError(f"a text of {length:,} bytes is announced, more than the file has")
         self.at += length
         return self.content[self.at - length : self.at].decode("utf-8", errors="replace")
 
@@ -74,11 +76,11 @@ class _Header:
         if kind in SCALARS:
             return self.take(SCALARS[kind])[0]
         if kind != ARRAY:
-            raise ValueError(f"a value has the unknown type {kind}")
+            raise SecateurError(f"a value has the unknown type {kind}")
         element, length = self.take("IQ")
         self.elements += length
         if self.elements > MAX_ELEMENTS or element == ARRAY:
-            raise ValueError(f"an array of {length:,} elements of type {element} is announced")
+            raise SecateurError(f"an array of {length:,} elements of type {element} is announced")
         for _ in range(length):
             self.value(element)
         return None
@@ -87,7 +89,7 @@ class _Header:
         """Name, number of elements, type and offset."""
         name, (dimensions,) = self.text(), self.take("I")
         if dimensions > MAX_DIMENSIONS:
-            raise ValueError(f"{name} has {dimensions} dimensions")
+            raise SecateurError(f"{name} has {dimensions} dimensions")
         shape = self.take(f"{dimensions}Q")
         kind, offset = self.take("IQ")
         return name, prod(shape), kind, offset
@@ -96,18 +98,18 @@ class _Header:
         from gguf.constants import GGML_QUANT_SIZES
 
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"the alignment is {alignment!r}, which is not a power of two")
+            raise SecateurError(f"the alignment is {alignment!r}, which is not a power of two")
         start = -(-self.at // alignment) * alignment
         for name, elements, kind, offset in tensors:
             if kind not in list(GGML_QUANT_SIZES):
-                raise ValueError(f"{name} has the unknown type {kind}")
+                raise SecateurError(f"{name} has the unknown type {kind}")
             block, size = GGML_QUANT_SIZES[kind]  # pyright: ignore[reportArgumentType] - an IntEnum
             if elements % block or start + offset + elements // block * size > len(self.content):
-                raise ValueError(f"{name} is larger than what the file holds: the download may be incomplete")
+                raise SecateurError(f"{name} is larger than what the file holds: the download may be incomplete")
 
 
 def _check_counts(values: dict[str, Any], tensors: int) -> None:
     """Check the number of blocks: each has a tensor at least."""
     for name, value in values.items():
         if name.endswith(("block_count", "expert_count")) and isinstance(value, int) and value > max(tensors, 1024):
-            raise ValueError(f"{name} is {value:,}, but the file has {tensors:,} tensors")
+            raise SecateurError(f"{name} is {value:,}, but the file has {tensors:,} tensors")

@@ -5,10 +5,10 @@ Weights come from safetensors only, and remote code is not run, unless asked for
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 # sense.
 BROKEN = (
     ValueError, OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError,
-    AssertionError, pickle.UnpicklingError,
+    AssertionError, UnpicklingError,
 )  # fmt: skip
 HINT_OTHER_CLASS = "its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
 

@@ -57,7 +57,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _make(models: HeldFolder, name: str, make: Callable[[Path], None]) -> None:
-    """Make a model beside its place, then move it there whole."""
+    """Make a model next to its place, then move it there whole."""
     models.remove_partial()
     if (found := _damage(models.path / name)) is None:  # another process was faster
         return

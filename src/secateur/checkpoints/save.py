@@ -179,7 +179,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """
     path, source = folder / "config.json", checkpoint.folder / "config.json"
     if type(checkpoint.model).__name__ in (read_json(source, "").get("architectures") or ()):
-        shutil.copyfile(source, path)
+        path.write_bytes(source.read_bytes())
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(checkpoint.main_dtype).removeprefix("torch.")

@@ -73,12 +73,12 @@ def read_results(folder: Path) -> Comparison | None:
         found = _COMPARISON.validate_python(data)
         for key, cell in found.cells.items():
             if key != DENSE and key.count(" ") < 2:
-                raise SecateurError(f"{path} has the cell {key!r}, which is no recipe, pattern and seed")
+                raise SecateurError(f"{path} has the cell {key!r}, which is not a recipe, a pattern and a seed")
             _FIGURES.validate_python(cell)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise SecateurError(f"{path}: {place}: {first['msg']}: it was changed, or is no comparison") from error
+        raise SecateurError(f"{path}: {place}: {first['msg']}: it was changed, or is not a comparison") from error
     return found
 
 

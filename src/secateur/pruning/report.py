@@ -246,7 +246,7 @@ def read_metadata(folder: Path) -> Report:
             _check_types(matrix, ("rows", "columns", "input_dim", "zeros"), int)
         for name in ("recipe", "environment", "calibration", "dense", "identity"):
             if not isinstance(getattr(found, name), dict):
-                raise TypeError(f"its {name} is no mapping")
+                raise TypeError(f"its {name} is not a mapping")
         found.the_recipe  # noqa: B018 - checks it
         return found
     except SecateurError as error:

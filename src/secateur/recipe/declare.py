@@ -95,9 +95,9 @@ def explained(error: ValidationError, kind: type) -> RecipeError:
         deeper = cause.location if isinstance(cause, RecipeError) else ()
         return RecipeError(cause.raw, location + deeper)
     if first["type"] == "unexpected_keyword_argument":
-        return RecipeError(
-            unknown_option(str(location[-1]), ".".join(map(str, location[:-1])), kind, location), location
-        )
+        unknown = str(first["loc"][-1])  # any text, so `_location` may have left it out
+        location = (*(location[:-1] if location[-1:] == (unknown,) else location), unknown)
+        return RecipeError(unknown_option(unknown, ".".join(map(str, location[:-1])), kind, location), location)
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError(f"{name} is missing", location)
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):

@@ -17,6 +17,13 @@ from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, V
 from secateur.errors import nearest
 from secateur.recipe.declare import Field, Number, RecipeError, Whole, explained, fields_of, options, plain, validated
 
+# Options of the full-row refit, which two solvers end with.
+Tolerance = Annotated[
+    Number,
+    Field(gt=0, lt=1, description="The full-row refit stops when its loss is certified to be this near the optimum."),
+]
+MaxIterations = Annotated[Whole, Field(ge=1, description="Iterations after which the full-row refit stops anyway.")]
+
 
 class SolverOptions:
     """Options of a solver; `name` is what a recipe calls it."""
@@ -65,15 +72,8 @@ class MRP(SolverOptions):
         description="Columns that are compensated jointly, with the columns left of them frozen; `all` = the full row, "
         "re-optimised from the original weights on the mask of a sweep by 128 columns.",
     )
-    tolerance: Number = Field(
-        default=1e-3,
-        gt=0,
-        lt=1,
-        description="The full-row refit stops when its loss is certified to be this near the optimum.",
-    )
-    max_iterations: Whole = Field(
-        default=200, ge=1, description="Iterations after which the full-row refit stops anyway."
-    )
+    tolerance: Tolerance = 1e-3
+    max_iterations: MaxIterations = 200
 
 
 @options
@@ -92,15 +92,8 @@ class ADMM(SolverOptions):
     penalty_end: Number = Field(
         default=0.7, gt=0, description="Penalty at the last step; below 0.5 the mask stays unsettled."
     )
-    tolerance: Number = Field(
-        default=1e-3,
-        gt=0,
-        lt=1,
-        description="The full-row refit stops when its loss is certified to be this near the optimum.",
-    )
-    max_iterations: Whole = Field(
-        default=200, ge=1, description="Iterations after which the full-row refit stops anyway."
-    )
+    tolerance: Tolerance = 1e-3
+    max_iterations: MaxIterations = 200
 
     def __post_init__(self) -> None:
         if self.penalty_start > self.penalty_end:

@@ -1,4 +1,4 @@
-"""The journal of a run, `.OUT.secateur/` beside OUT: each finished block is on disk before the next, for a resumed run.
+"""The journal of a run, `.OUT.secateur/` next to OUT: each finished block is on disk before the next begins.
 
 It holds a lock, a manifest, one file a block, and the finished model while that is saved. Files are written and flushed
 first, and the manifest is replaced last: what the manifest does not name never happened. OUT stays as it is until the

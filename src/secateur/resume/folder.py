@@ -40,17 +40,17 @@ def locked_journal(out: Path) -> Iterator[HeldFolder | None]:
     try:
         distributed.barrier()
         yield journal
-    except BaseException:
+    except BaseException as error:
         with suppress(SecateurError):  # the first error is the one that explains
-            _leave(journal, lock, made)
+            _leave(journal, lock, made, stopped=not isinstance(error, Exception))
         raise
     _leave(journal, lock, made)
 
 
-def _leave(journal: HeldFolder, lock: int, made: list[Path]) -> None:
+def _leave(journal: HeldFolder, lock: int, made: list[Path], stopped: bool = False) -> None:
     """Unlock the journal; remove it where it is done, and the folders that were made for it where they are empty."""
     try:
-        _remove_if_done(journal)
+        _remove_if_done(journal, stopped)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -107,7 +107,7 @@ def take_over(journal: HeldFolder | None, out: Path, resume: bool, overwrite: bo
                 raise
             found = None
     found = distributed.broadcast_object(found)
-    if found is not None and found.identity and not (resume or overwrite):
+    if found is not None and found.has_begun and not (resume or overwrite):
         raise SecateurError(
             f"{out} has an unfinished run ({len(found.blocks)} finished blocks are in {journal_of(out)}): go on with "
             f"‹resume›, or start again with ‹overwrite›"
@@ -115,16 +115,22 @@ def take_over(journal: HeldFolder | None, out: Path, resume: bool, overwrite: bo
     return found if resume and found is not None else Manifest()
 
 
-def check_out(out: Path, before: Manifest, overwrite: bool) -> Manifest:
+def check_out(journal: HeldFolder, out: Path, before: Manifest, overwrite: bool) -> Manifest:
     """Check what OUT holds, and return the manifest with the files that the run may replace.
 
+    That is recorded before anything else, so a run that is killed while it loads is resumed without `overwrite`.
+
     Raises:
-        SecateurError: OUT holds what may not be replaced.
+        SecateurError: OUT holds what may not be replaced, or the journal can't be written.
     """
-    if before.identity and not overwrite:
+    if before.has_begun and not overwrite:
         check_unchanged(out, before.replaces)
         return before
-    return replace(before, replaces=check_may_replace(out, overwrite))
+    state = replace(before, replaces=check_may_replace(out, overwrite))
+    if state.replaces and not state.identity:
+        forget(journal)
+        _write(RunManifest(journal.path, state, journal))
+    return state
 
 
 def begin_run(
@@ -140,11 +146,15 @@ def begin_run(
         state = _state_of(journal, out, before, json.loads(json.dumps(identity)), overwrite)
     manifest = RunManifest(journal_of(out), distributed.broadcast_object(state), journal)
     if journal is not None:
-        try:
-            manifest.update()
-        except OSError as error:
-            raise SecateurError(f"{journal.path} can't be written ({error})") from error
+        _write(manifest)
     return manifest
+
+
+def _write(manifest: RunManifest) -> None:
+    try:
+        manifest.update()
+    except OSError as error:
+        raise SecateurError(f"{manifest.folder} can't be written ({error})") from error
 
 
 def _state_of(journal: HeldFolder, out: Path, before: Manifest, identity: dict[str, Any], overwrite: bool) -> Manifest:
@@ -189,13 +199,13 @@ def forget(journal: HeldFolder) -> None:
         raise SecateurError(f"{journal.path} can't be written ({error})") from error
 
 
-def _remove_if_done(journal: HeldFolder) -> None:
-    """Remove the journal of a run that is finished, or did nothing."""
+def _remove_if_done(journal: HeldFolder, stopped: bool) -> None:
+    """Remove the journal of a run that is finished, or did nothing; keep what a stopped run may replace."""
     try:
         manifest = read_manifest(journal.path)
     except SecateurError:  # the user decides
         return
-    if manifest.blocks or manifest.outcome or (manifest.identity and manifest.replaces):
+    if manifest.blocks or manifest.outcome or (manifest.replaces and (manifest.identity or stopped)):
         return
     forget(journal)
     if journal.names() == [LOCK]:

@@ -22,7 +22,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def journal_of(out: Path) -> Path:
-    """The journal of runs to a folder. It lies beside the folder, which stays as it is until the model is finished."""
+    """The journal of runs to a folder. It lies next to the folder, which stays as it is until the model is finished."""
     return out.parent / f".{out.name}.secateur"
 
 
@@ -49,6 +49,11 @@ class Manifest:
     shards: list[dict[str, FileRecord]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has recorded anything: what it may replace comes first, then what it is a run of."""
+        return bool(self.identity or self.replaces)
 
 
 class RunManifest:
@@ -96,10 +101,10 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     try:
         if path.is_symlink() or not path.is_file():
-            raise ValueError("it is not a regular file")
+            raise SecateurError("it is not a regular file")
         found = read_json(path)
         if not is_sealed(found):
-            raise ValueError("its content does not match its digest")
+            raise SecateurError("its content does not match its digest")
         return _checked(found)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
@@ -109,18 +114,18 @@ def _checked(found: dict[str, Any]) -> Manifest:
     """The manifest of plain data.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: data of another form.
+        SecateurError, KeyError, TypeError, AttributeError: data of another form.
     """
     blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
     outcome = str(found["outcome"])
     if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
-        raise ValueError(f"{wrong[0]!r} is no SHA-256")
+        raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
     if outcome and not _DIGEST.fullmatch(outcome):
-        raise ValueError(f"{outcome!r} is no SHA-256")
+        raise SecateurError(f"{outcome!r} is not a SHA-256")
     shards = [read_records(shard) for shard in found["shards"]]
     files = read_records(found["files"])
     if (shards or files) and not outcome:
-        raise ValueError("it has shards of a model whose blocks are not finished")
+        raise SecateurError("it has shards of a model whose blocks are not finished")
     return Manifest(
         identity=dict(found["identity"]),
         blocks=blocks,
@@ -147,7 +152,7 @@ def unfinished(out: Path) -> Unfinished | None:
         manifest = read_manifest(journal)
     except SecateurError:  # whoever resumes it is told why
         return Unfinished(f"a damaged journal is in {journal}", {})
-    if not manifest.identity:
+    if not manifest.has_begun:
         return None
     done = f"{len(manifest.blocks)} finished blocks"
     if manifest.outcome:

@@ -113,7 +113,7 @@ def _why_foreign(path: Path, recorded: Records) -> str | None:
     if any(fnmatchcase(path.name, name) for name in CHECKPOINT_FILES):
         return None
     if path.name not in recorded:
-        return "which is no file of a checkpoint"
+        return "which is not a file of a checkpoint"
     return (
         None if damage(path.parent, path.name, recorded[path.name]) is None else "which was changed since it was saved"
     )
@@ -127,7 +127,7 @@ def check_unchanged(out: Path, replaces: Records) -> None:
     """
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if out.is_symlink() or (os.path.lexists(out) and not out.is_dir()):
-        raise SecateurError(f"{out} is no folder any more: move it, then go on with ‹resume›")
+        raise SecateurError(f"{out} is not a folder any more: move it, then go on with ‹resume›")
     for name in names:
         if name not in replaces:
             raise SecateurError(f"{out} holds {name}, which was not there when the run began: move it, then ‹resume›")

@@ -71,7 +71,7 @@ def _switch(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:
 
 
 def _remove_replaced(journal: HeldFolder, name: str, parent: HeldFolder, out: Path, manifest: Manifest) -> None:
-    """Remove the recorded files of what OUT was; what came to it at the last moment is kept beside OUT."""
+    """Remove the recorded files of what OUT was; what came to it at the last moment is kept next to OUT."""
     if not journal.is_folder(name):
         return
     with journal.subfolder(name) as replaced:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import SecateurError
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -71,17 +73,17 @@ def read_records(data: Any) -> dict[str, FileRecord]:
     """Records from plain data (name -> `sha256` and `bytes`).
 
     Raises:
-        ValueError: data of another form, or a name that is not a plain file name.
+        SecateurError: data of another form, or a name that is not a plain file name.
     """
     if not isinstance(data, dict):
-        raise ValueError("the records of files are no mapping")
+        raise SecateurError("the records of files are not a mapping")
     found = {}
     for name, record in data.items():
         if not is_plain_name(name):
-            raise ValueError(f"{name!r} is not a plain file name")
+            raise SecateurError(f"{name!r} is not a plain file name")
         digest, size = (record.get(key) if isinstance(record, dict) else None for key in ("sha256", "bytes"))
         if not isinstance(digest, str) or not isinstance(size, int):
-            raise ValueError(f"the record of {name} lacks its sha256 or bytes")
+            raise SecateurError(f"the record of {name} lacks its sha256 or bytes")
         found[name] = FileRecord(digest, size)
     return found
 

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -21,6 +22,7 @@ from secateur.storage.file_records import FileRecord, record_of
 from secateur.storage.paths import real_path
 
 PARTIAL = ".partial-"  # begins the name of what is being written; what a killed process left is known by it
+_OF_LIBRARIES = re.compile(r"\.?tmp\w{6,8}")  # what safetensors and tempfile call theirs
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _NOT_OFFERED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 _RENAME_EXCHANGE = 2  # renameat2's, and RENAME_SWAP of macOS's renameatx_np
@@ -177,7 +179,7 @@ class HeldFolder:
     def remove_partial(self) -> None:
         """Remove what a killed process was writing."""
         for name in self.names():
-            if name.startswith(PARTIAL):
+            if name.startswith(PARTIAL) or _OF_LIBRARIES.fullmatch(name):
                 self.remove_folder(name)
 
     def flush_file(self, name: str) -> None:

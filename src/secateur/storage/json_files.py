@@ -17,21 +17,21 @@ def parse_json(text: str) -> Any:
     """A value from JSON text that holds finite numbers and valid Unicode.
 
     Raises:
-        ValueError: it does not, or is nested too deeply.
+        SecateurError: it does not, or is nested too deeply.
     """
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half of a character can't be written
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise SecateurError("it is nested too deeply") from error
     return value
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
+        raise SecateurError(f"{text} is not a finite number")
     return value
 
 
