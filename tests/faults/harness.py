@@ -57,20 +57,22 @@ class Case:
 
 @dataclass
 class Ended:
-    """How a child ended. `code` is negative for a signal."""
+    """How a child ended. `code` is negative for a signal, `kinds` has a letter for each call, W for a write."""
 
     code: int
     output: str
     pruned: int
-    calls: int
+    hits: int
+    kinds: str
 
 
 @dataclass
 class Result:
-    """A case's outcome, and every promise that it broke."""
+    """A case's outcome, whether the fault did happen, and every promise that was broken."""
 
     case: Case
     code: int
+    hit: bool = True
     broken: list[str] = field(default_factory=list)
     output: str = ""
 
@@ -80,14 +82,18 @@ class Shim:
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(None)
-        self.library.faults_count.restype = ctypes.c_long
+        self.library.faults_hits.restype = ctypes.c_long
+        self.library.faults_kinds.restype = ctypes.c_char_p
 
     def arm(self, root: Path | str, at: int, fault: str) -> None:
         mode, error = FAULTS.get(fault, ("", ""))
         self.library.faults_arm(os.fsencode(root), ctypes.c_long(at), MODES.get(mode, 0), ERRORS.get(error, 0))
 
-    def count(self) -> int:
-        return self.library.faults_count()
+    def hits(self) -> int:
+        return self.library.faults_hits()
+
+    def kinds(self) -> bytes:
+        return self.library.faults_kinds()
 
     def log(self, path: Path) -> None:
         self.library.faults_log(os.fsencode(path))
@@ -189,8 +195,8 @@ class Laboratory:
         if ended.code:
             raise RuntimeError(ended.output)
 
-    def count(self, name: str) -> int:
-        """Calls that a scenario makes without a fault."""
+    def calls(self, name: str) -> str:
+        """Calls that a scenario makes without a fault, a letter each."""
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             work = Path(scratch) / "work"
             work.mkdir()
@@ -199,7 +205,7 @@ class Laboratory:
             ended = self.run(self.at(work, scenario.command), work, 0, "none", cache=work, exchange=scenario.exchange)
             if ended.code:
                 raise RuntimeError(ended.output)
-            return ended.calls
+            return ended.kinds
 
     def run(
         self,
@@ -213,7 +219,7 @@ class Laboratory:
         log: Path | None = None,
     ) -> Ended:
         """Run a command in a child."""
-        shared = mmap.mmap(-1, 16)
+        shared = mmap.mmap(-1, 1 << 16)
         with tempfile.TemporaryFile(dir=self.folder) as output:
             pid = os.fork()
             if pid == 0:
@@ -221,8 +227,8 @@ class Laboratory:
             code = _wait(pid)
             output.seek(0)
             text = output.read().decode(errors="replace")
-        pruned, calls = struct.unpack("qq", shared[:16])
-        return Ended(code, text, pruned, calls)
+        pruned, hits, number = struct.unpack("qqq", shared[:24])
+        return Ended(code, text, pruned, hits, shared[24 : 24 + number].decode())
 
     def _child(
         self, arguments: list[str], root: Any, at: int, fault: str, cache: Any, exchange: bool, stop: str, log: Any,
@@ -240,9 +246,9 @@ class Laboratory:
                 self.shim.log(log)
             self.shim.arm(root, at, fault)
             code = _command()
-            calls = self.shim.count()
+            hits, kinds = self.shim.hits(), self.shim.kinds()
             self.shim.arm("", 0, "none")
-            shared[:16] = struct.pack("qq", pruned[0], calls)
+            shared[: 24 + len(kinds)] = struct.pack("qqq", pruned[0], hits, len(kinds)) + kinds
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -257,7 +263,7 @@ class Laboratory:
             scenario.prepare(work)
             run = {"cache": work, "exchange": scenario.exchange}
             first = self.run(self.at(work, scenario.command), work, case.at, case.fault, **run)
-            result = Result(case, first.code)
+            result = Result(case, first.code, first.code == -signal.SIGKILL or first.hits > 0)
             self._check_end(result, first, killed=case.fault in ("kill", "torn write"))
             known = () if case.scenario == "cache" else self._check_out(result, work, scenario, case)
             before = 0 if case.scenario == "cache" else _finished_blocks(work)
@@ -283,6 +289,7 @@ class Laboratory:
             chance = random.Random(number)
             damaged = damage_file(work, how, chance)
             if damaged is None:
+                result.hit = False
                 return result
             reference = self.folder / ("reference-sharded" if stage in self.sharded else "reference") / "out"
             before = bytes_of(work / "out") if (work / "out").is_dir() else None
@@ -504,8 +511,8 @@ def run_cases(cases: Sequence[Case], shim: Path, workers: int) -> list[dict[str,
         ]
 
 
-def count_calls(shim: Path) -> dict[str, int]:
-    """Calls that each scenario makes without a fault."""
+def calls_of_scenarios(shim: Path) -> dict[str, str]:
+    """Calls that each scenario makes without a fault: a letter each, W for a write."""
     with tempfile.TemporaryDirectory() as scratch:
         if _start(Path(scratch) / "0", [], shim).wait():
             raise RuntimeError("the harness itself failed")
@@ -541,7 +548,7 @@ def _check_cache(result: Result, work: Path) -> None:
 
 
 def main() -> None:
-    """Run cases, and write their results as JSON. Without cases: write the number of calls of each scenario."""
+    """Run cases, and write their results as JSON. Without cases: write the calls of each scenario."""
     import torch
     import transformers  # noqa: F401
 
@@ -553,7 +560,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         laboratory = Laboratory(Path(scratch))
         if not wanted:
-            found: Any = {name: laboratory.count(name) for name in laboratory.scenarios}
+            found: Any = {name: laboratory.calls(name) for name in laboratory.scenarios}
         else:
             found = [asdict(run_case(laboratory, Case(**case))) for case in wanted]
         Path(sys.argv[2]).write_text(json.dumps(found))

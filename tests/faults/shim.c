@@ -23,7 +23,8 @@ enum { NONE, KILL, TORN, SHORT, FAIL_ONCE, FAIL_FROM };
 
 static char root[PATH_MAX];
 static size_t root_length;
-static long at, count;
+static long at, count, hits;
+static char kinds[1 << 16];
 static int mode, error_number, log_fd = -1;
 
 void faults_arm(const char *folder, long position, int what, int error)
@@ -33,10 +34,14 @@ void faults_arm(const char *folder, long position, int what, int error)
     at = position;
     mode = what;
     error_number = error;
-    count = 0;
+    count = hits = 0;
+    memset(kinds, 0, sizeof kinds);
 }
 
-long faults_count(void) { return count; }
+long faults_hits(void) { return hits; }
+
+/* One letter for each call so far: W for a write, and a dot for the others. */
+const char *faults_kinds(void) { return kinds; }
 
 void faults_log(const char *path)
 {
@@ -82,14 +87,22 @@ static void die(void)
     syscall(SYS_kill, syscall(SYS_getpid), SIGKILL);
 }
 
-/* Count a call; 1 if it has to fail, with errno set. */
-static int faulty(void)
+static void counted(char kind)
 {
+    if (count < (long)sizeof kinds - 1)
+        kinds[count] = kind;
     count++;
+}
+
+/* Count a call; 1 if it has to fail, with errno set. */
+static int faulty(char kind)
+{
+    counted(kind);
     if (mode == KILL && count == at)
         die();
     if ((mode == FAIL_ONCE && count == at) || (mode == FAIL_FROM && count >= at)) {
         errno = error_number;
+        hits++;
         return 1;
     }
     return 0;
@@ -99,10 +112,10 @@ static int faulty(void)
 static int faulty_unless_full(void)
 {
     if (mode == FAIL_FROM && error_number == ENOSPC) {
-        count++;
+        counted('.');
         return 0;
     }
-    return faulty();
+    return faulty('.');
 }
 
 static int open_common(int folder, const char *name, int flags, mode_t permissions)
@@ -110,7 +123,7 @@ static int open_common(int folder, const char *name, int flags, mode_t permissio
     char path[PATH_MAX];
     int writes = flags & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC);
     if (writes && !(flags & O_PATH) && root_length && path_of(folder, name, path) && inside(path)) {
-        if (faulty())
+        if (faulty('.'))
             return -1;
         int fd = (int)syscall(SYS_openat, folder, name, flags, permissions);
         if (fd >= 0)
@@ -142,10 +155,12 @@ ssize_t write(int fd, const void *data, size_t length)
     char path[PATH_MAX];
     if (!is_inside_fd(fd, path))
         return syscall(SYS_write, fd, data, length);
-    if (faulty())
+    if (faulty('W'))
         return -1;
-    if (count == at && (mode == TORN || mode == SHORT) && length > 1)
+    if (count == at && (mode == TORN || mode == SHORT) && length > 1) {
         length /= 2;
+        hits++;
+    }
     ssize_t done = syscall(SYS_write, fd, data, length);
     if (done > 0)
         record('W', path, NULL, data, (size_t)done);
@@ -171,19 +186,19 @@ ssize_t writev(int fd, const struct iovec *parts, int number)
     return total;
 }
 
-#define COUNTED_FD(name, number, kind, check)                                                                          \
+#define COUNTED_FD(name, number, kind)                                                                          \
     int name(int fd)                                                                                                   \
     {                                                                                                                  \
         char path[PATH_MAX];                                                                                           \
         if (is_inside_fd(fd, path)) {                                                                                  \
-            if (check())                                                                                               \
+            if (faulty('.'))                                                                                           \
                 return -1;                                                                                             \
             record(kind, path, NULL, NULL, 0);                                                                         \
         }                                                                                                              \
         return (int)syscall(number, fd);                                                                               \
     }
-COUNTED_FD(fsync, SYS_fsync, 'S', faulty)
-COUNTED_FD(fdatasync, SYS_fdatasync, 'S', faulty)
+COUNTED_FD(fsync, SYS_fsync, 'S')
+COUNTED_FD(fdatasync, SYS_fdatasync, 'S')
 
 int close(int fd)
 {
@@ -201,11 +216,11 @@ int close(int fd)
 static int rename_common(int from, const char *name, int to, const char *other, unsigned flags)
 {
     char first[PATH_MAX], second[PATH_MAX];
-    int counted = root_length && path_of(from, name, first) && path_of(to, other, second) && (inside(first) || inside(second));
-    if (counted && faulty_unless_full())
+    int counts = root_length && path_of(from, name, first) && path_of(to, other, second) && (inside(first) || inside(second));
+    if (counts && faulty_unless_full())
         return -1;
     int result = (int)syscall(SYS_renameat2, from, name, to, other, flags);
-    if (counted && !result)
+    if (counts && !result)
         record(flags ? 'X' : 'R', first, second, NULL, 0);
     return result;
 }
@@ -217,11 +232,11 @@ int renameat2(int from, const char *name, int to, const char *other, unsigned fl
 static int unlink_common(int folder, const char *name, int flags)
 {
     char path[PATH_MAX];
-    int counted = root_length && path_of(folder, name, path) && inside(path);
-    if (counted && faulty_unless_full())
+    int counts = root_length && path_of(folder, name, path) && inside(path);
+    if (counts && faulty_unless_full())
         return -1;
     int result = (int)syscall(SYS_unlinkat, folder, name, flags);
-    if (counted && !result)
+    if (counts && !result)
         record('U', path, NULL, NULL, 0);
     return result;
 }
@@ -233,11 +248,11 @@ int rmdir(const char *name) { return unlink_common(AT_FDCWD, name, AT_REMOVEDIR)
 static int mkdir_common(int folder, const char *name, mode_t permissions)
 {
     char path[PATH_MAX];
-    int counted = root_length && path_of(folder, name, path) && inside(path);
-    if (counted && faulty())
+    int counts = root_length && path_of(folder, name, path) && inside(path);
+    if (counts && faulty('.'))
         return -1;
     int result = (int)syscall(SYS_mkdirat, folder, name, permissions);
-    if (counted && !result)
+    if (counts && !result)
         record('M', path, NULL, NULL, 0);
     return result;
 }

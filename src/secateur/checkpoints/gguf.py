@@ -48,6 +48,11 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
         )
     except Exception as error:
         raise SecateurError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error  # safetensors and tokenizers have their own words for a full disk
     (folder / "README.md").write_text(card, encoding="utf-8")

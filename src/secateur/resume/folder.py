@@ -189,7 +189,7 @@ def forget(journal: HeldFolder) -> None:
         SecateurError: the journal can't be written.
     """
     try:
-        journal.remove(MANIFEST)
+        journal.remove_folder(MANIFEST)
         journal.flush()
         journal.remove_partial()
         for name in journal.names():
