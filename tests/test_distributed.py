@@ -92,7 +92,7 @@ def test_the_command_by_two_processes_speaks_once_and_knows_when_it_is_done(laun
     report = json.loads(done.stdout)  # one JSON, from rank 0
     assert report["environment"]["processes"] == 2
     assert not inspect_folder(out).problems
-    assert not (out / ".secateur").exists()
+    assert not (out.parent / ".out.secateur").exists()
     again = in_processes(2, *command(source, out, "--json", "--resume"), launcher=launcher)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["summary"] == report["summary"]
@@ -112,7 +112,7 @@ def test_a_dead_process_ends_the_run_and_another_number_of_them_goes_on(source, 
     with subprocess.Popen(
         arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as run:
-        manifest = out / ".secateur" / "manifest.json"
+        manifest = out.parent / ".out.secateur" / "manifest.json"
         wait_for(lambda: manifest.exists() and json.loads(manifest.read_text())["blocks"])
         os.kill(second_process(run.pid), signal.SIGKILL)
         died = time.monotonic()

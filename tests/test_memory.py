@@ -71,11 +71,11 @@ def test_a_cap_sends_hidden_states_to_the_folder_of_the_run_and_gathers_in_passe
     passes.clear()
     capped = secateur.prune(tmp_path / "model", tmp_path / "out", **SETTINGS | {"recipe": "fast"}, max_memory="40KB")
     assert passes == [1] * 8  # 64 x 64 fp32 are 16 KB, and half of the cap is 20
-    assert set(in_files) == {tmp_path / "out" / ".secateur"}
+    assert set(in_files) == {tmp_path / ".out.secateur"}
     passes.clear()
     secateur.prune(tmp_path / "model", tmp_path / "balanced", **SETTINGS, max_memory="40KB")
     assert passes == [1] * 16  # the allocation too
-    assert not (tmp_path / "out" / ".secateur").exists()
+    assert not (tmp_path / ".out.secateur").exists()
     first, their_first = capped.matrices[0], free.matrices[0]  # later ones are observed behind pruned matrices
     assert first.relative_error == pytest.approx(their_first.relative_error, rel=1e-2)
     assert capped.recipe["max_memory"] == "40KB"

@@ -28,6 +28,7 @@ from secateur.recipe.settings import SECTIONS, parse_settings
 from secateur.recipe.solvers import MRP, SOLVERS
 from secateur.recipe.steps import BlockRefit
 from secateur.run import Request
+from secateur.storage.json_files import sealed
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
@@ -212,11 +213,12 @@ def test_inspect_checks_every_matrix_against_its_own_rule(model, tmp_path):
     whole = json.loads(path.read_text())
     assert not secateur.inspect(out).problems
     changed = json.loads(json.dumps(whole))
+    del changed["sha256"]
     changed["recipe"]["rules"][0]["pattern"] = "3:4"
-    path.write_text(json.dumps(changed))
+    path.write_text(json.dumps(sealed(changed)))
     assert "its rule in the recipe says 3:4" in secateur.inspect(out).problems[0]
     changed["recipe"]["rules"] = [{"match": "*.q_proj", "dense": True}]
-    path.write_text(json.dumps(changed))
+    path.write_text(json.dumps(sealed(changed)))
     assert any("a rule of the recipe leaves it dense" in problem for problem in secateur.inspect(out).problems)
 
 

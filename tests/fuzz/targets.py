@@ -168,6 +168,7 @@ def targets(folder: Path) -> dict[str, Target]:
     from models import save_checkpoint, save_gguf
 
     import secateur
+    from secateur.comparison import compare
     from secateur.resume.manifest import journal_of
 
     model, text, pruned, out = folder / "model", folder / "text.txt", folder / "pruned", folder / "out"
@@ -182,7 +183,9 @@ def targets(folder: Path) -> dict[str, Target]:
     short = ("--max-tokens", "64", "--seq-len", "32")
     journal, manifest = journal_of(out), _unfinished(folder, prune)
     (folder / "compare").mkdir()
-    comparison = {"settings": {}, "cells": {"dense": {"perplexity": {"a": 1.5}, "eval_seconds": 1.0}}, "command": "x"}
+    compare._in_own_process = _run_no_cell
+    cell = {"perplexity": {"a": 1.5}, "eval_seconds": 1.0, "seconds": 2.0, "tasks": {"t": {"acc,none": 0.5}}}
+    comparison = {"settings": {}, "cells": {"dense": cell, "magnitude 50% 0": cell}, "command": "x"}
     recipe = secateur.Recipe().save
     recipe(folder / "recipe.yaml")
 
@@ -220,7 +223,8 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         Target(
             "comparison", json.dumps(comparison).encode(), folder / "compare" / "compare.json",
-            ("compare", str(model), "--out", str(folder / "compare"), "--recipes", "nothing"), is_json=True,
+            ("compare", str(model), "--out", str(folder / "compare"), "--recipes", "magnitude", "--patterns", "50%"),
+            is_json=True,
         ),
         Target(
             "recipe", (folder / "recipe.yaml").read_bytes(), folder / "fuzzed.yaml",
@@ -232,6 +236,13 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
     ]  # fmt: skip
     return {target.name: target for target in found}
+
+
+def _run_no_cell(*_: Any) -> None:
+    """Stand for a cell that an input lacks: to prune for it is not what is fuzzed."""
+    from secateur.errors import SecateurError
+
+    raise SecateurError("a cell is missing")
 
 
 def _unfinished(folder: Path, prune: tuple[str, ...]) -> bytes:

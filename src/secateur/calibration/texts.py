@@ -70,7 +70,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
     ids: list[int] = []
     for document in documents:
         if isinstance(document, str):
-            encoded = _encode_text(document, tokenizer)
+            encoded = encode_text(document, tokenizer)
         else:
             if not getattr(tokenizer, "chat_template", None):
                 raise SecateurError(
@@ -85,7 +85,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
+def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Token ids of a text.
 
     Raises:

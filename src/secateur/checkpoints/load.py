@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from secateur.calibration.texts import encode_text
 from secateur.checkpoints.fused_experts import is_converted, load_mapped
 from secateur.checkpoints.sources import resolve
 from secateur.checkpoints.validate import check_folder, compute_dtype, first_line, main_dtype
@@ -189,7 +190,7 @@ def load_config_and_tokenizer(folder: Path, trust_remote_code: bool = False) -> 
             raise SecateurError(_no_tokenizer(folder)) from error
         raise SecateurError(f"{folder}'s tokenizer can't be loaded: {first_line(error)}") from error
     # Of a folder without tokenizer files, transformers may make one that knows no word.
-    if not _has_tokenizer(folder) and not len(tokenizer):
+    if not _has_tokenizer(folder) and not encode_text("a", tokenizer):
         raise SecateurError(_no_tokenizer(folder))
     return config, tokenizer
 

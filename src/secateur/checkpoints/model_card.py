@@ -63,7 +63,9 @@ def _amount(calibration: dict[str, Any]) -> str:
 
 def _yaml(header: dict[str, Any]) -> str:
     written = io.StringIO()
-    YAML().dump(header, written)
+    yaml = YAML()
+    yaml.width = 4096  # one line a key
+    yaml.dump(header, written)
     return written.getvalue().rstrip("\n")
 
 

@@ -43,7 +43,7 @@ class Comparison:
         cells: figures by the cell's key: `dense`, or recipe, pattern and seed.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     settings: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)

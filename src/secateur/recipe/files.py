@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from secateur.recipe.settings import SECTIONS, plain_data
 from secateur.recipe.solvers import SOLVERS
 
 MAX_BYTES = 64 << 20  # a secateur.json has a few kB a matrix
+MAX_DEPTH = 50
 COMMENT_COLUMN = 40
 
 
@@ -69,6 +71,8 @@ def read_recipe(path: Path) -> RecipeFile:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path} can't be read: {reason}") from error
     try:
+        if _depth(text) > MAX_DEPTH:
+            raise RecipeError(f"{path} is nested too deeply: it is not a recipe")
         if "&" in text and "*" in text:
             _check_no_alias(path, text)
         found = YAML(typ="rt", pure=True).load(text)
@@ -85,6 +89,15 @@ def read_recipe(path: Path) -> RecipeFile:
     if "summary" in found and isinstance(found.get("recipe"), CommentedMap):  # a secateur.json
         found = found["recipe"]
     return RecipeFile(path, plain_data(found), dict(_lines(found)))
+
+
+def _depth(text: str) -> int:
+    """Brackets that are open at once, at most: YAML parsers take seconds for thousands."""
+    depth = deepest = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _check_no_alias(path: Path, text: str) -> None:
