@@ -288,7 +288,7 @@ def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):
 @pytest.mark.parametrize(
     ("loads", "message"),
     [
-        (ImportError("no module"), "plug-in of solver ours can't be loaded: no module"),
+        (ImportError("no module"), "plug-in of solver ours can't be loaded: ImportError: no module"),
         (lambda: None, "plug-in of solver ours is .* it must be a dataclass"),
     ],
 )

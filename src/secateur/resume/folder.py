@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
 from secateur.resume.output_folder import check_may_replace, check_unchanged
 from secateur.resume.publish import OUTCOME
-from secateur.resume.put_in_place import FINISHED, REPLACED, put_in_place
+from secateur.resume.put_in_place import FINISHED, REPLACED, bring_back, put_in_place
 from secateur.runtime import distributed
 from secateur.storage.held_folder import HeldFolder, make_folders
 
@@ -95,6 +95,8 @@ def take_over(journal: HeldFolder | None, out: Path, resume: bool, overwrite: bo
     if journal is not None:
         try:
             journal.remove_partial()
+            with HeldFolder(out.parent) as parent:
+                bring_back(journal, parent, out)
             found = read_manifest(journal.path)
             if found.files:
                 put_in_place(journal, out, found)

@@ -61,7 +61,7 @@ def check_place(out: Path) -> None:
     if not above.is_dir():
         raise SecateurError(f"{out} can't be written: {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise SecateurError(f"{out} can't be written: {above} is not writable")
+        raise SecateurError(f"{out} can't be written: {above} is not writable, and a run works there, next to OUT")
 
 
 def check_may_replace(out: Path, overwrite: bool) -> dict[str, FileRecord]:

@@ -42,6 +42,13 @@ def put_in_place(journal: HeldFolder, out: Path, manifest: Manifest) -> None:
         raise SecateurError(f"{out} could not be saved ({error})") from error
 
 
+def bring_back(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:
+    """Bring back what OUT was, where a killed process had moved it away and put nothing in its place."""
+    if journal.is_folder(REPLACED) and not os.path.lexists(out):
+        journal.rename(REPLACED, out.name, parent)
+        parent.flush()
+
+
 def _is_in_place(out: Path, manifest: Manifest) -> bool:
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     return names == sorted(manifest.files) and first_damage(out, manifest.files) is None
