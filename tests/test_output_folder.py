@@ -325,6 +325,47 @@ def test_a_journal_that_is_a_link_is_refused(source, out, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_out_in_the_models_folder_is_resumed(source, tmp_path, monkeypatch):
+    model = shutil.copytree(source / "model", tmp_path / "model")
+    stopped_before_its_place(source, model / "out", monkeypatch, model=model)
+    prune(source, model / "out", model=model, resume=True)
+    assert content(model / "out").keys() == content(source / "pruned").keys()
+
+
+def test_a_name_that_can_not_be_recorded_is_not_copied(source, tmp_path):
+    model = shutil.copytree(source / "model", tmp_path / "model")
+    (model / "a\u202fb.txt").write_text("x")
+    report = prune(source, tmp_path / "out", model=model)
+    assert [notice for notice in report.notices if "can't be recorded" in notice]
+    assert not secateur.inspect(tmp_path / "out").problems
+
+
+def test_a_file_that_changes_at_the_last_moment_is_kept(source, out, tmp_path, monkeypatch):
+    switch = put_in_place._switch
+
+    def late(journal, parent, place):
+        (place / "README.md").write_text("my own words")
+        switch(journal, parent, place)
+
+    monkeypatch.setattr(put_in_place, "_switch", late)
+    prune(source, out, seed=7, overwrite=True)
+    (kept,) = tmp_path.glob("out.kept-*")
+    assert content(kept) == {Path("README.md"): b"my own words"}
+
+
+def test_a_refused_run_leaves_what_a_killed_one_may_replace(source, out, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("secateur.run.ModelSource.load", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, seed=7, overwrite=True)
+    with pytest.raises(ValueError, match="resume"):
+        prune(source, out, seed=7)
+    prune(source, out, seed=7, resume=True)
+
+
 def test_out_where_a_disk_is_mounted_is_refused(source, out, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     with pytest.raises(ValueError, match="name a folder in it"):

@@ -29,7 +29,8 @@ from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
 from secateur.resume.output_folder import CHECKPOINT_FILES
 from secateur.resume.publish import Publisher, read_outcome
-from secateur.storage.file_records import FileRecord
+from secateur.runtime.messages import one_line
+from secateur.storage.file_records import FileRecord, is_plain_name
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path
@@ -189,6 +190,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
 def _copy_other_files(source: Path, target: Path) -> None:
     """Copy the source's other files as they are: tokenizer, chat template, generation config, licence, notice."""
     for path in copied_files(source):
+        (target / path.name).unlink(missing_ok=True)  # of an earlier process, and perhaps read-only
         with path.open("rb") as file, (target / path.name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
         (target / path.name).chmod(path.stat().st_mode & 0o666)
@@ -207,6 +209,8 @@ def check_links(source: Path) -> list[str]:
     """
     notices = []
     for path in sorted(source.iterdir()):
+        if path.is_file() and not is_plain_name(path.name):
+            notices.append(f"{one_line(path.name)} has a name that can't be recorded: it is not copied")
         if not _is_copied(path) or _stays_inside(path, source):
             continue
         if any(fnmatchcase(path.name, name) for name in CHECKPOINT_FILES):
@@ -220,7 +224,8 @@ def check_links(source: Path) -> list[str]:
 
 def _is_copied(path: Path) -> bool:
     weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    return path.is_file() and not weights and path.name not in NOT_COPIED and not path.name.startswith(".")
+    others = path.name in NOT_COPIED or path.name.startswith(".")
+    return path.is_file() and is_plain_name(path.name) and not weights and not others
 
 
 def _stays_inside(path: Path, source: Path) -> bool:

@@ -74,7 +74,7 @@ def read_results(folder: Path) -> Comparison | None:
         for key, cell in found.cells.items():
             if key != DENSE and key.count(" ") < 2:
                 raise SecateurError(f"{path} has the cell {key!r}, which is not a recipe, a pattern and a seed")
-            _FIGURES.validate_python(cell)
+            found.cells[key] = dict(_FIGURES.validate_python(cell))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.recipe.recipe import Recipe
-from secateur.storage.file_records import FileRecord, Records, read_records, record_of
+from secateur.storage.file_records import FileRecord, Records, is_plain_name, read_records, record_of
 from secateur.storage.json_files import is_sealed, read_json, sealed
 
 METADATA = "secateur.json"
@@ -168,7 +168,8 @@ class Report:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.the_recipe.save(target / RECIPE_FILE)
-        names = [path.name for path in target.iterdir() if path.is_file() and not path.is_symlink()]
+        files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
+        names = [path.name for path in files if is_plain_name(path.name)]
         found = {
             name: (known or {}).get(name) or record_of(target / name) for name in sorted(names) if name != METADATA
         }
@@ -244,6 +245,8 @@ def read_metadata(folder: Path) -> Report:
         for matrix in found.matrices:
             _check_types(matrix, ("name", "pattern", "solver"), str)
             _check_types(matrix, ("rows", "columns", "input_dim", "zeros"), int)
+            _check_types(matrix, ("relative_error", "seconds"), (int, float))
+            _check_types(matrix, ("figures",), dict)
         for name in ("recipe", "environment", "calibration", "dense", "identity"):
             if not isinstance(getattr(found, name), dict):
                 raise TypeError(f"its {name} is not a mapping")
@@ -255,7 +258,7 @@ def read_metadata(folder: Path) -> Report:
         raise SecateurError(f"{path} is not a report of a run ({error})") from error
 
 
-def _check_types(matrix: MatrixReport, names: Sequence[str], kind: type) -> None:
+def _check_types(matrix: MatrixReport, names: Sequence[str], kind: type | tuple[type, ...]) -> None:
     for name in names:
         if not isinstance(getattr(matrix, name), kind):
             raise TypeError(f"{name} of a matrix is {getattr(matrix, name)!r}")

@@ -37,20 +37,21 @@ def locked_journal(out: Path) -> Iterator[HeldFolder | None]:
         yield None
         return
     journal, lock, made = _open(out)
+    found = journal.is_file(MANIFEST)
     try:
         distributed.barrier()
         yield journal
     except BaseException as error:
         with suppress(SecateurError):  # the first error is the one that explains
-            _leave(journal, lock, made, stopped=not isinstance(error, Exception))
+            _leave(journal, lock, made, keep=found or not isinstance(error, Exception))
         raise
     _leave(journal, lock, made)
 
 
-def _leave(journal: HeldFolder, lock: int, made: list[Path], stopped: bool = False) -> None:
+def _leave(journal: HeldFolder, lock: int, made: list[Path], keep: bool = False) -> None:
     """Unlock the journal; remove it where it is done, and the folders that were made for it where they are empty."""
     try:
-        _remove_if_done(journal, stopped)
+        _remove_if_done(journal, keep)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -67,12 +68,19 @@ def _open(out: Path) -> tuple[HeldFolder, int, list[Path]]:
     try:
         made = make_folders(out.parent)
         while True:
-            if not path.is_dir() or path.is_symlink():
-                path.mkdir()
+            if not path.is_dir():
+                path.mkdir(exist_ok=True)  # another run may be as early
                 with HeldFolder(out.parent) as parent:
                     parent.flush()
             journal = HeldFolder(path)
-            lock = journal.lock(LOCK)
+            try:
+                lock = journal.lock(LOCK)
+            except OSError:
+                still_there = journal.is_still_there()
+                journal.close()
+                if still_there:
+                    raise
+                continue
             if journal.is_still_there():  # its owner may have removed it, and was done
                 return journal, lock, made
             os.close(lock)
@@ -201,13 +209,13 @@ def forget(journal: HeldFolder) -> None:
         raise SecateurError(f"{journal.path} can't be written ({error})") from error
 
 
-def _remove_if_done(journal: HeldFolder, stopped: bool) -> None:
-    """Remove the journal of a run that is finished, or did nothing; keep what a stopped run may replace."""
+def _remove_if_done(journal: HeldFolder, keep: bool) -> None:
+    """Remove the journal of a run that is finished, or did nothing; `keep` what a stopped run may replace."""
     try:
         manifest = read_manifest(journal.path)
     except SecateurError:  # the user decides
         return
-    if manifest.blocks or manifest.outcome or (manifest.replaces and (manifest.identity or stopped)):
+    if manifest.blocks or manifest.outcome or (manifest.replaces and (manifest.identity or keep)):
         return
     forget(journal)
     if journal.names() == [LOCK]:

@@ -122,6 +122,8 @@ def _checked(found: dict[str, Any]) -> Manifest:
         raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
     if outcome and not _DIGEST.fullmatch(outcome):
         raise SecateurError(f"{outcome!r} is not a SHA-256")
+    if not isinstance(found["identity"].get("environment", {}), dict):
+        raise SecateurError("its environment is not a mapping")
     shards = [read_records(shard) for shard in found["shards"]]
     files = read_records(found["files"])
     if (shards or files) and not outcome:

@@ -36,11 +36,13 @@ def check_apart(out: Path, inputs: Sequence[Path]) -> None:
     Raises:
         SecateurError: something does.
     """
+    ours = (out, journal_of(out))  # may lie in an input's folder, where an earlier process has put them
     read = [*inputs, Path.cwd()]
-    read += [entry for folder in inputs if folder.is_dir() for entry in folder.iterdir()]
+    entries = [entry for folder in inputs if folder.is_dir() for entry in folder.iterdir()]
+    read += [entry for entry in entries if entry.is_symlink() or real_path(entry) not in ours]
     for kept in read:
         found = real_path(kept)
-        for place in (out, journal_of(out)):
+        for place in ours:
             if place == found or place in found.parents:
                 raise SecateurError(f"{place} is or holds {kept}, which must stay: write to another folder")
 
@@ -53,6 +55,8 @@ def check_place(out: Path) -> None:
     """
     if os.path.lexists(out) and not out.is_dir():
         raise SecateurError(f"{out} is a file: give a folder to write to")
+    if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
+        raise SecateurError(f"{out} can't be replaced: it is not writable")
     if out == out.parent or out.is_mount():
         raise SecateurError(
             f"{out} is where a disk is mounted: the finished model takes its place by a rename, so name a folder in it"

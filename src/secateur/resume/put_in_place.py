@@ -6,14 +6,14 @@ Where the system can't exchange two folders, OUT is away for a moment; a resumed
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.resume.manifest import MANIFEST, Manifest
 from secateur.resume.output_folder import check_unchanged
 from secateur.runtime.messages import say
-from secateur.storage.file_records import first_damage
+from secateur.storage.file_records import damage, first_damage
 from secateur.storage.held_folder import HeldFolder
 
 FINISHED, REPLACED = "finished", "replaced"
@@ -44,7 +44,8 @@ def put_in_place(journal: HeldFolder, out: Path, manifest: Manifest) -> None:
 
 def bring_back(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:
     """Bring back what OUT was, where a killed process had moved it away and put nothing in its place."""
-    if journal.is_folder(REPLACED) and not os.path.lexists(out):
+    is_away = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if journal.is_folder(REPLACED) and is_away:
         journal.rename(REPLACED, out.name, parent)
         parent.flush()
 
@@ -67,12 +68,20 @@ def _verify(journal: HeldFolder, manifest: Manifest) -> None:
 
 
 def _switch(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:
-    if out.is_dir():
-        shutil.copymode(out, journal.path / FINISHED)
-        if not journal.exchange(FINISHED, parent, out.name):
+    mode = stat.S_IMODE(out.stat().st_mode) if out.is_dir() else None
+    exchanged = False
+    if out.is_dir() and any(out.iterdir()):
+        exchanged = journal.exchange(FINISHED, parent, out.name)
+        if not exchanged:
             parent.rename(out.name, REPLACED, journal)
-    if not out.is_dir():
-        journal.rename(FINISHED, out.name, parent)
+    if not exchanged:
+        try:
+            journal.rename(FINISHED, out.name, parent)  # in place of an empty folder, too
+        except OSError:
+            bring_back(journal, parent, out)
+            raise
+    if mode is not None:
+        out.chmod(mode)
     parent.flush()
     journal.flush()
 
@@ -82,8 +91,9 @@ def _remove_replaced(journal: HeldFolder, name: str, parent: HeldFolder, out: Pa
     if not journal.is_folder(name):
         return
     with journal.subfolder(name) as replaced:
-        for file in manifest.replaces:
-            replaced.remove(file)
+        for file, record in manifest.replaces.items():
+            if damage(replaced.path, file, record) is None:
+                replaced.remove(file)
     if not journal.remove_empty_folder(name):
         kept = out.with_name(f"{out.name}.kept-{os.urandom(4).hex()}")
         journal.rename(name, kept.name, parent)

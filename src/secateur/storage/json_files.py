@@ -11,6 +11,7 @@ from typing import Any
 from secateur.errors import SecateurError
 
 SEAL = "sha256"
+MAX_DEPTH = 64
 
 
 def parse_json(text: str) -> Any:
@@ -25,7 +26,24 @@ def parse_json(text: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()  # half of a character can't be written
     except RecursionError as error:
         raise SecateurError("it is nested too deeply") from error
+    if _is_deep(value):
+        raise SecateurError("it is nested too deeply")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested more deeply than any file that we read."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for node in level
+            if isinstance(node, dict | list)
+            for inner in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _finite(text: str) -> float:
