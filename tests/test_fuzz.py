@@ -22,7 +22,7 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health
 def every(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SECATEUR_CACHE", "")
-        return targets.targets(tmp_path_factory.mktemp("fuzzed"))
+        yield targets.targets(tmp_path_factory.mktemp("fuzzed"))
 
 
 @pytest.mark.parametrize("name", NAMES)

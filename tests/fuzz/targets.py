@@ -149,9 +149,11 @@ def limits(size: int) -> Iterator[None]:
 def run(command: tuple[str, ...]) -> tuple[int, str]:
     """Run a command in this process; its exit code and all that it printed."""
     from secateur.cli import app
+    from secateur.comparison import compare
 
     printed = io.StringIO()
     arguments, sys.argv = sys.argv, ["secateur", *command]
+    run_cell, compare._in_own_process = compare._in_own_process, _run_no_cell
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             app.main()
@@ -160,6 +162,7 @@ def run(command: tuple[str, ...]) -> tuple[int, str]:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
         sys.argv = arguments
+        compare._in_own_process = run_cell
     return code, printed.getvalue()
 
 
@@ -168,7 +171,6 @@ def targets(folder: Path) -> dict[str, Target]:
     from models import save_checkpoint, save_gguf
 
     import secateur
-    from secateur.comparison import compare
     from secateur.resume.manifest import journal_of
 
     model, text, pruned, out = folder / "model", folder / "text.txt", folder / "pruned", folder / "out"
@@ -183,7 +185,6 @@ def targets(folder: Path) -> dict[str, Target]:
     short = ("--max-tokens", "64", "--seq-len", "32")
     journal, manifest = journal_of(out), _unfinished(folder, prune)
     (folder / "compare").mkdir()
-    compare._in_own_process = _run_no_cell
     cell = {"perplexity": {"a": 1.5}, "eval_seconds": 1.0, "seconds": 2.0, "tasks": {"t": {"acc,none": 0.5}}}
     comparison = {"settings": {}, "cells": {"dense": cell, "magnitude 50% 0": cell}, "command": "x"}
     recipe = secateur.Recipe().save
