@@ -42,6 +42,10 @@ def prune(source, out, **changed):
     return secateur.prune(arguments.pop("model", source / "model"), out, **arguments)
 
 
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def content(place):
     return {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
@@ -146,9 +150,6 @@ def test_a_model_of_links_into_out_is_refused(source, out, tmp_path):
 
 
 def stopped_before_its_place(source, out, monkeypatch, **changed):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(publish, "put_in_place", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -290,9 +291,6 @@ def test_what_a_killed_process_left_while_it_began_is_no_hindrance(source, tmp_p
 
 
 def test_an_overwriting_run_is_resumed_by_resume_alone_from_its_first_moment(source, out, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(secateur.run, "prune_model", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -354,9 +352,6 @@ def test_a_file_that_changes_at_the_last_moment_is_kept(source, out, tmp_path, m
 
 
 def test_a_refused_run_leaves_what_a_killed_one_may_replace(source, out, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr("secateur.run.ModelSource.load", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -364,6 +359,18 @@ def test_a_refused_run_leaves_what_a_killed_one_may_replace(source, out, monkeyp
     with pytest.raises(ValueError, match="resume"):
         prune(source, out, seed=7)
     prune(source, out, seed=7, resume=True)
+
+
+def test_a_file_that_comes_to_the_new_model_before_its_journal_is_gone_is_kept(source, out, tmp_path, monkeypatch):
+    """Killed between the switch and the removal of the earlier model."""
+    with monkeypatch.context() as patched:
+        patched.setattr(put_in_place, "_remove_replaced", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, seed=7, overwrite=True)
+    (out / "notes.txt").write_text("mine")
+    prune(source, out, seed=7, resume=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_out_where_a_disk_is_mounted_is_refused(source, out, monkeypatch):

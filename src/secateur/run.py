@@ -56,13 +56,14 @@ class ModelSource:
             distributed.barrier()
         return folder
 
-    def load(self, scratch: Path) -> Checkpoint:
-        """The model, mapped from its files, and from files in `scratch` that are made for it; one GPU a rank."""
+    def load(self, folder: Path, scratch: Path) -> Checkpoint:
+        """The model in a folder, mapped from its files, and from files in `scratch` made for it; one GPU a rank."""
         device = self.device or default_device()
         if device == "cuda" and distributed.world_size() > 1:
             device = f"cuda:{distributed.local_rank()}"
         converted = scratch / f"converted-{distributed.rank()}"
-        return load(self.name, device, self.trust_remote_code, self.allow_pickle, converted)
+        found = load(str(folder), device, self.trust_remote_code, self.allow_pickle, converted)
+        return replace(found, name=self.name)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def prune_to_folder(
         if journal is not None:
             before = check_out(journal, out, before, overwrite)
         place = journal_of(out)
-        checkpoint = source.load(place)
+        checkpoint = source.load(folder, place)
         checkpoint.notices += check_links(folder)
         data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
@@ -162,14 +163,15 @@ def estimate_run(
     Raises:
         SecateurError: what a run would raise before the first block.
     """
+    folder = source.folder()
     if out is not None:
         place = real_path(out)
-        _check_request(place, source.name, request.texts, source.folder())
+        _check_request(place, source.name, request.texts, folder)
         if not resume:
             check_may_replace(place, overwrite)
     with TemporaryDirectory() as scratch:
-        checkpoint = source.load(Path(scratch))
-        check_links(checkpoint.folder)
+        checkpoint = source.load(folder, Path(scratch))
+        check_links(folder)
         data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         context = RunContext(

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -550,11 +551,9 @@ def _check_cache(result: Result, work: Path) -> None:
 def main() -> None:
     """Run cases, and write their results as JSON. Without cases: write the calls of each scenario."""
     import torch
-    import transformers  # noqa: F401
 
-    import secateur.cli.app
-    import secateur.comparison.compare  # noqa: F401 - imports everything once
-
+    for name in ("transformers", "secateur.cli.app", "secateur.comparison.compare"):  # everything, once
+        import_module(name)
     torch.set_num_threads(1)
     wanted = json.loads(Path(sys.argv[1]).read_text())
     with tempfile.TemporaryDirectory() as scratch:

@@ -250,7 +250,7 @@ def read_metadata(folder: Path) -> Report:
         for name in ("recipe", "environment", "calibration", "dense", "identity"):
             if not isinstance(getattr(found, name), dict):
                 raise TypeError(f"its {name} is not a mapping")
-        found.the_recipe  # noqa: B018 - checks it
+        Recipe.from_dict(found.recipe)
         return found
     except SecateurError as error:
         raise error.within(str(path)) from error

@@ -124,14 +124,14 @@ class Publisher:
             made = self._move_shard(finished, folder)
         held, state = {_parameter(name) for name in names}, self.manifest.state
         files = {block: self.blocks.path_of(block) for block, digest in state.blocks.items() if digest != SAVED}
-        inside = {block: path for block, path in files.items() if held.issuperset(names_in(path))}
-        names_inside = {block: names_in(path) for block, path in inside.items()}
+        names_of = {block: names_in(path) for block, path in files.items()}
+        inside = [block for block in files if held.issuperset(names_of[block])]
         self.manifest.update(shards=[*state.shards, made], blocks=state.blocks | dict.fromkeys(inside, SAVED))
         parameters = {_parameter(name): parameter for name, parameter in model.named_parameters()}
-        for block, path in inside.items():
-            for name in names_inside[block]:
+        for block in inside:
+            for name in names_of[block]:
                 _let_go(parameters[name])
-            self.manifest.held.remove(path.name)
+            self.manifest.held.remove(files[block].name)
 
     def _move_shard(self, finished: HeldFolder, folder: str) -> dict[str, FileRecord]:
         made = {}

@@ -26,7 +26,7 @@ def put_in_place(journal: HeldFolder, out: Path, manifest: Manifest) -> None:
         SecateurError: a damaged file, something in OUT that the run may not replace, or a disk that can't be written.
             OUT is then as it was.
 
-    Cost: one read of the finished model and of what OUT was.
+    Cost: one read of the finished model, two of what OUT was.
     """
     try:
         with HeldFolder(out.parent) as parent:
@@ -51,8 +51,8 @@ def bring_back(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:
 
 
 def _is_in_place(out: Path, manifest: Manifest) -> bool:
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    return names == sorted(manifest.files) and first_damage(out, manifest.files) is None
+    """Whether OUT is the finished model. The user may have added a file since."""
+    return first_damage(out, manifest.files) is None
 
 
 def _verify(journal: HeldFolder, manifest: Manifest) -> None:

@@ -42,10 +42,11 @@ def record_of(path: Path | str, dir_fd: int | None = None) -> FileRecord:
         OSError: it is gone, can't be read, or is something else, such as a link.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)  # a pipe would block
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is not a regular file")
         return FileRecord(hashlib.file_digest(file, "sha256").hexdigest(), status.st_size)
 
 
