@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur.checkpoints.validate import compute_dtype
 from secateur.cli.progress import LogLines
+from secateur.sources.validate import compute_dtype
 from secateur.storage.json_files import sealed
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
@@ -283,7 +283,7 @@ def test_sigterm_ends_like_ctrl_c_and_says_how_to_resume(model, text, tmp_path):
 
 
 def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
-    from secateur.checkpoints.gguf import convert_gguf
+    from secateur.sources.gguf import convert_gguf
 
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -295,7 +295,7 @@ def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
 def test_a_hub_model_comes_without_copies_of_its_weights(monkeypatch, tmp_path):
     from fnmatch import fnmatch
 
-    from secateur.checkpoints import sources
+    from secateur.sources import resolve as sources
 
     asked = {}
     monkeypatch.setattr(
@@ -692,7 +692,7 @@ def test_loss_in_chunks_equals_the_loss_at_once(monkeypatch, text):
 
 
 def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
-    from secateur.checkpoints import demo_model as assets
+    from secateur.sources import demo_model as assets
 
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -36,6 +36,8 @@ ORDER = (
     "calibration",
     "pruning",
     "resume",
+    "packed",
+    "sources",
     "checkpoints",
     "evaluation",
     "run",
@@ -47,7 +49,7 @@ ORDER = (
 TORCH_FREE = ("errors", "storage", "recipe", "cli.flags", "cli.app", "cli.console", "cli.progress")
 # Who may catch every exception: what other packages raise can't be listed, and the edge of the program hides nothing.
 BROAD_EXCEPTS = {
-    "checkpoints.gguf": "the parsers of three packages on a damaged file",
+    "sources.gguf": "the parsers of three packages on a damaged file",
     "recipe.solvers": "the code of a plug-in",
     "calibration.texts": "the tokenizers library raises Exception itself",
     "cli.app": "an unexpected error becomes a file and exit code 70",

@@ -1,6 +1,7 @@
 """secateur: one-shot pruning of foundation models without retraining.
 
-The public API. Names are imported when first used, so `import secateur` does not import torch.
+The public API. Names are imported when first used, so `import secateur` does not import torch. After it, transformers
+loads packed models as any others.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from secateur.packed.registration import register_with_transformers
+
 if TYPE_CHECKING:
-    from secateur.api import coverage_of, dry_run, evaluate, inspect, prune, solve
+    from secateur.api import coverage_of, dry_run, evaluate, inspect, load, pack, prune, solve, unpack
     from secateur.errors import SecateurError
     from secateur.pruning.report import Report
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -37,9 +40,12 @@ _HOME = {
     "dry_run": "secateur.api",
     "evaluate": "secateur.api",
     "inspect": "secateur.api",
+    "load": "secateur.api",
+    "pack": "secateur.api",
     "parse_pattern": "secateur.recipe.patterns",
     "prune": "secateur.api",
     "solve": "secateur.api",
+    "unpack": "secateur.api",
 }
 
 __all__ = [
@@ -60,10 +66,15 @@ __all__ = [
     "dry_run",
     "evaluate",
     "inspect",
+    "load",
+    "pack",
     "parse_pattern",
     "prune",
     "solve",
+    "unpack",
 ]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,7 @@ from torch import nn
 from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
-from secateur.checkpoints.save import check_links, write_checkpoint
-from secateur.checkpoints.sources import resolve
+from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.matrices import all_parameters
@@ -34,6 +33,8 @@ from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import default_device, environment, processor_name
 from secateur.runtime.memory import MemoryBudget, memory_budget
+from secateur.sources.other_files import check_links
+from secateur.sources.resolve import resolve
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
 
@@ -100,6 +101,8 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
     Raises:
         SecateurError: as `api.prune` says.
     """
+    if request.recipe.format == "packed":
+        raise SecateurError("‹format=packed› is for a model that is saved to a folder: save it, then use pack()")
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
         module, name, notices = model.model, model.name, model.notices

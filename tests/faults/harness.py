@@ -539,7 +539,7 @@ def build_shim(folder: Path) -> Path | None:
 
 
 def _check_cache(result: Result, work: Path) -> None:
-    from secateur.checkpoints.model_cache import _damage
+    from secateur.sources.model_cache import _damage
 
     models = sorted(path.name for path in (work / "models").iterdir())
     if len(models) != 2 or models[0] != ".lock":

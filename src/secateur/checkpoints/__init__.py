@@ -1,1 +1,1 @@
-"""Checkpoints on disk: found, checked, loaded, saved with a model card, inspected; and the demo model."""
+"""Checkpoints on disk: loaded, saved with a model card, packed, inspected. `sources` finds and checks them."""

@@ -13,13 +13,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.checkpoints.load import load
-from secateur.checkpoints.validate import check_folder
 from secateur.models.matrices import parameter_of
 from secateur.numerics.masks import is_met
+from secateur.packed.files import dense
 from secateur.pruning.report import METADATA, read_metadata
 from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
+from secateur.sources.unpacked import is_packed
+from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 
 OUTSIDE, NOT_OURS = "outside the blocks", f"no {METADATA}: not pruned by secateur"
@@ -59,7 +61,7 @@ def inspect_folder(folder: Path) -> Inspection:
 
     Cost: two reads of the weights; where experts were fused, a copy of theirs in temporary files.
     """
-    _, shards = check_folder(folder)
+    shards = check_packed(folder) if is_packed(folder) else check_folder(folder)[1]
     report = read_metadata(folder) if (folder / METADATA).exists() else None
     inspection = Inspection(str(folder))
     recorded: dict[str, dict[str, Any]] = {}
@@ -83,8 +85,9 @@ def _stored(shards: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(set(shards.values())):
         with safe_open(path, framework="pt") as shard:
             for key in sorted(name for name, where in shards.items() if where == path):
-                if len(shard.get_slice(key).get_shape()) in (2, 3):
-                    yield key, shard.get_tensor(key)
+                tensor = dense(shard.get_tensor(key), f"{path}: {key}")
+                if tensor.ndim in (2, 3):
+                    yield key, tensor
 
 
 def _loaded(folder: Path) -> Iterator[tuple[str, Tensor]]:

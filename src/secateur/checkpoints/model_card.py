@@ -10,10 +10,10 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from secateur.checkpoints.demo_model import DEMO_NAME
 from secateur.checkpoints.load import Checkpoint
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.runtime.messages import one_line
+from secateur.sources.demo_model import DEMO_NAME
 
 MAX_HEADER = 1 << 16  # characters
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -22,18 +21,17 @@ from torch import Tensor
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
-from secateur.checkpoints.validate import INDEX
-from secateur.errors import SecateurError
+from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
 from secateur.models.matrices import parameter_of
+from secateur.packed.files import INDEX as PACKED_INDEX
+from secateur.packed.files import write_weights
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
-from secateur.resume.output_folder import CHECKPOINT_FILES
 from secateur.resume.publish import Publisher, read_outcome
-from secateur.runtime.messages import one_line
-from secateur.storage.file_records import FileRecord, is_plain_name
+from secateur.sources.validate import INDEX
+from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
-from secateur.storage.paths import real_path
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
 NOT_COPIED = {"README.md", "config.json", METADATA, RECIPE_FILE}
@@ -67,6 +65,7 @@ def write_checkpoint(
         SecateurError: a damaged journal.
     """
     model, folder, outcome = checkpoint.model, publisher.folder, read_outcome(publisher.manifest)
+    is_packed = report.the_recipe.format == "packed"
     if outcome is None:
         size = parse_size(max_shard_size, "max_shard_size")
         outcome = {"report": report.to_dict(), "max_shard_size": size, "shards": _plan_shards(checkpoint, size)}
@@ -75,14 +74,17 @@ def write_checkpoint(
     for number in range(publisher.num_whole_shards, len(outcome["shards"])):
         names = outcome["shards"][number]
         made = _write_shard(checkpoint, report, names, folder, outcome["max_shard_size"])
+        if is_packed:
+            _pack_files(folder / made, report)
         publisher.keep_shard(model, names, made)
         progress("save", number + 1, len(outcome["shards"]))
     weights = publisher.name_shards()
     if len(weights) > 1:
-        _write_index(folder, list(weights), report.model_parameters)
-    _write_config(checkpoint, folder)
-    _copy_other_files(checkpoint.folder, folder)
-    (folder / "README.md").write_text(model_card(checkpoint, report, title), encoding="utf-8")
+        _write_index(folder / (PACKED_INDEX if is_packed else INDEX), list(weights), report.model_parameters)
+    _write_config(checkpoint, folder, packing_config(len(weights)) if is_packed else None)
+    copy_other_files(checkpoint.folder, folder)
+    card = model_card(checkpoint, report, title)
+    (folder / "README.md").write_text(packed_card(card) if is_packed else card, encoding="utf-8")
     _make_readable(folder)
     return report.save(folder, weights)
 
@@ -127,8 +129,18 @@ def _write_shard(
     return made
 
 
-def _write_index(folder: Path, weights: list[str], parameters: int) -> None:
+def _pack_files(folder: Path, report: Report) -> None:
+    """Replace the dense weight files of a folder by packed ones."""
+    transposed = transposed_matrices(report)
+    for path in sorted(folder.glob("model*.safetensors")):
+        packed = path.with_name(path.name.replace("model", "packed", 1))
+        write_weights(packed, entries_of(path, transposed), "zstd")
+        path.unlink()
+
+
+def _write_index(path: Path, weights: list[str], parameters: int) -> None:
     """Write the index of shards, as transformers does."""
+    folder = path.parent
     size, weight_map = 0, {}
     for name in weights:
         with safe_open(folder / name, framework="pt") as shard:
@@ -137,7 +149,7 @@ def _write_index(folder: Path, weights: list[str], parameters: int) -> None:
             header = 8 + int.from_bytes(file.read(8), "little")
         size += (folder / name).stat().st_size - header
     index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[str]) -> dict[str, Tensor]:
@@ -171,8 +183,8 @@ def pruned_parameters(report: Report) -> set[str]:
     return {parameter_of(matrix.name) for matrix in report.matrices}
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the source's config.json where it names this class; it describes these tensors too.
+def _write_config(checkpoint: Checkpoint, folder: Path, packing: dict[str, Any] | None) -> None:
+    """Copy the source's config.json where it names this class; it describes these tensors too. Add the packing.
 
     transformers writes another spelling than it reads (of rotary embeddings, of the dtype), which its older versions
     and other runtimes silently take for defaults. A text model taken out of a larger one keeps what transformers wrote,
@@ -181,58 +193,13 @@ def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     path, source = folder / "config.json", checkpoint.folder / "config.json"
     if type(checkpoint.model).__name__ in (read_json(source, "").get("architectures") or ()):
         path.write_bytes(source.read_bytes())
-        return
+        if packing is None:
+            return
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(checkpoint.main_dtype).removeprefix("torch.")
+    if packing is not None:
+        config["quantization_config"] = packing
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Copy the source's other files as they are: tokenizer, chat template, generation config, licence, notice."""
-    for path in copied_files(source):
-        (target / path.name).unlink(missing_ok=True)  # of an earlier process, and perhaps read-only
-        with path.open("rb") as file, (target / path.name).open("wb") as copy:
-            shutil.copyfileobj(file, copy)
-        (target / path.name).chmod(path.stat().st_mode & 0o666)
-
-
-def copied_files(source: Path) -> list[Path]:
-    """Files of a checkpoint that are copied to the pruned one. A link that leaves its folder is none of them."""
-    return [path for path in sorted(source.iterdir()) if _is_copied(path) and _stays_inside(path, source)]
-
-
-def check_links(source: Path) -> list[str]:
-    """Notices of links in a checkpoint's folder that are not copied, since they leave it.
-
-    Raises:
-        SecateurError: the checkpoint needs such a file.
-    """
-    notices = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not is_plain_name(path.name):
-            notices.append(f"{one_line(path.name)} has a name that can't be recorded: it is not copied")
-        if not _is_copied(path) or _stays_inside(path, source):
-            continue
-        if any(fnmatchcase(path.name, name) for name in CHECKPOINT_FILES):
-            raise SecateurError(
-                f"{path} is a link to {os.path.realpath(path)}, outside of the model's folder: what it leads to would "
-                f"be published with the pruned model. Replace the link by a copy"
-            )
-        notices.append(f"{path.name} is a link that leaves the model's folder: it is not copied")
-    return notices
-
-
-def _is_copied(path: Path) -> bool:
-    weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    others = path.name in NOT_COPIED or path.name.startswith(".")
-    return path.is_file() and is_plain_name(path.name) and not weights and not others
-
-
-def _stays_inside(path: Path, source: Path) -> bool:
-    """Whether a file lies in the model's folder, or in its part of the hub's cache, whose files are links."""
-    folder = real_path(source)
-    inside = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    return inside in real_path(path).parents
 
 
 def _make_readable(folder: Path) -> None:

@@ -22,6 +22,7 @@ from secateur.cli.console import (
     print_notices,
     print_pairs,
     print_report,
+    print_speeds,
     resume_hint,
     show,
     show_table,
@@ -253,6 +254,74 @@ def inspect(
     )
     print_json(found.to_dict()) if as_json else print_coverage(found)
     raise typer.Exit(1 if found.share("missed") else 0)
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint folder.")],
+    out: flags.NewFolder,
+    compression: Annotated[
+        str, flags.flag("zstd, or none: larger, and mapped from the file as it is.", flags.OUTPUT, "NAME")
+    ] = "zstd",
+    as_json: flags.Json = False,
+) -> None:
+    """Write DIR in the packed format: smaller on disk and in memory, faster to decode on a CPU, the same weights."""
+    from secateur import api
+
+    with progress_shown() as progress:
+        found = api.pack(folder, out, compression=compression, progress=progress)  # pyright: ignore[reportArgumentType]
+    if as_json:
+        print_json(found)
+        return
+    show(
+        f"packed {found['matrices']} matrices: {found['dense_bytes'] / 1e6:.1f} MB of weights became "
+        f"{found['packed_bytes'] / 1e6:.1f} MB ({found['packed_bytes'] / found['dense_bytes']:.2f} of them), in {out}"
+    )
+    show(f"compare size, memory and speed: secateur bench {folder} {out}")
+
+
+@app.command()
+def unpack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed checkpoint folder.")],
+    out: flags.NewFolder,
+    as_json: flags.Json = False,
+) -> None:
+    """Write the packed checkpoint DIR as an ordinary one, bit for bit."""
+    from secateur import api
+
+    with progress_shown() as progress:
+        found = api.unpack(folder, out, progress=progress)
+    print_json(found) if as_json else show(f"{found['dense_bytes'] / 1e6:.1f} MB of dense weights are in {out}")
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or names; packed ones too.")],
+    prompt_tokens: Annotated[int, flags.flag("Tokens of the prompt.", flags.WHAT, "N")] = 128,
+    new_tokens: Annotated[int, flags.flag("Tokens to decode.", flags.WHAT, "N")] = 64,
+    as_json: flags.Json = False,
+    threads: flags.Threads = None,
+) -> None:
+    """Size, memory, load time and speed of models, each in a fresh process on the CPU.
+
+    Any folder that transformers loads can be in the list, such as your own int8 model.
+    """
+    from secateur import api
+
+    with progress_shown() as progress:
+        found = api.bench(
+            models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=progress
+        )
+    print_json({"models": [each.to_dict() for each in found]}) if as_json else print_speeds(found)
+
+
+@app.command()
+def env(as_json: flags.Json = False) -> None:
+    """Versions, CPU features, kernels, devices and the cache folder: what a bug report needs."""
+    from secateur import api
+
+    found = api.env()
+    print_json(found) if as_json else print_pairs("environment", found)
 
 
 @app.command()

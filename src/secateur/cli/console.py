@@ -18,6 +18,7 @@ from secateur.runtime.messages import visible
 if TYPE_CHECKING:
     from secateur.calibration.coverage import Coverage
     from secateur.checkpoints.inspection import Inspection
+    from secateur.evaluation.speed import Speed
     from secateur.pruning.dry_run import DryRun
     from secateur.pruning.report import Report
 
@@ -129,6 +130,25 @@ def print_inspection(inspection: Inspection) -> None:
     show_table((Column("matrix", overflow="fold"), "shape", "sparsity", "pattern", ""), rows, inspection.folder)
     for problem in inspection.problems:
         note(f"broken: {problem}")
+
+
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    """Print the figures of each model, with ratios to the first."""
+    first = speeds[0]
+    rows = [
+        (
+            each.model,
+            f"{each.file_bytes / 1e6:.0f} MB ({each.file_bytes / max(1, first.file_bytes):.2f}x)",
+            f"{each.memory_bytes / 1e6:.0f} MB ({each.memory_bytes / max(1, first.memory_bytes):.2f}x)",
+            f"{each.load_seconds:.1f} s",
+            f"{each.prefill_tokens_per_second:.0f}",
+            f"{each.decode_tokens_per_second:.1f} "
+            f"({each.decode_tokens_per_second / first.decode_tokens_per_second:.2f}x)",
+        )
+        for each in speeds
+    ]
+    columns = (Column("model", overflow="fold"), "files", "memory", "load", "prefill tokens/s", "decode tokens/s")
+    show_table(columns, rows, f"batch 1, {first.threads} threads")
 
 
 def print_coverage(coverage: Coverage) -> None:

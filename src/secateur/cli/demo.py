@@ -10,13 +10,13 @@ import torch
 
 from secateur.api import evaluate, prune
 from secateur.calibration.stream import Progress
-from secateur.checkpoints.demo_model import DEMO_NAME
 from secateur.checkpoints.load import load
 from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.presets import PRESETS
 from secateur.resume.manifest import unfinished
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device
+from secateur.sources.demo_model import DEMO_NAME
 from secateur.storage.paths import real_path, user_path
 
 PROMPT = "Photosynthesis is the process by which"

@@ -37,6 +37,8 @@ def flag(text: str, panel: str, metavar: str | None = None, name: str | None = N
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub name or smollm2.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned model.")]
 
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")]
+
 RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a file.", WHAT, "NAME|FILE", "--recipe")]
 PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
 SolverName = Annotated[str | None, recipe_flag("solver", WHAT, "NAME")]

@@ -111,6 +111,10 @@ class Recipe:
     ] = Field(default=(), description="Exceptions for matrices by name; the last match wins.")
     calibration: CalibrationText = Field(default=CalibrationText(), description="The text that the run looks at.")
     seed: Whole = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw and of the refit.")
+    format: Literal["dense", "packed"] = Field(
+        default="dense",
+        description="Weight files: dense, which everything loads. packed = smaller, and faster with secateur.",
+    )
     max_memory: Size | None = Field(
         default=None,
         description="Cap besides the weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",

@@ -15,10 +15,14 @@ from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path
 
-WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+WEIGHTS = (
+    "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
+    "packed.safetensors", "packed-?????-of-?????.safetensors",
+)  # fmt: skip
 # What transformers writes of a model, with what hubs add.
 CHECKPOINT_FILES = (
-    *WEIGHTS, "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    *WEIGHTS, "packed.safetensors.index.json", "config.json", "generation_config.json",
+    "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md",

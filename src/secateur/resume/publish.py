@@ -198,9 +198,10 @@ class Publisher:
 def final_names(shards: Iterable[Collection[str]]) -> dict[str, str]:
     """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
     made = [name for shard in shards for name in shard]
+    stem = "packed" if any("-packed" in name for name in made) else "model"
     if len(made) == 1:
-        return {made[0]: "model.safetensors"}
-    return {name: f"model-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
+        return {made[0]: f"{stem}.safetensors"}
+    return {name: f"{stem}-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
 
 
 def _parameter(name: str) -> str:

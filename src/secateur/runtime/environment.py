@@ -28,6 +28,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def devices() -> list[str]:
+    """Names of the devices that torch can use here."""
+    found = ["cpu"]
+    found += [f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(torch.cuda.device_count())]
+    return found + ["mps"] * torch.backends.mps.is_available()
+
+
 def check_device(device: str) -> None:
     """Check that this machine and this build of torch have a device.
 

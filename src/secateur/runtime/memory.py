@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from secateur.errors import SecateurError
@@ -99,3 +100,8 @@ class Workspace:
         if before // 2 < MIN_CHUNK_BYTES:
             raise SecateurError(f"{work} does not fit into the memory of {device}: use a larger one, or the CPU")
         self.limit = before // 2
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, mapped files included."""
+    return psutil.Process().memory_info().rss

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError
+from secateur.packed.files import FORMAT_VERSION, METHOD, WEIGHTS, read_headers
+from secateur.packed.files import INDEX as PACKED_INDEX
 from secateur.storage.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -32,9 +34,11 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     config = read_json(folder / "config.json", "a model folder needs its config.json")
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        if method == METHOD:
+            raise SecateurError(f"{folder} is packed: `secateur unpack` gives the ordinary checkpoint")
         raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
     _check_config(folder / "config.json", config)
-    shard_paths = _shard_paths(folder)
+    shard_paths = _shard_paths(folder, "model.safetensors", INDEX)
     if not shard_paths:
         if allow_pickle and any(folder.glob("*.bin")):
             return {}, {}
@@ -60,6 +64,34 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
             raise SecateurError(f"{path} is damaged or incomplete ({first_line(error)}): download it again") from error
     _check_counts(folder / "config.json", config, len(shards))
     return dtypes, shards
+
+
+def check_packed(folder: Path) -> dict[str, Path]:
+    """Check a packed checkpoint's files without reading weights; the file of each tensor, by name.
+
+    Raises:
+        SecateurError: it is not packed, or files are missing, incomplete, damaged or of another version.
+    """
+    config = read_json(folder / "config.json", "a model folder needs its config.json")
+    packing = config.get("quantization_config")
+    if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
+        raise SecateurError(f"{folder} is not packed: its config.json names no packing")
+    if packing.get("version") != FORMAT_VERSION:
+        raise SecateurError(
+            f"{folder} is packed in version {packing.get('version')} of the format; this secateur reads version "
+            f"{FORMAT_VERSION}: upgrade it"
+        )
+    _check_config(folder / "config.json", config)
+    paths = _shard_paths(folder, WEIGHTS, PACKED_INDEX)
+    if not paths:
+        raise SecateurError(f"{folder} holds no {WEIGHTS}: the download is incomplete")
+    shards: dict[str, Path] = {}
+    for path in paths:
+        read_headers(path)
+        with safe_open(path, framework="pt") as file:
+            shards |= dict.fromkeys(file.keys(), path)
+    _check_counts(folder / "config.json", config, len(shards))
+    return shards
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -116,18 +148,17 @@ def _is_fast_in_bf16() -> bool:
     return amd and torch.cpu._is_avx512_bf16_supported()
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    if single.is_file():  # transformers takes it even next to an index
-        return [single]
-    if not (folder / INDEX).exists():
+def _shard_paths(folder: Path, single: str, index: str) -> list[Path]:
+    if (folder / single).is_file():  # transformers takes it even next to an index
+        return [folder / single]
+    if not (folder / index).exists():
         return []
-    weight_map = read_json(folder / INDEX, "").get("weight_map")
+    weight_map = read_json(folder / index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SecateurError(f"{folder / INDEX} has no weight_map")
+        raise SecateurError(f"{folder / index} has no weight_map")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise SecateurError(f"{folder / INDEX} names the shard {name!r}, which is not a plain file name")
+            raise SecateurError(f"{folder / index} names the shard {name!r}, which is not a plain file name")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.checkpoints.demo_model import DEMO_NAME, demo_model
-from secateur.checkpoints.gguf import convert_gguf
 from secateur.errors import SecateurError
+from secateur.sources.demo_model import DEMO_NAME, demo_model
+from secateur.sources.gguf import convert_gguf
+from secateur.sources.unpacked import is_packed, unpacked
 from secateur.storage.paths import user_path
 
 # Copies of the weights in another layout, which nothing here reads.
@@ -36,7 +37,7 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path)
     if path.is_dir():
-        return path
+        return unpacked(path) if is_packed(path) else path
     if path.exists():
         raise SecateurError(f"{name} is a file other than .gguf: give a model folder, a GGUF file or a hub name")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":

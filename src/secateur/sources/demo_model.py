@@ -13,10 +13,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from secateur.checkpoints.gguf import write_converted
-from secateur.checkpoints.model_cache import cached
 from secateur.errors import SecateurError
 from secateur.runtime.messages import say
+from secateur.sources.gguf import write_converted
+from secateur.sources.model_cache import cached
 from secateur.storage.file_records import sha256
 
 DEMO_NAME = "smollm2"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.checkpoints.gguf_header import check_gguf
-from secateur.checkpoints.model_cache import cached
 from secateur.errors import SecateurError
 from secateur.runtime.messages import one_line, say
+from secateur.sources.gguf_header import check_gguf
+from secateur.sources.model_cache import cached
 from secateur.storage.file_records import sha256
 
 

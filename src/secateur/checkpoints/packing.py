@@ -1,0 +1,147 @@
+"""Pack a pruned checkpoint folder, and load packed and ordinary ones as models.
+
+Every matrix with enough zeros is packed, whoever made them; everything else stays as it is, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.inspection import inspect_folder
+from secateur.errors import SecateurError
+from secateur.packed.encoding import Compression
+from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
+from secateur.packed.layout import PackedTensor, is_worth_packing, pack, packed_size
+from secateur.pruning.report import METADATA, Report, read_metadata
+from secateur.sources.unpacked import (
+    NOT_SMALLER,
+    USAGE,
+    check_outside,
+    is_packed,
+    publish_folder,
+    read_tensor,
+    write_rest,
+)
+from secateur.sources.validate import check_folder, check_packed
+from secateur.storage.json_files import read_json
+
+
+def pack_folder(folder: Path, out: Path, compression: Compression, progress: Progress) -> dict[str, Any]:
+    """Write the packed form of a checkpoint to a new folder. One matrix at a time is in memory.
+
+    Args:
+        folder: an ordinary checkpoint in safetensors.
+        out: a folder that does not exist, or is empty.
+        compression: `zstd`, or `none` for weights that can be mapped from the file.
+        progress: called with the stage `pack`.
+
+    Returns:
+        `matrices` packed, and the bytes of the weight files: `dense_bytes`, `packed_bytes`.
+
+    Raises:
+        SecateurError: no checkpoint there, damaged files or zeros, too few zeros, or a folder that can't be written.
+
+    Cost: four reads of the weights.
+    """
+    _, shards = check_folder(folder)
+    if (folder / METADATA).is_file() and (problems := inspect_folder(folder).problems):
+        raise SecateurError(f"{folder} is not what was saved, so it is not packed: {problems[0]}")
+    check_outside(folder, out)
+    files = sorted(set(shards.values()))
+    transposed = transposed_matrices(read_metadata(folder)) if (folder / METADATA).is_file() else set()
+    by_file = {path: entries_of(path, transposed) for path in files}
+    count = sum(entry.is_packed for entries in by_file.values() for entry in entries)
+    if not count:
+        raise SecateurError(_why_not_worth(folder, files))
+
+    def write(target: Path) -> None:
+        written = {}
+        for number, (path, entries) in enumerate(by_file.items()):
+            name = path.name.replace("model", "packed", 1) if len(files) > 1 else WEIGHTS
+            written[name] = write_weights(target / name, entries, compression)
+            progress("pack", number + 1, len(files))
+        if len(files) > 1:
+            write_index(target / INDEX, written)
+        config = read_json(folder / "config.json")
+        config["quantization_config"] = packing_config(len(files))
+        write_rest(folder, target, config, packed_card)
+
+    publish_folder(out, write)
+    sizes = [sum(path.stat().st_size for path in paths) for paths in (files, out.glob("packed*.safetensors"))]
+    return {"matrices": count, "dense_bytes": sizes[0], "packed_bytes": sizes[1]}
+
+
+def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
+    """A causal language model, packed where its folder is.
+
+    Args:
+        folder: packed or ordinary.
+        is_dense: unpack every matrix: the ordinary model.
+        dtype: of the model; kernels serve bfloat16.
+        device: where to put it; anything but a CPU gets dense weights.
+
+    Raises:
+        SecateurError: no model there, or damaged files.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import secateur.packed.quantizer  # noqa: F401 - registers the format
+
+    check_packed(folder) if is_packed(folder) else check_folder(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if is_packed(folder) and is_dense:
+        config.quantization_config["dequantize"] = True
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def packing_config(num_files: int) -> dict[str, Any]:
+    """The `quantization_config` of a packed folder, by which transformers finds its loader."""
+    return {"quant_method": METHOD, "version": FORMAT_VERSION, "sharded": num_files > 1}
+
+
+def transposed_matrices(report: Report) -> set[str]:
+    """Names of the pruned tensors that are stored as (inputs, outputs)."""
+    return {f"{matrix.name}.weight" for matrix in report.matrices if matrix.input_dim == 0}
+
+
+def entries_of(path: Path, transposed: set[str]) -> list[Entry]:
+    """What to write of a dense file: each tensor, packed where that pays."""
+    found = []
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            tensor = file.get_tensor(name)
+            worth = is_worth_packing(tensor)
+            read = partial(_read_packed, path, name, name in transposed) if worth else partial(read_tensor, path, name)
+            found.append(Entry(name, tensor.dtype, tensor.ndim, worth, tensor.nbytes, read))
+    return found
+
+
+def _read_packed(path: Path, name: str, is_transposed: bool) -> PackedTensor:
+    return pack(read_tensor(path, name), is_transposed)
+
+
+def packed_card(text: str) -> str:
+    """A model card that says how to load packed weights."""
+    return text.replace(NOT_SMALLER, USAGE) if NOT_SMALLER in text else f"{text.rstrip()}\n\n{USAGE}"
+
+
+def _why_not_worth(folder: Path, files: list[Path]) -> str:
+    """The message for a model without enough zeros, with what packing would give."""
+    dense_bytes = packed_bytes = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                tensor = file.get_tensor(name)
+                dense_bytes += tensor.nbytes
+                packed_bytes += packed_size(tensor)
+    return (
+        f"{folder} has no matrix with enough zeros: packed, the model would take {packed_bytes / dense_bytes:.2f} of "
+        f"its {dense_bytes / 1e6:.0f} MB. Prune it first: at 50% about 0.6 remain in memory, and 0.4 on the disk"
+    )

@@ -1,0 +1,133 @@
+"""Size, memory and speed of models, each measured in a fresh process: what `secateur bench` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.runtime.memory import resident_bytes
+from secateur.runtime.messages import one_line
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
+REPEATS = 3
+# Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
+NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one model takes, and how fast it is.
+
+    Args:
+        model: its folder or name.
+        file_bytes: of its weight files.
+        memory_bytes: resident memory that the process gained by loading the model and running it.
+        load_seconds: until it is in memory.
+        prefill_tokens_per_second: of a prompt.
+        decode_tokens_per_second: of the tokens after it, one at a time; the prompt's time is subtracted.
+        threads: that torch used.
+    """
+
+    model: str
+    file_bytes: int
+    memory_bytes: int
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_models(
+    folders: Sequence[Path], prompt_tokens: int, new_tokens: int, threads: int | None, progress: Callable[..., None]
+) -> list[Speed]:
+    """Measure models one after the other, each in a process that does nothing else.
+
+    Args:
+        folders: of checkpoints that transformers loads, packed ones included.
+        prompt_tokens: length of the prompt, of random tokens.
+        new_tokens: number of tokens that are decoded.
+        threads: of torch; None = its default.
+        progress: called with the stage `bench`.
+
+    Raises:
+        SecateurError: a model that can't be loaded or run.
+    """
+    found = []
+    for number, folder in enumerate(folders):
+        found.append(_measured(folder, prompt_tokens, new_tokens, threads))
+        progress("bench", number + 1, len(folders))
+    return found
+
+
+def _measured(folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None) -> Speed:
+    command = [sys.executable, "-m", __name__, str(folder), str(prompt_tokens), str(new_tokens), str(threads or 0)]
+    own = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SecateurError(f"{folder} could not be measured: {one_line(why)}")
+    return Speed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Speed:
+    """Measure one model in this process, which should be a fresh one.
+
+    Raises:
+        what transformers raises of a model that it can't load or run.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    before, started = resident_bytes(), time.perf_counter()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    loaded = time.perf_counter() - started
+    prompt = torch.randint(100, 1000, (1, prompt_tokens))
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=count, max_new_tokens=count,
+            pad_token_id=0,
+        )  # fmt: skip
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        seconds(2)  # warm-up
+        prefill = min(seconds(1) for _ in range(REPEATS))
+        decoded = min(seconds(1 + new_tokens) for _ in range(REPEATS)) - prefill
+    return Speed(
+        model=str(folder),
+        file_bytes=sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)),
+        memory_bytes=resident_bytes() - before,
+        load_seconds=loaded,
+        prefill_tokens_per_second=prompt_tokens / prefill,
+        decode_tokens_per_second=new_tokens / max(decoded, 1e-9),
+        threads=torch.get_num_threads(),
+    )
+
+
+def main() -> None:
+    """Measure the model that the arguments name, and print the figures as JSON."""
+    import secateur  # noqa: F401 - transformers then loads packed models
+
+    folder, *numbers = sys.argv[1:]
+    print(json.dumps(measure_here(Path(folder), *map(int, numbers)).to_dict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,556 @@
+/* Products with packed matrices on x86-64, chosen at run time by what the CPU has.
+ *
+ * Layout (docs/format.md): a panel is 16 rows of the matrix. A block is a panel's 16 rows x 2 columns, with one bit for
+ * each weight: bit 2 * row + column. The kept values of a panel follow each other, block by block, in the order of the
+ * bits. So a block that is expanded under its mask is one 512-bit register: 16 lanes of two bfloat16, one lane a row.
+ * That is what `vdpbf16ps` multiplies by a broadcast pair of inputs, and one row of the right-hand tile of AMX.
+ *
+ * Every function gets sizes that its caller has checked: `offsets` has one entry a panel and one more, and at least
+ * VALUE_PADDING bytes follow the last value. No function keeps state, but for the tiles of AMX.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__x86_64__)
+#error "these kernels are for x86-64; elsewhere packed matrices are unpacked"
+#endif
+
+#include <cpuid.h>
+#include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define AVX2 __attribute__((target("avx2,fma,popcnt,bmi,bmi2")))
+#define AVX512_FEATURES                                                                                                \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx512vnni,popcnt,bmi,bmi2,fma"
+#define AVX512 __attribute__((target(AVX512_FEATURES)))
+#define AMX __attribute__((target(AVX512_FEATURES ",amx-tile,amx-bf16")))
+
+enum { LEVEL_NONE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AMX = 3 };
+enum { ROWS = 16, MASKS_AHEAD = 512, MAX_BATCH = 16 };
+
+/* Bytes of values that are prefetched ahead. Measured: 2 KB on a Xeon (Granite Rapids), 8 KB on a Zen 5. */
+static int64_t values_ahead = 2048;
+
+typedef struct {
+    const uint32_t *masks;   /* panels x blocks */
+    const uint16_t *values;  /* bfloat16 */
+    const int64_t *offsets;  /* of each panel's first value */
+    int64_t rows, columns;
+} matrix_t;
+
+INLINE int64_t blocks_of(const matrix_t *w) { return (w->columns + 1) / 2; }
+
+/* ---------------------------------------------------------------------------------------------------------- threads */
+
+/* Of the OpenMP runtime that torch has loaded, whatever its file is called; linking to another would start a second
+ * team of threads. Without one, a single thread does all. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
+
+typedef struct {
+    void (*work)(const void *arguments, int64_t from, int64_t to);
+    const void *arguments;
+    int64_t count;
+} job_t;
+
+static void run_part(void *pointer) {
+    const job_t *job = pointer;
+    int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+    int64_t from = job->count * part / parts, to = job->count * (part + 1) / parts;
+    if (from < to) job->work(job->arguments, from, to);
+}
+
+/* Call `work` for parts of 0 to `count`, one a thread. */
+static void in_parallel(void (*work)(const void *, int64_t, int64_t), const void *arguments, int64_t count,
+                        int threads) {
+    job_t job = {work, arguments, count};
+    if (threads > count) threads = (int)count;
+    if (threads > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads)
+        GOMP_parallel(run_part, &job, (unsigned)threads, 0);
+    else
+        work(arguments, 0, count);
+}
+
+/* ------------------------------------------------------------------------------------------------ what the CPU has */
+
+static int has_amx(void) {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+/* The fastest level that this CPU has. */
+EXPORT int secateur_level(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        return LEVEL_NONE;
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512bf16") ||
+        !__builtin_cpu_supports("avx512vnni"))
+        return LEVEL_AVX2;
+    return has_amx() ? LEVEL_AMX : LEVEL_AVX512;
+}
+
+__attribute__((constructor)) static void set_prefetch_distance(void) {
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) values_ahead = 8192;
+}
+
+/* ------------------------------------------------------------------------------------------------ AVX-512, bfloat16 */
+
+/* The block at `values`, expanded. In place, since vpexpandw waits for what its destination held before. */
+AVX512 INLINE __m512i expand(const uint16_t *values, uint32_t mask) {
+    __m512i block = _mm512_loadu_si512(values);
+    __asm__("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(block) : "Yk"((__mmask32)mask));
+    return block;
+}
+
+AVX512 INLINE __m512 dot(__m512 sum, __m512i block, __m512i pair) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)block, (__m512bh)pair);
+}
+
+AVX512 INLINE __m512 with_bias(__m512 sum, const uint16_t *bias, __mmask16 rows) {
+    if (!bias) return sum;
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows, bias));
+    return _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+}
+
+AVX512 INLINE void store(uint16_t *y, __m512 sum, const uint16_t *bias, __mmask16 rows) {
+    __m256bh rounded = _mm512_cvtneps_pbh(with_bias(sum, bias, rows));
+    _mm256_mask_storeu_epi16(y, rows, (__m256i)rounded);
+}
+
+INLINE __mmask16 rows_in(const matrix_t *w, int64_t panel) {
+    int64_t left = w->rows - panel * ROWS;
+    return left >= ROWS ? 0xffff : (__mmask16)((1u << left) - 1);
+}
+
+/* One panel times `batch` inputs. Several sums of each input hide the latency of the product. */
+AVX512 INLINE void panel_avx512(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride, int batch,
+                                int sums, const uint16_t *bias, uint16_t *y) {
+    int64_t blocks = blocks_of(w), block = 0;
+    const uint32_t *masks = w->masks + panel * blocks;
+    const uint16_t *values = w->values + w->offsets[panel];
+    __m512 sum[MAX_BATCH][4];
+    for (int i = 0; i < batch; i++)
+        for (int s = 0; s < sums; s++) sum[i][s] = _mm512_setzero_ps();
+    for (; block + 4 <= blocks; block += 4) {
+        _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
+        _mm_prefetch((const char *)values + values_ahead + 64, _MM_HINT_T0);
+        if (!(block & 15)) _mm_prefetch((const char *)(masks + block) + MASKS_AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            uint32_t mask = masks[block + k];
+            __m512i expanded = expand(values, mask);
+            values += _mm_popcnt_u32(mask);
+#pragma GCC unroll 16
+            for (int i = 0; i < batch; i++)
+                sum[i][k % sums] =
+                    dot(sum[i][k % sums], expanded, _mm512_set1_epi32((int)x[i * x_stride + block + k]));
+        }
+    }
+    for (; block < blocks; block++) {
+        uint32_t mask = masks[block];
+        __m512i expanded = expand(values, mask);
+        values += _mm_popcnt_u32(mask);
+        for (int i = 0; i < batch; i++)
+            sum[i][0] = dot(sum[i][0], expanded, _mm512_set1_epi32((int)x[i * x_stride + block]));
+    }
+    __mmask16 rows = rows_in(w, panel);
+#pragma GCC unroll 16
+    for (int i = 0; i < batch; i++) {
+        __m512 total = sum[i][0];
+        for (int s = 1; s < sums; s++) total = _mm512_add_ps(total, sum[i][s]);
+        store(y + i * w->rows + panel * ROWS, total, bias ? bias + panel * ROWS : NULL, rows);
+    }
+}
+
+#define PANELS_AVX512(BATCH, SUMS)                                                                                     \
+    AVX512 static void panels_avx512_##BATCH(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x,           \
+                                             int64_t x_stride, const uint16_t *bias, uint16_t *y) {                    \
+        for (int64_t panel = from; panel < to; panel++)                                                                \
+            panel_avx512(w, panel, x, x_stride, BATCH, SUMS, bias, y);                                                 \
+    }
+
+PANELS_AVX512(1, 4)
+PANELS_AVX512(2, 4)
+PANELS_AVX512(3, 2)
+PANELS_AVX512(4, 2)
+PANELS_AVX512(6, 2)
+PANELS_AVX512(8, 2)
+PANELS_AVX512(16, 1)
+
+AVX512 static void range_avx512(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
+                                int64_t batch, const uint16_t *bias, uint16_t *y) {
+    while (batch > 0) {
+        int64_t done;
+#define TAKE(BATCH) (panels_avx512_##BATCH(w, from, to, x, x_stride, bias, y), (int64_t)BATCH)
+        if (batch >= 16) done = TAKE(16);
+        else if (batch >= 8) done = TAKE(8);
+        else if (batch >= 6) done = TAKE(6);
+        else if (batch >= 4) done = TAKE(4);
+        else if (batch == 3) done = TAKE(3);
+        else if (batch == 2) done = TAKE(2);
+        else done = TAKE(1);
+#undef TAKE
+        x += done * x_stride, y += done * w->rows, batch -= done;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------- AMX, bfloat16 */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_in_row[16];
+    uint8_t rows[16];
+} __attribute__((packed)) tile_config_t;
+
+/* Tiles 0 to 3 sum, 4 and 5 hold inputs, 6 weights. The last inputs, tile 5, may be fewer than 16. */
+AMX static void configure_tiles(int tiles, int64_t last) {
+    tile_config_t config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int tile = 0; tile < 7; tile++) config.bytes_in_row[tile] = 64, config.rows[tile] = 16;
+    config.rows[tiles - 1] = config.rows[5] = (uint8_t)last;
+    _tile_loadconfig(&config);
+}
+
+/* The 16 x 32 weights of up to 16 blocks, as AMX wants them. Returns the values that follow. */
+AMX INLINE const uint16_t *fill_tile(uint32_t (*tile)[16], const uint32_t *masks, const uint16_t *values, int count) {
+    _mm_prefetch((const char *)masks + MASKS_AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; k++) {
+        if (!(k & 1)) _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
+        _mm512_store_si512(tile[k], expand(values, masks[k]));
+        values += _mm_popcnt_u32(masks[k]);
+    }
+    for (int k = count; k < 16; k++) _mm512_store_si512(tile[k], _mm512_setzero_si512());
+    return values;
+}
+
+/* One panel times 16 * (tiles - 1) + `last` inputs, whose rows have zeros up to a multiple of 32 columns. */
+AMX INLINE void panel_amx(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride, int tiles,
+                          int64_t last, const uint16_t *bias, uint16_t *y) {
+    uint32_t weights[2][16][16] __attribute__((aligned(64)));
+    float sums[16][16] __attribute__((aligned(64)));
+    int64_t blocks = blocks_of(w);
+    const uint32_t *masks = w->masks + panel * blocks;
+    const uint16_t *values = w->values + w->offsets[panel];
+    size_t stride = (size_t)x_stride * 4;
+    _tile_zero(0);
+    if (tiles > 1) _tile_zero(1);
+    if (tiles > 2) _tile_zero(2);
+    if (tiles > 3) _tile_zero(3);
+#define ADD(TILE)                                                                                                      \
+    if (tiles == TILE + 1) {                                                                                           \
+        _tile_loadd(5, x + TILE * 16 * x_stride + block, stride);                                                      \
+        _tile_dpbf16ps(TILE, 5, 6);                                                                                    \
+    } else if (tiles > TILE + 1) {                                                                                     \
+        _tile_loadd(4, x + TILE * 16 * x_stride + block, stride);                                                      \
+        _tile_dpbf16ps(TILE, 4, 6);                                                                                    \
+    }
+    for (int64_t block = 0; block < blocks; block += 16) {
+        uint32_t(*tile)[16] = weights[block >> 4 & 1];
+        values = fill_tile(tile, masks + block, values, blocks - block < 16 ? (int)(blocks - block) : 16);
+        _tile_loadd(6, tile, 64);
+        ADD(0)
+        ADD(1)
+        ADD(2)
+        ADD(3)
+    }
+#undef ADD
+    __mmask16 mask = rows_in(w, panel);
+#define STORE(TILE)                                                                                                    \
+    if (tiles > TILE) {                                                                                                \
+        _tile_stored(TILE, sums, 64);                                                                                  \
+        int64_t count = tiles == TILE + 1 ? last : 16;                                                                 \
+        for (int64_t i = 0; i < count; i++)                                                                            \
+            store(y + (TILE * 16 + i) * w->rows + panel * ROWS, _mm512_load_ps(sums[i]),                               \
+                  bias ? bias + panel * ROWS : NULL, mask);                                                            \
+    }
+    STORE(0)
+    STORE(1)
+    STORE(2)
+    STORE(3)
+#undef STORE
+}
+
+#define PANELS_AMX(TILES)                                                                                              \
+    AMX static void panels_amx_##TILES(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x,                 \
+                                       int64_t x_stride, int64_t last, const uint16_t *bias, uint16_t *y) {            \
+        configure_tiles(TILES, last);                                                                                  \
+        for (int64_t panel = from; panel < to; panel++) panel_amx(w, panel, x, x_stride, TILES, last, bias, y);        \
+        _tile_release();                                                                                               \
+    }
+
+PANELS_AMX(1)
+PANELS_AMX(2)
+PANELS_AMX(3)
+PANELS_AMX(4)
+
+AMX static void range_amx(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
+                          int64_t batch, const uint16_t *bias, uint16_t *y) {
+    for (int64_t left = batch; left > 0; left -= 64, x += 64 * x_stride, y += 64 * w->rows) {
+        if (left > 48) panels_amx_4(w, from, to, x, x_stride, left < 64 ? left - 48 : 16, bias, y);
+        else if (left > 32) panels_amx_3(w, from, to, x, x_stride, left - 32, bias, y);
+        else if (left > 16) panels_amx_2(w, from, to, x, x_stride, left - 16, bias, y);
+        else panels_amx_1(w, from, to, x, x_stride, left, bias, y);
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------- AVX2, bfloat16 */
+
+/* For each byte of a mask, where each of 8 values goes: the control of a shuffle of bytes. 0x80 gives zero. */
+static uint8_t shuffles[256][16] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_shuffles(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int bit = 0, from = 0; bit < 8; bit++) {
+            int kept = mask >> bit & 1;
+            shuffles[mask][2 * bit] = kept ? (uint8_t)(2 * from) : 0x80;
+            shuffles[mask][2 * bit + 1] = kept ? (uint8_t)(2 * from + 1) : 0x80;
+            from += kept;
+        }
+}
+
+/* The four rows of a byte of a mask: four lanes of two bfloat16. */
+AVX2 INLINE __m128i expand_byte(const uint16_t **values, uint32_t byte) {
+    __m128i kept = _mm_loadu_si128((const __m128i *)*values);
+    *values += _mm_popcnt_u32(byte);
+    return _mm_shuffle_epi8(kept, _mm_load_si128((const __m128i *)shuffles[byte]));
+}
+
+AVX2 INLINE __m256 even_columns(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+
+AVX2 INLINE __m256 odd_columns(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+INLINE uint16_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40); /* not a number */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float widened(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+AVX2 INLINE void panel_avx2(const matrix_t *w, int64_t panel, const float *x, int64_t x_stride, int batch,
+                            const uint16_t *bias, uint16_t *y) {
+    int64_t blocks = blocks_of(w);
+    const uint32_t *masks = w->masks + panel * blocks;
+    const uint16_t *values = w->values + w->offsets[panel];
+    __m256 sum[4][2];
+    for (int i = 0; i < batch; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    for (int64_t block = 0; block < blocks; block++) {
+        uint32_t mask = masks[block];
+        if (!(block & 1)) _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++, mask >>= 16) {
+            __m128i low = expand_byte(&values, mask & 0xff), high = expand_byte(&values, mask >> 8 & 0xff);
+            __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            __m256 even = even_columns(pairs), odd = odd_columns(pairs);
+#pragma GCC unroll 4
+            for (int i = 0; i < batch; i++) {
+                const float *pair = x + i * x_stride + 2 * block;
+                sum[i][half] = _mm256_fmadd_ps(even, _mm256_broadcast_ss(pair), sum[i][half]);
+                sum[i][half] = _mm256_fmadd_ps(odd, _mm256_broadcast_ss(pair + 1), sum[i][half]);
+            }
+        }
+    }
+    int64_t count = w->rows - panel * ROWS < ROWS ? w->rows - panel * ROWS : ROWS;
+    for (int i = 0; i < batch; i++) {
+        float total[ROWS];
+        _mm256_storeu_ps(total, sum[i][0]);
+        _mm256_storeu_ps(total + 8, sum[i][1]);
+        for (int64_t row = 0; row < count; row++) {
+            float plus = bias ? widened(bias[panel * ROWS + row]) : 0.0f;
+            y[i * w->rows + panel * ROWS + row] = rounded(total[row] + plus);
+        }
+    }
+}
+
+AVX2 static void range_avx2(const matrix_t *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+                            int64_t batch, const uint16_t *bias, uint16_t *y) {
+    for (; batch >= 4; batch -= 4, x += 4 * x_stride, y += 4 * w->rows)
+        for (int64_t panel = from; panel < to; panel++) panel_avx2(w, panel, x, x_stride, 4, bias, y);
+    for (; batch >= 2; batch -= 2, x += 2 * x_stride, y += 2 * w->rows)
+        for (int64_t panel = from; panel < to; panel++) panel_avx2(w, panel, x, x_stride, 2, bias, y);
+    for (; batch >= 1; batch -= 1, x += x_stride, y += w->rows)
+        for (int64_t panel = from; panel < to; panel++) panel_avx2(w, panel, x, x_stride, 1, bias, y);
+}
+
+/* -------------------------------------------------------------------------------------------------------- unpacking */
+
+INLINE int64_t rows_of_panel(const matrix_t *w, int64_t panel) {
+    return w->rows - panel * ROWS < ROWS ? w->rows - panel * ROWS : ROWS;
+}
+
+/* Blocks from `block` on, one weight after the other: the end of a panel. */
+INLINE void unpack_end(const matrix_t *w, int64_t panel, int64_t block, const uint16_t *values, uint16_t *out) {
+    int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel);
+    for (; block < blocks; block++)
+        for (int bit = 0; bit < 32; bit++) {
+            int64_t row = bit / 2, column = 2 * block + bit % 2;
+            uint32_t kept = w->masks[panel * blocks + block] >> bit & 1;
+            if (row < rows && column < w->columns) out[row * w->columns + column] = kept ? *values : 0;
+            values += kept;
+        }
+}
+
+/* Four blocks at a time: for each byte of their masks, 4 rows x 8 columns. */
+AVX2 static void unpack_panel_avx2(const matrix_t *w, int64_t panel, uint16_t *out) {
+    int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel), block = 0;
+    const uint32_t *masks = w->masks + panel * blocks;
+    const uint16_t *values = w->values + w->offsets[panel];
+    for (; rows == ROWS && 2 * block + 8 <= w->columns; block += 4) {
+        __m128i part[4][4];
+        for (int k = 0; k < 4; k++)
+            for (int byte = 0; byte < 4; byte++) part[byte][k] = expand_byte(&values, masks[block + k] >> 8 * byte & 0xff);
+        for (int byte = 0; byte < 4; byte++) {
+            __m128i a = _mm_unpacklo_epi32(part[byte][0], part[byte][1]);
+            __m128i b = _mm_unpacklo_epi32(part[byte][2], part[byte][3]);
+            __m128i c = _mm_unpackhi_epi32(part[byte][0], part[byte][1]);
+            __m128i d = _mm_unpackhi_epi32(part[byte][2], part[byte][3]);
+            uint16_t *target = out + 4 * byte * w->columns + 2 * block;
+            _mm_storeu_si128((__m128i *)target, _mm_unpacklo_epi64(a, b));
+            _mm_storeu_si128((__m128i *)(target + w->columns), _mm_unpackhi_epi64(a, b));
+            _mm_storeu_si128((__m128i *)(target + 2 * w->columns), _mm_unpacklo_epi64(c, d));
+            _mm_storeu_si128((__m128i *)(target + 3 * w->columns), _mm_unpackhi_epi64(c, d));
+        }
+    }
+    unpack_end(w, panel, block, values, out);
+}
+
+/* 16 blocks at a time: 16 rows x 32 columns, by a transposition of 16 x 16 pairs. */
+AVX512 static void unpack_panel_avx512(const matrix_t *w, int64_t panel, uint16_t *out) {
+    int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel), block = 0;
+    const uint32_t *masks = w->masks + panel * blocks;
+    const uint16_t *values = w->values + w->offsets[panel];
+    for (; rows == ROWS && 2 * block + 32 <= w->columns; block += 16) {
+        __m512i a[16], b[16];
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; k++) {
+            a[k] = expand(values, masks[block + k]);
+            values += _mm_popcnt_u32(masks[block + k]);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < 16; k += 2) {
+            b[k] = _mm512_unpacklo_epi32(a[k], a[k + 1]);
+            b[k + 1] = _mm512_unpackhi_epi32(a[k], a[k + 1]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < 16; k += 4) {
+            a[k] = _mm512_unpacklo_epi64(b[k], b[k + 2]);
+            a[k + 1] = _mm512_unpackhi_epi64(b[k], b[k + 2]);
+            a[k + 2] = _mm512_unpacklo_epi64(b[k + 1], b[k + 3]);
+            a[k + 3] = _mm512_unpackhi_epi64(b[k + 1], b[k + 3]);
+        }
+        /* Lane l of a[4 q + j] holds row 4 l + j of blocks 4 q to 4 q + 3. */
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+            __m512i low2 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+            uint16_t *target = out + j * w->columns + 2 * block;
+            _mm512_storeu_si512(target, _mm512_shuffle_i32x4(low, high, 0x88));
+            _mm512_storeu_si512(target + 8 * w->columns, _mm512_shuffle_i32x4(low, high, 0xdd));
+            _mm512_storeu_si512(target + 4 * w->columns, _mm512_shuffle_i32x4(low2, high2, 0x88));
+            _mm512_storeu_si512(target + 12 * w->columns, _mm512_shuffle_i32x4(low2, high2, 0xdd));
+        }
+    }
+    unpack_end(w, panel, block, values, out);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- exports */
+
+typedef struct {
+    const matrix_t *w;
+    int level;
+    const void *x; /* float for AVX2, else bfloat16 */
+    int64_t x_stride, batch;
+    const uint16_t *bias;
+    uint16_t *y;
+} product_t;
+
+static void multiply_panels(const void *pointer, int64_t from, int64_t to) {
+    const product_t *p = pointer;
+    if (p->level == LEVEL_AVX2) range_avx2(p->w, from, to, p->x, p->x_stride, p->batch, p->bias, p->y);
+    else if (p->level == LEVEL_AMX) range_amx(p->w, from, to, p->x, p->x_stride / 2, p->batch, p->bias, p->y);
+    else range_avx512(p->w, from, to, p->x, p->x_stride / 2, p->batch, p->bias, p->y);
+}
+
+typedef struct {
+    const matrix_t *w;
+    int level;
+    int64_t first_row;
+    uint16_t *out;
+} unpacking_t;
+
+static void unpack_panels(const void *pointer, int64_t from, int64_t to) {
+    const unpacking_t *u = pointer;
+    for (int64_t i = from; i < to; i++) {
+        int64_t panel = u->first_row / ROWS + i;
+        uint16_t *out = u->out + i * ROWS * u->w->columns;
+        if (u->level >= LEVEL_AVX512) unpack_panel_avx512(u->w, panel, out);
+        else unpack_panel_avx2(u->w, panel, out);
+    }
+}
+
+/* y = x W^T + bias, for `batch` inputs x of `columns` bfloat16, with sums in float32.
+ *
+ * Returns 0, or 1 where memory for a copy of x is missing. Cost: one read of W for each 16 inputs (8 with AVX-512).
+ */
+EXPORT int secateur_bf16(int level, const uint32_t *masks, const uint16_t *values, const int64_t *offsets, int64_t rows,
+                         int64_t columns, const uint16_t *x, int64_t batch, const uint16_t *bias, uint16_t *y,
+                         int threads) {
+    matrix_t w = {masks, values, offsets, rows, columns};
+    int64_t panels = (rows + ROWS - 1) / ROWS, padded = (columns + 31) / 32 * 32;
+    int use_amx = level == LEVEL_AMX && batch >= 2;
+    const void *inputs = x;
+    void *copy = NULL;
+    if (level == LEVEL_AVX2) {
+        float *wide = copy = calloc((size_t)(batch * padded), sizeof(float));
+        if (!copy) return 1;
+        for (int64_t i = 0; i < batch; i++)
+            for (int64_t c = 0; c < columns; c++) wide[i * padded + c] = widened(x[i * columns + c]);
+    } else if (columns % (use_amx ? 32 : 2)) {
+        uint16_t *wide = copy = calloc((size_t)(batch * padded), sizeof(uint16_t));
+        if (!copy) return 1;
+        for (int64_t i = 0; i < batch; i++) memcpy(wide + i * padded, x + i * columns, (size_t)columns * 2);
+    } else {
+        padded = columns;
+    }
+    if (copy) inputs = copy;
+    product_t product = {&w, level == LEVEL_AMX && !use_amx ? LEVEL_AVX512 : level, inputs, padded, batch, bias, y};
+    in_parallel(multiply_panels, &product, panels, threads);
+    free(copy);
+    return 0;
+}
+
+/* Rows `from` to `to` of the matrix, dense, to `out` (to - from) x columns. `from` is a multiple of 16. */
+EXPORT void secateur_unpack(int level, const uint32_t *masks, const uint16_t *values, const int64_t *offsets,
+                            int64_t columns, int64_t from, int64_t to, uint16_t *out, int threads) {
+    matrix_t w = {masks, values, offsets, to, columns};
+    unpacking_t unpacking = {&w, level, from, out};
+    in_parallel(unpack_panels, &unpacking, (to - from + ROWS - 1) / ROWS, threads);
+}

@@ -1,0 +1,181 @@
+"""A sparse matrix as a bitmask and its kept values, in the order that the kernels read.
+
+A *panel* is 16 rows. A *block* is a panel's 16 rows x 2 columns, with one bit a weight: bit `2 * row + column` of a
+32-bit mask. Kept values follow each other panel by panel, block by block, in the order of the bits. docs/format.md says
+why.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.packed import kernels
+
+ROWS, COLUMNS = 16, 2  # of a block
+VALUE_PADDING = 64  # bytes that kernels may read after the last value
+WORTH = 0.9  # of a tensor's bytes, at most, for it to be packed
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A matrix (rows, columns), or a stack of some (stack, rows, columns), without its zeros.
+
+    Args:
+        shape: of the dense tensor as it is stored.
+        dtype: of the dense tensor: bfloat16, float16 or float32.
+        transposed: the stored matrix is (columns, rows), as in GPT-2's `Conv1D`.
+        masks: one 32-bit mask a block, of every panel of every matrix of the stack.
+        values: kept values with `VALUE_PADDING` bytes after them, in `dtype`.
+        kept: number of values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool
+    masks: Int[Tensor, "panels blocks"]
+    values: Tensor
+    kept: int
+
+    @property
+    def stack(self) -> int:
+        """Number of matrices."""
+        return math.prod(self.shape[:-2])
+
+    @property
+    def rows(self) -> int:
+        """Outputs of a matrix."""
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        """Inputs of a matrix."""
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masks, values and offsets."""
+        return self.masks.nbytes + self.values.nbytes + 8 * (len(self.masks) + 1)
+
+    def offsets(self) -> Int[Tensor, " panels+1"]:
+        """Index of the first value of each panel, and the number of values."""
+        counts = _popcounts(self.masks)
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+
+def panels_and_blocks(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    """Number of panels of all matrices, and of blocks in a panel, of a tensor's shape."""
+    rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    return math.prod(shape[:-2]) * -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def packed_size(tensor: Tensor) -> int:
+    """Bytes that a dense tensor would take when it is packed; its own where it can't be."""
+    if tensor.dtype not in BITS or tensor.ndim not in (2, 3) or not tensor.numel():
+        return tensor.nbytes
+    kept = int(torch.count_nonzero(tensor.contiguous().view(BITS[tensor.dtype])))
+    return 4 * math.prod(panels_and_blocks(tuple(tensor.shape), False)) + kept * tensor.itemsize
+
+
+def is_worth_packing(tensor: Tensor) -> bool:
+    """Whether a tensor has so many zeros that packing saves a tenth of its bytes."""
+    return packed_size(tensor) <= WORTH * tensor.nbytes > 0
+
+
+def pack(tensor: Tensor, transposed: bool = False) -> PackedTensor:
+    """Pack a dense tensor, bit for bit: a weight is kept unless all its bits are zero, so -0.0 is kept.
+
+    Args:
+        tensor: bfloat16, float16 or float32, of two or three dimensions.
+        transposed: its matrices are (columns, rows).
+
+    Cost: about four copies of the tensor.
+    """
+    bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
+    matrices = bits.mT if transposed else bits
+    stack, rows, columns = math.prod(bits.shape[:-2]), *matrices.shape[-2:]
+    panels, blocks = panels_and_blocks(tuple(tensor.shape), transposed)
+    padded = bits.new_zeros(stack, -(-rows // ROWS) * ROWS, blocks * COLUMNS)
+    padded[:, :rows, :columns] = matrices.reshape(stack, rows, columns)
+    arranged = padded.view(panels, ROWS, blocks, COLUMNS).transpose(1, 2).contiguous().numpy()
+    is_kept = arranged != 0
+    masks = np.packbits(is_kept.reshape(-1), bitorder="little").view("<u4").reshape(panels, blocks)
+    found = arranged[is_kept]
+    values = torch.zeros(len(found) + VALUE_PADDING // bits.itemsize, dtype=bits.dtype)
+    values[: len(found)] = torch.from_numpy(found)
+    return PackedTensor(
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        transposed=transposed,
+        masks=torch.from_numpy(masks.view(np.int32)),
+        values=values.view(tensor.dtype),
+        kept=len(found),
+    )
+
+
+def unpack(packed: PackedTensor) -> Tensor:
+    """The dense tensor, bit for bit. Cost: two copies of it with a kernel, about four without."""
+    if packed.dtype.itemsize == 2 and kernels.level() != "none":
+        matrices = _unpack_by_kernel(packed)
+    else:
+        matrices = _unpack_by_numpy(packed)
+    if packed.transposed:
+        matrices = matrices.mT
+    return matrices.new_empty(packed.shape).copy_(matrices.reshape(packed.shape))
+
+
+def _unpack_by_kernel(packed: PackedTensor) -> Tensor:
+    panels = len(packed.masks) // packed.stack
+    offsets, columns = packed.offsets(), packed.columns
+    return torch.stack([
+        kernels.unpack_rows(
+            packed.masks[first : first + panels], packed.values, offsets[first:], columns, 0, packed.rows
+        )
+        for first in range(0, len(packed.masks), panels)
+    ])  # fmt: skip
+
+
+def _unpack_by_numpy(packed: PackedTensor) -> Tensor:
+    bits = BITS[packed.dtype]
+    panels, blocks = packed.masks.shape
+    arranged = np.zeros((panels, blocks, ROWS, COLUMNS), dtype=np.dtype(f"i{bits.itemsize}"))
+    arranged[_bits_of(packed.masks)] = packed.values.view(bits)[: packed.kept].numpy()
+    padded = torch.from_numpy(arranged).transpose(1, 2).reshape(packed.stack, -1, blocks * COLUMNS)
+    return padded[:, : packed.rows, : packed.columns].view(packed.dtype)
+
+
+def check(packed: PackedTensor) -> None:
+    """Check that masks and values fit: as many bits as values, and none outside of the matrix. Cost: one read of masks.
+
+    Raises:
+        SecateurError: they don't fit.
+    """
+    count = int(_popcounts(packed.masks).sum(dtype=np.int64))
+    if count != packed.kept:
+        raise SecateurError(f"its masks have {count:,} bits, but it holds {packed.kept:,} values")
+    if len(packed.values) * packed.values.itemsize < packed.kept * packed.values.itemsize + VALUE_PADDING:
+        raise SecateurError("its values end too early")
+    panels_of_one = max(1, len(packed.masks) // max(1, packed.stack))
+    last_panels = packed.masks[panels_of_one - 1 :: panels_of_one].numpy().view(np.uint32)
+    if (rows := packed.rows % ROWS) and (last_panels >> np.uint32(COLUMNS * rows)).any():
+        raise SecateurError("its masks have bits below the last row")
+    if packed.columns % COLUMNS and (packed.masks[:, -1].numpy().view(np.uint32) & np.uint32(0xAAAAAAAA)).any():
+        raise SecateurError("its masks have bits after the last column")
+
+
+def _bits_of(masks: Int[Tensor, "panels blocks"]) -> np.ndarray:
+    panels, blocks = masks.shape
+    bits = np.unpackbits(masks.contiguous().numpy().view(np.uint8).reshape(-1), bitorder="little")
+    return bits.reshape(panels, blocks, ROWS, COLUMNS).view(bool)
+
+
+def _popcounts(masks: Int[Tensor, "panels blocks"]) -> np.ndarray:
+    """Number of kept values of each panel."""
+    return np.bitwise_count(masks.numpy().view(np.uint32)).sum(axis=1, dtype=np.int64)

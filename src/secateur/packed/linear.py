@@ -1,0 +1,140 @@
+"""`nn.Linear` with a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.packed import kernels
+from secateur.packed.layout import PackedTensor, unpack
+from secateur.runtime.messages import say
+
+_said: set[str] = set()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bfloat16 weight stays packed while a kernel serves it. For inference on a CPU.
+
+    Gradients flow to the input, not to the weight. Where the dense weight is asked for (`.weight`, another device or
+    dtype), the layer unpacks it once, says so once, and is dense from then on.
+    """
+
+    masks: Tensor
+    values: Tensor
+    offsets: Tensor
+
+    def __init__(self, packed: PackedTensor, bias: Tensor | None) -> None:
+        """Take a packed matrix, and the bias as it is.
+
+        Raises:
+            SecateurError: no kernel serves it here.
+        """
+        super().__init__()
+        if not is_served(packed):
+            raise SecateurError("no kernel serves this matrix here: unpack it")
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self.is_transposed = packed.transposed
+        self._packed: PackedTensor | None = packed
+        self.register_buffer("masks", packed.masks, persistent=False)
+        # As integers, which `.to(dtype)` leaves as they are.
+        self.register_buffer("values", packed.values.view(torch.int16), persistent=False)
+        self.register_buffer("offsets", packed.offsets(), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is still packed."""
+        return self._packed is not None
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The packed weight.
+
+        Raises:
+            SecateurError: the layer has become dense.
+        """
+        if self._packed is None:
+            raise SecateurError("this layer was unpacked to a dense one")
+        return self._packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T + bias`."""
+        if self._packed is None or x.dtype != torch.bfloat16 or not x.is_cpu:
+            return nn.functional.linear(x, self.weight.T if self.is_transposed else self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return packed_linear(x, self.masks, self.values, self.offsets, self.bias, self.out_features)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _WithGradient.apply(x, self)  # pyright: ignore[reportReturnType]
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        values = self.values.view(torch.bfloat16)
+        return kernels.multiply(x, self.masks, values, self.offsets, self.out_features, self.bias)
+
+    def become_dense(self) -> None:
+        """Unpack the weight, as it is stored, and let go of the packed one."""
+        weight = unpack(self.packed)
+        self._packed = None
+        del self.masks, self.values, self.offsets
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("_packed") is not None:
+            say_once("the model's code reads the weight of a packed layer itself, so it is unpacked to a dense one")
+            self.become_dense()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        probe = fn(torch.empty(0, dtype=torch.bfloat16))
+        if self.is_packed and (probe.dtype != torch.bfloat16 or not probe.is_cpu):
+            say_once(f"packed layers are unpacked to dense ones: no kernel serves {probe.dtype} on {probe.device.type}")
+            self.become_dense()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        own = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self._packed is None:
+            return f"{own}, unpacked"
+        return f"{own}, sparsity={1 - self._packed.kept / (self.in_features * self.out_features):.2%}"
+
+
+class _WithGradient(torch.autograd.Function):
+    """The product with the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.layer = layer
+        return layer._multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight = unpack(ctx.layer.packed)
+        return gradient @ (weight.T if ctx.layer.is_transposed else weight), None
+
+
+@torch.library.custom_op("secateur::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """The product as an operator that `torch.compile` keeps whole. `values` holds bfloat16 as int16."""
+    return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, bias)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def is_served(packed: PackedTensor) -> bool:
+    """Whether a kernel multiplies by this tensor here."""
+    return packed.dtype == torch.bfloat16 and len(packed.shape) == 2 and kernels.level() != "none"
+
+
+def say_once(message: str) -> None:
+    """Say something to the user, once a process."""
+    if message not in _said:
+        _said.add(message)
+        say(f"secateur: {message}")

@@ -1,0 +1,89 @@
+"""`save_pretrained` of a model that was loaded from a packed folder: packed again."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from secateur.errors import SecateurError
+from secateur.packed.encoding import Compression
+from secateur.packed.files import INDEX, WEIGHTS, Entry, write_index, write_weights
+from secateur.packed.layout import PackedTensor, is_worth_packing, pack
+from secateur.packed.linear import PackedLinear
+from secateur.recipe.sizes import parse_size
+
+_ANY_WEIGHTS = re.compile(r"(model|packed|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+def save_packed(
+    model: Any,
+    save_directory: str | Path,
+    max_shard_size: int | str = "50GB",
+    compression: Compression = "zstd",
+    **others: Any,
+) -> None:
+    """Save a model with its config and generation config, and its weights packed.
+
+    Args:
+        model: loaded from a packed folder.
+        save_directory: is made where it is missing; weights that are there are replaced.
+        max_shard_size: of a file, such as `5GB`; a packed file ends up smaller.
+        compression: `zstd`, or `none` for weights that can be mapped.
+        others: arguments of transformers that this does not need; those that it can't honour are refused.
+
+    Raises:
+        SecateurError: `push_to_hub`, or a `state_dict`.
+    """
+    for name in ("push_to_hub", "state_dict", "variant"):
+        if others.get(name):
+            raise SecateurError(f"a packed model can't be saved with ‹{name}›: save it to a folder first")
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(_entries(model), parse_size(max_shard_size, "max_shard_size"))
+    for path in folder.iterdir():
+        if _ANY_WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    written = {name: write_weights(folder / name, entries, compression) for name, entries in shards.items()}
+    if len(written) > 1:
+        write_index(folder / INDEX, written)
+    model.config.quantization_config.sharded = len(written) > 1
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _entries(model: Any) -> list[Entry]:
+    """Every tensor under the name that it has in a checkpoint, tied ones once."""
+    content: dict[str, Any] = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.is_packed:
+            content[f"{name}.weight"] = module.packed
+    return [_entry(name, each) for name, each in revert_weight_conversion(model, content).items()]
+
+
+def _entry(name: str, content: Tensor | PackedTensor) -> Entry:
+    is_packed = isinstance(content, PackedTensor) or is_worth_packing(content)
+    read = partial(pack, content) if is_packed and isinstance(content, Tensor) else lambda: content
+    return Entry(name, content.dtype, len(content.shape), is_packed, content.nbytes, read)
+
+
+def _shards(entries: list[Entry], max_bytes: int) -> dict[str, list[Entry]]:
+    """Entries by file. The size of a packed tensor is counted before it is coded."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"packed-{number:05d}-of-{len(shards):05d}.safetensors": each for number, each in enumerate(shards, 1)}
