@@ -28,7 +28,9 @@ from secateur.calibration.batches import BATCH_TOKENS
 LAYERS, SAMPLES, LENGTH = 4, 64, 256
 NUMBERS = (1, 2, 4)
 RECIPES = {"sparsegpt": ("--solver", "sparsegpt"), "balanced": ("--recipe", "balanced")}
-IMPORTS = "import secateur.cli.app, secateur.api; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+IMPORTS = (
+    "import secateur.cli.app, secateur.api.pruning; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+)
 
 
 def main() -> None:

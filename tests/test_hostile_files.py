@@ -364,7 +364,7 @@ def test_an_unexpected_error_says_so_and_leaves_its_traceback(main, made, tmp_pa
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("secateur.api.inspect", fail)
+    monkeypatch.setattr("secateur.api.models.inspect", fail)
     code, _, errors = main("inspect", made / "model")
     assert code == 70
     assert "LookupError: [red]what nobody thought of\\x1b" in errors

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from secateur.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from secateur.api import coverage_of, dry_run, evaluate, inspect, load, pack, prune, solve, unpack
+    from secateur.api.models import bench, env, evaluate, inspect, load, pack, unpack
+    from secateur.api.pruning import coverage_of, dry_run, prune, solve
     from secateur.errors import SecateurError
     from secateur.pruning.report import Report
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -36,16 +37,18 @@ _HOME = {
     "Solved": "secateur.solvers",
     "SwapRefinement": "secateur.recipe.steps",
     "Unstructured": "secateur.recipe.patterns",
-    "coverage_of": "secateur.api",
-    "dry_run": "secateur.api",
-    "evaluate": "secateur.api",
-    "inspect": "secateur.api",
-    "load": "secateur.api",
-    "pack": "secateur.api",
+    "bench": "secateur.api.models",
+    "coverage_of": "secateur.api.pruning",
+    "dry_run": "secateur.api.pruning",
+    "env": "secateur.api.models",
+    "evaluate": "secateur.api.models",
+    "inspect": "secateur.api.models",
+    "load": "secateur.api.models",
+    "pack": "secateur.api.models",
     "parse_pattern": "secateur.recipe.patterns",
-    "prune": "secateur.api",
-    "solve": "secateur.api",
-    "unpack": "secateur.api",
+    "prune": "secateur.api.pruning",
+    "solve": "secateur.api.pruning",
+    "unpack": "secateur.api.models",
 }
 
 __all__ = [
@@ -62,8 +65,10 @@ __all__ = [
     "Solved",
     "SwapRefinement",
     "Unstructured",
+    "bench",
     "coverage_of",
     "dry_run",
+    "env",
     "evaluate",
     "inspect",
     "load",

@@ -17,7 +17,7 @@ from secateur.checkpoints.inspection import inspect_folder
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
-from secateur.packed.layout import PackedTensor, is_worth_packing, pack, packed_size
+from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
 from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.sources.unpacked import (
     NOT_SMALLER,
@@ -32,13 +32,16 @@ from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.json_files import read_json
 
 
-def pack_folder(folder: Path, out: Path, compression: Compression, progress: Progress) -> dict[str, Any]:
+def pack_folder(
+    folder: Path, out: Path, compression: Compression, values: Values, progress: Progress
+) -> dict[str, Any]:
     """Write the packed form of a checkpoint to a new folder. One matrix at a time is in memory.
 
     Args:
         folder: an ordinary checkpoint in safetensors.
         out: a folder that does not exist, or is empty.
         compression: `zstd`, or `none` for weights that can be mapped from the file.
+        values: `same` dtype as before, or `int8`.
         progress: called with the stage `pack`.
 
     Returns:
@@ -55,7 +58,7 @@ def pack_folder(folder: Path, out: Path, compression: Compression, progress: Pro
     check_outside(folder, out)
     files = sorted(set(shards.values()))
     transposed = transposed_matrices(read_metadata(folder)) if (folder / METADATA).is_file() else set()
-    by_file = {path: entries_of(path, transposed) for path in files}
+    by_file = {path: entries_of(path, transposed, values) for path in files}
     count = sum(entry.is_packed for entries in by_file.values() for entry in entries)
     if not count:
         raise SecateurError(_why_not_worth(folder, files))
@@ -111,20 +114,25 @@ def transposed_matrices(report: Report) -> set[str]:
     return {f"{matrix.name}.weight" for matrix in report.matrices if matrix.input_dim == 0}
 
 
-def entries_of(path: Path, transposed: set[str]) -> list[Entry]:
+def entries_of(path: Path, transposed: set[str], values: Values = "same") -> list[Entry]:
     """What to write of a dense file: each tensor, packed where that pays."""
     found = []
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             tensor = file.get_tensor(name)
             worth = is_worth_packing(tensor)
-            read = partial(_read_packed, path, name, name in transposed) if worth else partial(read_tensor, path, name)
+            read = (
+                partial(_read_packed, path, name, name in transposed, values)
+                if worth
+                else partial(read_tensor, path, name)
+            )
             found.append(Entry(name, tensor.dtype, tensor.ndim, worth, tensor.nbytes, read))
     return found
 
 
-def _read_packed(path: Path, name: str, is_transposed: bool) -> PackedTensor:
-    return pack(read_tensor(path, name), is_transposed)
+def _read_packed(path: Path, name: str, is_transposed: bool, values: Values) -> PackedTensor:
+    make = pack_int8 if values == "int8" else pack
+    return make(read_tensor(path, name), is_transposed)
 
 
 def packed_card(text: str) -> str:

@@ -28,6 +28,7 @@ from secateur.packed.files import write_weights
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
 from secateur.resume.publish import Publisher, read_outcome
+from secateur.sources.other_files import copy_other_files
 from secateur.sources.validate import INDEX
 from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli import flags
+from secateur.cli import deployment, flags
 from secateur.cli.console import (
     note,
     print_coverage,
@@ -22,7 +22,6 @@ from secateur.cli.console import (
     print_notices,
     print_pairs,
     print_report,
-    print_speeds,
     resume_hint,
     show,
     show_table,
@@ -85,7 +84,7 @@ def prune(
 ) -> None:
     """Prune MODEL and save it to OUT. `secateur recipe` shows every other option."""
     _use_threads(threads)
-    from secateur import api
+    import secateur as api
     from secateur.recipe.settings import parse_settings
     from secateur.runtime import distributed
 
@@ -132,7 +131,7 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on a text, in disjoint windows; divergence from a dense model; zero-shot tasks."""
     _use_threads(threads)
-    from secateur import api
+    import secateur as api
 
     with progress_shown() as progress:
         figures = api.evaluate(
@@ -234,7 +233,7 @@ def inspect(
 
     With --coverage: every matrix of the layers, pruned, dense by a rule, or missed; exit code 1 if any is missed.
     """
-    from secateur import api
+    import secateur as api
 
     others = {"include": include, "exclude": exclude, "device": device, "trust_remote_code": trust_remote_code,
               "allow_pickle": allow_pickle}  # fmt: skip
@@ -254,74 +253,6 @@ def inspect(
     )
     print_json(found.to_dict()) if as_json else print_coverage(found)
     raise typer.Exit(1 if found.share("missed") else 0)
-
-
-@app.command()
-def pack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint folder.")],
-    out: flags.NewFolder,
-    compression: Annotated[
-        str, flags.flag("zstd, or none: larger, and mapped from the file as it is.", flags.OUTPUT, "NAME")
-    ] = "zstd",
-    as_json: flags.Json = False,
-) -> None:
-    """Write DIR in the packed format: smaller on disk and in memory, faster to decode on a CPU, the same weights."""
-    from secateur import api
-
-    with progress_shown() as progress:
-        found = api.pack(folder, out, compression=compression, progress=progress)  # pyright: ignore[reportArgumentType]
-    if as_json:
-        print_json(found)
-        return
-    show(
-        f"packed {found['matrices']} matrices: {found['dense_bytes'] / 1e6:.1f} MB of weights became "
-        f"{found['packed_bytes'] / 1e6:.1f} MB ({found['packed_bytes'] / found['dense_bytes']:.2f} of them), in {out}"
-    )
-    show(f"compare size, memory and speed: secateur bench {folder} {out}")
-
-
-@app.command()
-def unpack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed checkpoint folder.")],
-    out: flags.NewFolder,
-    as_json: flags.Json = False,
-) -> None:
-    """Write the packed checkpoint DIR as an ordinary one, bit for bit."""
-    from secateur import api
-
-    with progress_shown() as progress:
-        found = api.unpack(folder, out, progress=progress)
-    print_json(found) if as_json else show(f"{found['dense_bytes'] / 1e6:.1f} MB of dense weights are in {out}")
-
-
-@app.command()
-def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or names; packed ones too.")],
-    prompt_tokens: Annotated[int, flags.flag("Tokens of the prompt.", flags.WHAT, "N")] = 128,
-    new_tokens: Annotated[int, flags.flag("Tokens to decode.", flags.WHAT, "N")] = 64,
-    as_json: flags.Json = False,
-    threads: flags.Threads = None,
-) -> None:
-    """Size, memory, load time and speed of models, each in a fresh process on the CPU.
-
-    Any folder that transformers loads can be in the list, such as your own int8 model.
-    """
-    from secateur import api
-
-    with progress_shown() as progress:
-        found = api.bench(
-            models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=progress
-        )
-    print_json({"models": [each.to_dict() for each in found]}) if as_json else print_speeds(found)
-
-
-@app.command()
-def env(as_json: flags.Json = False) -> None:
-    """Versions, CPU features, kernels, devices and the cache folder: what a bug report needs."""
-    from secateur import api
-
-    found = api.env()
-    print_json(found) if as_json else print_pairs("environment", found)
 
 
 @app.command()
@@ -377,6 +308,10 @@ def demo(
         f"perplexity on {models['dense']['targets']} tokens of the shipped evaluation text\n"
         f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
+
+
+for command in (deployment.pack, deployment.unpack, deployment.bench, deployment.env):
+    app.command()(command)
 
 
 def _use_threads(threads: int | None) -> None:

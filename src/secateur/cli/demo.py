@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from secateur.api import evaluate, prune
+from secateur.api.models import evaluate
+from secateur.api.pruning import prune
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import load
 from secateur.pruning.report import METADATA, Report, read_metadata

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from secateur.api import evaluate, prune
+from secateur.api.models import evaluate
+from secateur.api.pruning import prune
 from secateur.calibration.batches import calibration_batches
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peer_llmcompressor import peak_of_process

@@ -96,7 +96,8 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
     before, started = resident_bytes(), time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     loaded = time.perf_counter() - started
-    prompt = torch.randint(100, 1000, (1, prompt_tokens))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary // 2, (1, prompt_tokens))
 
     def seconds(count: int) -> float:
         began = time.perf_counter()

@@ -19,13 +19,14 @@ import zstandard
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.packed.layout import BITS, VALUE_PADDING, PackedTensor, check, panels_and_blocks
+from secateur.packed.layout import VALUE_PADDING, PackedTensor, check, panels_and_blocks
 
 MAGIC, VERSION = b"SECATEUR", 1
 HEADER = struct.Struct("<8sHBBBBBBQQQQQII")
 ALIGNMENT = 64
 DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+INT8 = 4
+CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.int8: INT8}
 PLAIN, ZSTD = 0, 1
 LEVEL = 3  # of zstd: higher levels gain less than 1% of these bytes, at several times the cost
 MAX_WINDOW = 1 << 23
@@ -42,7 +43,8 @@ class Header:
 
     Args:
         shape: of the dense tensor.
-        dtype: of the dense tensor and of the values.
+        dtype: of the dense tensor.
+        values_dtype: of the values: `dtype`, or int8.
         transposed: see `PackedTensor`.
         coding: `PLAIN` or `ZSTD`.
         kept: number of values.
@@ -52,6 +54,7 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    values_dtype: torch.dtype
     transposed: bool
     coding: int
     kept: int
@@ -67,7 +70,18 @@ class Header:
     @property
     def value_bytes(self) -> int:
         """Bytes of the values."""
-        return self.kept * self.dtype.itemsize
+        return self.kept * self.values_dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales, one for each row."""
+        rows = self.shape[-1] if self.transposed else self.shape[-2]
+        return 4 * math.prod(self.shape[:-2]) * rows if self.values_dtype == torch.int8 else 0
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes that coding shrinks: masks, scales and values."""
+        return self.mask_bytes + self.scale_bytes + self.value_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -77,7 +91,8 @@ class Header:
     @property
     def plain_bytes(self) -> int:
         """Bytes of the plain form without the header."""
-        return aligned(self.mask_bytes) + aligned(self.value_bytes) + VALUE_PADDING
+        parts = (self.mask_bytes, self.scale_bytes, self.value_bytes)
+        return sum(map(aligned, parts)) + VALUE_PADDING
 
 
 def aligned(size: int) -> int:
@@ -91,20 +106,21 @@ def encode(packed: PackedTensor, compression: Compression = "zstd") -> list[memo
     Cost: with zstd, about 0.5 s for 100 MB on one core.
     """
     masks = packed.masks.numpy().data.cast("B")
-    values = packed.values.view(torch.uint8).numpy().data[: packed.kept * packed.dtype.itemsize]
+    values = packed.values.view(torch.uint8).numpy().data[: packed.kept * packed.values.itemsize]
+    scales = memoryview(b"") if packed.scales is None else packed.scales.numpy().data.cast("B")
     if compression == "zstd":
-        coded = _coded(masks, values, packed.dtype.itemsize)
-        if MAX_EXPANSION * len(coded) >= len(masks) + len(values) > len(coded):
+        coded = _coded([masks, scales], values, packed.values.itemsize)
+        if MAX_EXPANSION * len(coded) >= len(masks) + len(scales) + len(values) > len(coded):
             return _with_header(packed, ZSTD, [coded])
-    padding = bytes(aligned(len(values)) - len(values) + VALUE_PADDING)
-    return _with_header(packed, PLAIN, [masks, bytes(aligned(len(masks)) - len(masks)), values, padding])
+    pieces = [piece for part in (masks, scales, values) for piece in (part, bytes(aligned(len(part)) - len(part)))]
+    return _with_header(packed, PLAIN, [*pieces, bytes(VALUE_PADDING)])
 
 
-def _coded(masks: memoryview, values: memoryview, itemsize: int) -> bytes:
+def _coded(parts: list[memoryview], values: memoryview, itemsize: int) -> bytes:
     planes = np.frombuffer(values, np.uint8).reshape(-1, itemsize)
-    size = len(masks) + len(values)
+    size = sum(map(len, parts)) + len(values)
     compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True).compressobj(size=size)
-    pieces = [compressor.compress(masks)]
+    pieces = [compressor.compress(part) for part in parts]
     pieces += [compressor.compress(planes[:, byte].tobytes()) for byte in range(itemsize)]
     return b"".join([*pieces, compressor.flush()])
 
@@ -115,7 +131,7 @@ def _with_header(packed: PackedTensor, coding: int, pieces: list[memoryview | by
         crc32 = zlib.crc32(piece, crc32)
     dimensions = (*packed.shape, *[0] * (3 - len(packed.shape)))
     header = HEADER.pack(
-        MAGIC, VERSION, CODES[packed.dtype], CODES[packed.dtype], coding, packed.transposed, len(packed.shape), 0,
+        MAGIC, VERSION, CODES[packed.dtype], CODES[packed.values.dtype], coding, packed.transposed, len(packed.shape), 0,
         *dimensions, packed.kept, stored, crc32, 0,
     )  # fmt: skip
     return [header, *pieces, bytes(aligned(stored) - stored)]
@@ -145,18 +161,19 @@ def read_header(start: bytes, size: int) -> Header:
     if version != VERSION:
         raise SecateurError(f"it has version {version} of the format; this secateur reads version {VERSION}: upgrade")
     shape = tuple(dimensions[:ndim])
-    is_known = dtype in DTYPES and values == dtype and coding in (PLAIN, ZSTD) and transposed in (0, 1)
+    is_known = dtype in DTYPES and values in (dtype, INT8) and coding in (PLAIN, ZSTD) and transposed in (0, 1)
     if not is_known or ndim not in (2, 3) or zero or end or any(dimensions[ndim:]):
         raise SecateurError("its header is damaged")
     if not all(0 < size < MAX_DIMENSION for size in shape) or kept > math.prod(shape):
         raise SecateurError(f"its header is damaged: {kept:,} values in the shape {shape}")
-    header = Header(shape, DTYPES[dtype], bool(transposed), coding, kept, stored, crc32)
+    values_dtype = torch.int8 if values == INT8 else DTYPES[dtype]
+    header = Header(shape, DTYPES[dtype], values_dtype, bool(transposed), coding, kept, stored, crc32)
     if HEADER.size + aligned(stored) != size:
         raise SecateurError(f"it has {size:,} bytes; its header says {HEADER.size + aligned(stored):,}")
     needs = header.plain_bytes
     if coding == PLAIN and stored != needs:
         raise SecateurError(f"it stores {stored:,} bytes; its shape and values need {needs:,}")
-    if coding == ZSTD and header.mask_bytes + header.value_bytes > MAX_EXPANSION * stored:
+    if coding == ZSTD and header.coded_bytes > MAX_EXPANSION * stored:
         raise SecateurError(f"its header is damaged: {stored:,} coded bytes can't hold the shape {shape}")
     return header
 
@@ -179,41 +196,46 @@ def decode(tensor: Tensor, verify: bool = True) -> PackedTensor:
         raise SecateurError("its bytes do not match their checksum")
     panels, blocks = panels_and_blocks(header.shape, header.transposed)
     if header.coding == ZSTD:
-        masks, values = _decoded(body.numpy().data, header)
+        masks, scales, values = _decoded(body.numpy().data, header)
     else:
-        start = aligned(header.mask_bytes)
-        masks, values = _at_aligned(body[: header.mask_bytes], 4), _at_aligned(body[start:], header.dtype.itemsize)
+        second = aligned(header.mask_bytes)
+        third = second + aligned(header.scale_bytes)
+        masks = _at_aligned(body[: header.mask_bytes], 4)
+        scales = _at_aligned(body[second : second + header.scale_bytes], 4)
+        values = _at_aligned(body[third:], header.values_dtype.itemsize)
     packed = PackedTensor(
         header.shape,
         header.dtype,
         header.transposed,
         masks.view(torch.int32).view(panels, blocks),
-        values.view(BITS[header.dtype]).view(header.dtype),
+        values.view(header.values_dtype),
         header.kept,
+        scales.view(torch.float32) if header.scale_bytes else None,
     )
     check(packed)
     return packed
 
 
-def _decoded(coded: memoryview, header: Header) -> tuple[Tensor, Tensor]:
-    """Masks and values of coded bytes. No more than they take and a chunk is allocated."""
-    plain = header.mask_bytes + header.value_bytes
+def _decoded(coded: memoryview, header: Header) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks, scales and values of coded bytes. No more than they take and a chunk is allocated."""
     masks = torch.empty(header.mask_bytes, dtype=torch.uint8)
+    scales = torch.empty(header.scale_bytes, dtype=torch.uint8)
     values = torch.zeros(header.value_bytes + VALUE_PADDING, dtype=torch.uint8)
-    planes = values[: header.value_bytes].numpy().reshape(-1, header.dtype.itemsize)
+    planes = values[: header.value_bytes].numpy().reshape(-1, header.values_dtype.itemsize)
     try:
-        if zstandard.frame_content_size(coded) != plain:
+        if zstandard.frame_content_size(coded) != header.coded_bytes:
             raise SecateurError("its coded bytes hold another number of bytes than its header says")
         with zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(coded, read_size=CHUNK) as reader:
             _fill(reader, masks.numpy())
-            for byte in range(header.dtype.itemsize):
+            _fill(reader, scales.numpy())
+            for byte in range(header.values_dtype.itemsize):
                 for start in range(0, header.kept, CHUNK):
                     chunk = np.empty(min(CHUNK, header.kept - start), np.uint8)
                     _fill(reader, chunk)
                     planes[start : start + CHUNK, byte] = chunk
     except zstandard.ZstdError as error:
         raise SecateurError(f"its coded bytes are damaged ({error})") from error
-    return masks, values
+    return masks, scales, values
 
 
 def _fill(reader: zstandard.ZstdDecompressionReader, target: np.ndarray) -> None:

@@ -40,13 +40,26 @@ enum { ROWS = 16, MASKS_AHEAD = 512, MAX_BATCH = 16 };
 static int64_t values_ahead = 2048;
 
 typedef struct {
-    const uint32_t *masks;   /* panels x blocks */
-    const uint16_t *values;  /* bfloat16 */
-    const int64_t *offsets;  /* of each panel's first value */
+    const uint32_t *masks;  /* panels x blocks */
+    const void *values;     /* uint16_t that hold bfloat16, or int8_t */
+    const int64_t *offsets; /* of each panel's first value */
+    const float *scales;    /* of each row, where values are int8_t */
     int64_t rows, columns;
 } matrix_t;
 
+INLINE const uint16_t *values_of(const matrix_t *w, int64_t panel) {
+    return (const uint16_t *)w->values + w->offsets[panel];
+}
+
+INLINE const int8_t *bytes_of(const matrix_t *w, int64_t panel) {
+    return (const int8_t *)w->values + w->offsets[panel];
+}
+
 INLINE int64_t blocks_of(const matrix_t *w) { return (w->columns + 1) / 2; }
+
+INLINE int64_t rows_of_panel(const matrix_t *w, int64_t panel) {
+    return w->rows - panel * ROWS < ROWS ? w->rows - panel * ROWS : ROWS;
+}
 
 /* ---------------------------------------------------------------------------------------------------------- threads */
 
@@ -120,6 +133,38 @@ AVX512 INLINE __m512i expand(const uint16_t *values, uint32_t mask) {
     return block;
 }
 
+/* The same of int8 values, as 16-bit numbers. */
+AVX512 INLINE __m512i expand_bytes(const int8_t *values, uint32_t mask) {
+    __m256i block = _mm256_loadu_si256((const __m256i *)values);
+    __asm__("vpexpandb %0, %0 %{%1%}%{z%}" : "+v"(block) : "Yk"((__mmask32)mask));
+    return _mm512_cvtepi8_epi16(block);
+}
+
+/* 16-bit numbers, times the scales of their rows, as bfloat16. */
+AVX512 INLINE __m512i scaled_to_bf16(__m512i block, __m512 scales) {
+    __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(block, 16), 16));
+    __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(block, 16));
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even, scales)));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd, scales)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* The next block of a panel, as bfloat16. */
+AVX512 INLINE __m512i next_block(const void **values, uint32_t mask, int is_int8, __m512 scales) {
+    if (is_int8) {
+        const int8_t *bytes = *values;
+        *values = bytes + _mm_popcnt_u32(mask);
+        return scaled_to_bf16(expand_bytes(bytes, mask), scales);
+    }
+    const uint16_t *words = *values;
+    *values = words + _mm_popcnt_u32(mask);
+    return expand(words, mask);
+}
+
+INLINE const void *start_of(const matrix_t *w, int64_t panel) {
+    return w->scales ? (const void *)bytes_of(w, panel) : (const void *)values_of(w, panel);
+}
+
 AVX512 INLINE __m512 dot(__m512 sum, __m512i block, __m512i pair) {
     return _mm512_dpbf16_ps(sum, (__m512bh)block, (__m512bh)pair);
 }
@@ -145,7 +190,7 @@ AVX512 INLINE void panel_avx512(const matrix_t *w, int64_t panel, const uint32_t
                                 int sums, const uint16_t *bias, uint16_t *y) {
     int64_t blocks = blocks_of(w), block = 0;
     const uint32_t *masks = w->masks + panel * blocks;
-    const uint16_t *values = w->values + w->offsets[panel];
+    const uint16_t *values = values_of(w, panel);
     __m512 sum[MAX_BATCH][4];
     for (int i = 0; i < batch; i++)
         for (int s = 0; s < sums; s++) sum[i][s] = _mm512_setzero_ps();
@@ -230,14 +275,16 @@ AMX static void configure_tiles(int tiles, int64_t last) {
     _tile_loadconfig(&config);
 }
 
-/* The 16 x 32 weights of up to 16 blocks, as AMX wants them. Returns the values that follow. */
-AMX INLINE const uint16_t *fill_tile(uint32_t (*tile)[16], const uint32_t *masks, const uint16_t *values, int count) {
+/* The 16 x 32 weights of up to 16 blocks, as AMX wants them; int8 values without their scales, so they are exact.
+ * Returns the values that follow. */
+AMX INLINE const void *fill_tile(uint32_t (*tile)[16], const uint32_t *masks, const void *values, int count,
+                                 int is_int8) {
+    __m512 ones = _mm512_set1_ps(1.0f);
     _mm_prefetch((const char *)masks + MASKS_AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int k = 0; k < count; k++) {
         if (!(k & 1)) _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
-        _mm512_store_si512(tile[k], expand(values, masks[k]));
-        values += _mm_popcnt_u32(masks[k]);
+        _mm512_store_si512(tile[k], next_block(&values, masks[k], is_int8, ones));
     }
     for (int k = count; k < 16; k++) _mm512_store_si512(tile[k], _mm512_setzero_si512());
     return values;
@@ -245,12 +292,12 @@ AMX INLINE const uint16_t *fill_tile(uint32_t (*tile)[16], const uint32_t *masks
 
 /* One panel times 16 * (tiles - 1) + `last` inputs, whose rows have zeros up to a multiple of 32 columns. */
 AMX INLINE void panel_amx(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride, int tiles,
-                          int64_t last, const uint16_t *bias, uint16_t *y) {
+                          int is_int8, int64_t last, const uint16_t *bias, uint16_t *y) {
     uint32_t weights[2][16][16] __attribute__((aligned(64)));
     float sums[16][16] __attribute__((aligned(64)));
     int64_t blocks = blocks_of(w);
     const uint32_t *masks = w->masks + panel * blocks;
-    const uint16_t *values = w->values + w->offsets[panel];
+    const void *values = start_of(w, panel);
     size_t stride = (size_t)x_stride * 4;
     _tile_zero(0);
     if (tiles > 1) _tile_zero(1);
@@ -266,7 +313,8 @@ AMX INLINE void panel_amx(const matrix_t *w, int64_t panel, const uint32_t *x, i
     }
     for (int64_t block = 0; block < blocks; block += 16) {
         uint32_t(*tile)[16] = weights[block >> 4 & 1];
-        values = fill_tile(tile, masks + block, values, blocks - block < 16 ? (int)(blocks - block) : 16);
+        values = fill_tile(tile, masks + block, values, blocks - block < 16 ? (int)(blocks - block) : 16,
+                           is_int8);
         _tile_loadd(6, tile, 64);
         ADD(0)
         ADD(1)
@@ -275,12 +323,13 @@ AMX INLINE void panel_amx(const matrix_t *w, int64_t panel, const uint32_t *x, i
     }
 #undef ADD
     __mmask16 mask = rows_in(w, panel);
+    __m512 scales = is_int8 ? _mm512_maskz_loadu_ps(mask, w->scales + panel * ROWS) : _mm512_set1_ps(1.0f);
 #define STORE(TILE)                                                                                                    \
     if (tiles > TILE) {                                                                                                \
         _tile_stored(TILE, sums, 64);                                                                                  \
         int64_t count = tiles == TILE + 1 ? last : 16;                                                                 \
         for (int64_t i = 0; i < count; i++)                                                                            \
-            store(y + (TILE * 16 + i) * w->rows + panel * ROWS, _mm512_load_ps(sums[i]),                               \
+            store(y + (TILE * 16 + i) * w->rows + panel * ROWS, _mm512_mul_ps(_mm512_load_ps(sums[i]), scales),        \
                   bias ? bias + panel * ROWS : NULL, mask);                                                            \
     }
     STORE(0)
@@ -294,7 +343,10 @@ AMX INLINE void panel_amx(const matrix_t *w, int64_t panel, const uint32_t *x, i
     AMX static void panels_amx_##TILES(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x,                 \
                                        int64_t x_stride, int64_t last, const uint16_t *bias, uint16_t *y) {            \
         configure_tiles(TILES, last);                                                                                  \
-        for (int64_t panel = from; panel < to; panel++) panel_amx(w, panel, x, x_stride, TILES, last, bias, y);        \
+        for (int64_t panel = from; panel < to; panel++) {                                                              \
+            if (w->scales) panel_amx(w, panel, x, x_stride, TILES, 1, last, bias, y);                                  \
+            else panel_amx(w, panel, x, x_stride, TILES, 0, last, bias, y);                                            \
+        }                                                                                                              \
         _tile_release();                                                                                               \
     }
 
@@ -359,7 +411,7 @@ AVX2 INLINE void panel_avx2(const matrix_t *w, int64_t panel, const float *x, in
                             const uint16_t *bias, uint16_t *y) {
     int64_t blocks = blocks_of(w);
     const uint32_t *masks = w->masks + panel * blocks;
-    const uint16_t *values = w->values + w->offsets[panel];
+    const uint16_t *values = values_of(w, panel);
     __m256 sum[4][2];
     for (int i = 0; i < batch; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (int64_t block = 0; block < blocks; block++) {
@@ -378,7 +430,7 @@ AVX2 INLINE void panel_avx2(const matrix_t *w, int64_t panel, const float *x, in
             }
         }
     }
-    int64_t count = w->rows - panel * ROWS < ROWS ? w->rows - panel * ROWS : ROWS;
+    int64_t count = rows_of_panel(w, panel);
     for (int i = 0; i < batch; i++) {
         float total[ROWS];
         _mm256_storeu_ps(total, sum[i][0]);
@@ -400,33 +452,206 @@ AVX2 static void range_avx2(const matrix_t *w, int64_t from, int64_t to, const f
         for (int64_t panel = from; panel < to; panel++) panel_avx2(w, panel, x, x_stride, 1, bias, y);
 }
 
-/* -------------------------------------------------------------------------------------------------------- unpacking */
+/* ------------------------------------------------------------------------------------- int8 values, int16 activations */
 
-INLINE int64_t rows_of_panel(const matrix_t *w, int64_t panel) {
-    return w->rows - panel * ROWS < ROWS ? w->rows - panel * ROWS : ROWS;
+/* x is rounded to 16 bits with a scale for each input vector. A sum of 32 bits takes FLUSH products of pairs without
+ * overflow, 2 * 127 * 32767 * FLUSH < 2^31, and goes to float then. */
+enum { FLUSH = 256 };
+
+AVX512 INLINE void panel_int8_avx512(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride,
+                                     const float *x_scales, int batch, int sums, const uint16_t *bias, uint16_t *y) {
+    int64_t blocks = blocks_of(w);
+    const uint32_t *masks = w->masks + panel * blocks;
+    const int8_t *values = bytes_of(w, panel);
+    __m512 total[8];
+    for (int i = 0; i < batch; i++) total[i] = _mm512_setzero_ps();
+    for (int64_t start = 0; start < blocks; start += FLUSH * sums) {
+        int64_t block = start, end = blocks - start < FLUSH * sums ? blocks : start + FLUSH * sums;
+        __m512i sum[8][4];
+        for (int i = 0; i < batch; i++)
+            for (int s = 0; s < sums; s++) sum[i][s] = _mm512_setzero_si512();
+        for (; block + 4 <= end; block += 4) {
+            _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
+            if (!(block & 15)) _mm_prefetch((const char *)(masks + block) + MASKS_AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+                uint32_t mask = masks[block + k];
+                __m512i expanded = expand_bytes(values, mask);
+                values += _mm_popcnt_u32(mask);
+#pragma GCC unroll 8
+                for (int i = 0; i < batch; i++)
+                    sum[i][k % sums] = _mm512_dpwssd_epi32(sum[i][k % sums], expanded,
+                                                           _mm512_set1_epi32((int)x[i * x_stride + block + k]));
+            }
+        }
+        for (; block < end; block++) {
+            __m512i expanded = expand_bytes(values, masks[block]);
+            values += _mm_popcnt_u32(masks[block]);
+            for (int i = 0; i < batch; i++)
+                sum[i][0] =
+                    _mm512_dpwssd_epi32(sum[i][0], expanded, _mm512_set1_epi32((int)x[i * x_stride + block]));
+        }
+        for (int i = 0; i < batch; i++)
+            for (int s = 0; s < sums; s++) total[i] = _mm512_add_ps(total[i], _mm512_cvtepi32_ps(sum[i][s]));
+    }
+    __mmask16 rows = rows_in(w, panel);
+    __m512 scales = _mm512_maskz_loadu_ps(rows, w->scales + panel * ROWS);
+#pragma GCC unroll 8
+    for (int i = 0; i < batch; i++) {
+        __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(total[i], scales), _mm512_set1_ps(x_scales[i]));
+        store(y + i * w->rows + panel * ROWS, scaled, bias ? bias + panel * ROWS : NULL, rows);
+    }
 }
 
+#define PANELS_INT8(BATCH, SUMS)                                                                                       \
+    AVX512 static void panels_int8_##BATCH(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x,             \
+                                           int64_t x_stride, const float *x_scales, const uint16_t *bias,              \
+                                           uint16_t *y) {                                                              \
+        for (int64_t panel = from; panel < to; panel++)                                                                \
+            panel_int8_avx512(w, panel, x, x_stride, x_scales, BATCH, SUMS, bias, y);                                  \
+    }
+
+PANELS_INT8(1, 4)
+PANELS_INT8(2, 4)
+PANELS_INT8(4, 2)
+PANELS_INT8(8, 2)
+
+AVX512 static void range_int8_avx512(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
+                                     const float *x_scales, int64_t batch, const uint16_t *bias, uint16_t *y) {
+    while (batch > 0) {
+        int64_t done;
+#define TAKE(BATCH) (panels_int8_##BATCH(w, from, to, x, x_stride, x_scales, bias, y), (int64_t)BATCH)
+        if (batch >= 8) done = TAKE(8);
+        else if (batch >= 4) done = TAKE(4);
+        else if (batch >= 2) done = TAKE(2);
+        else done = TAKE(1);
+#undef TAKE
+        x += done * x_stride, x_scales += done, y += done * w->rows, batch -= done;
+    }
+}
+
+/* For each byte of a mask, where each of 8 bytes goes. */
+static uint8_t byte_shuffles[256][8] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_byte_shuffles(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int bit = 0, from = 0; bit < 8; bit++) {
+            int kept = mask >> bit & 1;
+            byte_shuffles[mask][bit] = kept ? (uint8_t)from : 0x80;
+            from += kept;
+        }
+}
+
+/* Eight rows of a block, of 16 bits of a mask: 16 numbers of 16 bits. */
+AVX2 INLINE __m256i expand_bytes_avx2(const int8_t **values, uint32_t mask) {
+    __m128i part[2];
+    for (int half = 0; half < 2; half++, mask >>= 8) {
+        __m128i kept = _mm_loadl_epi64((const __m128i *)*values);
+        part[half] = _mm_shuffle_epi8(kept, _mm_loadl_epi64((const __m128i *)byte_shuffles[mask & 0xff]));
+        *values += _mm_popcnt_u32(mask & 0xff);
+    }
+    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(part[0], part[1]));
+}
+
+AVX2 INLINE void panel_int8_avx2(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride,
+                                 const float *x_scales, int batch, const uint16_t *bias, uint16_t *y) {
+    int64_t blocks = blocks_of(w);
+    const uint32_t *masks = w->masks + panel * blocks;
+    const int8_t *values = bytes_of(w, panel);
+    __m256 total[4][2];
+    for (int i = 0; i < batch; i++) total[i][0] = total[i][1] = _mm256_setzero_ps();
+    for (int64_t start = 0; start < blocks; start += FLUSH) {
+        int64_t end = blocks - start < FLUSH ? blocks : start + FLUSH;
+        __m256i sum[4][2];
+        for (int i = 0; i < batch; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+        for (int64_t block = start; block < end; block++) {
+            uint32_t mask = masks[block];
+            if (!(block & 3)) _mm_prefetch((const char *)values + values_ahead, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++, mask >>= 16) {
+                __m256i expanded = expand_bytes_avx2(&values, mask);
+#pragma GCC unroll 4
+                for (int i = 0; i < batch; i++) {
+                    __m256i pair = _mm256_set1_epi32((int)x[i * x_stride + block]);
+                    sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(expanded, pair));
+                }
+            }
+        }
+        for (int i = 0; i < batch; i++)
+            for (int half = 0; half < 2; half++)
+                total[i][half] = _mm256_add_ps(total[i][half], _mm256_cvtepi32_ps(sum[i][half]));
+    }
+    int64_t count = rows_of_panel(w, panel);
+    for (int i = 0; i < batch; i++) {
+        float sums[ROWS];
+        _mm256_storeu_ps(sums, total[i][0]);
+        _mm256_storeu_ps(sums + 8, total[i][1]);
+        for (int64_t row = 0; row < count; row++) {
+            float plus = bias ? widened(bias[panel * ROWS + row]) : 0.0f;
+            y[i * w->rows + panel * ROWS + row] =
+                rounded(sums[row] * w->scales[panel * ROWS + row] * x_scales[i] + plus);
+        }
+    }
+}
+
+AVX2 static void range_int8_avx2(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
+                                 const float *x_scales, int64_t batch, const uint16_t *bias, uint16_t *y) {
+    for (; batch >= 4; batch -= 4, x += 4 * x_stride, x_scales += 4, y += 4 * w->rows)
+        for (int64_t panel = from; panel < to; panel++)
+            panel_int8_avx2(w, panel, x, x_stride, x_scales, 4, bias, y);
+    for (; batch >= 1; batch -= 1, x += x_stride, x_scales += 1, y += w->rows)
+        for (int64_t panel = from; panel < to; panel++)
+            panel_int8_avx2(w, panel, x, x_stride, x_scales, 1, bias, y);
+}
+
+/* -------------------------------------------------------------------------------------------------------- unpacking */
+
 /* Blocks from `block` on, one weight after the other: the end of a panel. */
-INLINE void unpack_end(const matrix_t *w, int64_t panel, int64_t block, const uint16_t *values, uint16_t *out) {
+INLINE void unpack_end(const matrix_t *w, int64_t panel, int64_t block, const void *values, uint16_t *out) {
     int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel);
     for (; block < blocks; block++)
         for (int bit = 0; bit < 32; bit++) {
             int64_t row = bit / 2, column = 2 * block + bit % 2;
             uint32_t kept = w->masks[panel * blocks + block] >> bit & 1;
-            if (row < rows && column < w->columns) out[row * w->columns + column] = kept ? *values : 0;
-            values += kept;
+            if (row < rows && column < w->columns) {
+                uint16_t value = 0;
+                if (kept && w->scales) value = rounded((float)*(const int8_t *)values * w->scales[panel * ROWS + row]);
+                else if (kept) value = *(const uint16_t *)values;
+                out[row * w->columns + column] = value;
+            }
+            values = (const char *)values + kept * (w->scales ? 1 : 2);
         }
+}
+
+/* The four rows of a byte of a mask, of int8 values, as four lanes of two bfloat16. */
+AVX2 INLINE __m128i expand_byte_int8(const int8_t **values, uint32_t byte, __m128 scales) {
+    __m128i kept = _mm_loadl_epi64((const __m128i *)*values);
+    __m128i wide = _mm_cvtepi8_epi16(_mm_shuffle_epi8(kept, _mm_loadl_epi64((const __m128i *)byte_shuffles[byte])));
+    *values += _mm_popcnt_u32(byte);
+    __m128 even = _mm_mul_ps(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_slli_epi32(wide, 16), 16)), scales);
+    __m128 odd = _mm_mul_ps(_mm_cvtepi32_ps(_mm_srai_epi32(wide, 16)), scales);
+    __m128i half = _mm_set1_epi32(0x7fff), one = _mm_set1_epi32(1);
+    __m128i low = _mm_castps_si128(even), high = _mm_castps_si128(odd);
+    low = _mm_add_epi32(low, _mm_add_epi32(half, _mm_and_si128(_mm_srli_epi32(low, 16), one)));
+    high = _mm_add_epi32(high, _mm_add_epi32(half, _mm_and_si128(_mm_srli_epi32(high, 16), one)));
+    return _mm_or_si128(_mm_srli_epi32(low, 16), _mm_and_si128(high, _mm_set1_epi32((int)0xffff0000u)));
 }
 
 /* Four blocks at a time: for each byte of their masks, 4 rows x 8 columns. */
 AVX2 static void unpack_panel_avx2(const matrix_t *w, int64_t panel, uint16_t *out) {
     int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel), block = 0;
     const uint32_t *masks = w->masks + panel * blocks;
-    const uint16_t *values = w->values + w->offsets[panel];
+    const void *values = start_of(w, panel);
     for (; rows == ROWS && 2 * block + 8 <= w->columns; block += 4) {
         __m128i part[4][4];
         for (int k = 0; k < 4; k++)
-            for (int byte = 0; byte < 4; byte++) part[byte][k] = expand_byte(&values, masks[block + k] >> 8 * byte & 0xff);
+            for (int byte = 0; byte < 4; byte++) {
+                uint32_t mask = masks[block + k] >> 8 * byte & 0xff;
+                if (w->scales)
+                    part[byte][k] = expand_byte_int8((const int8_t **)&values, mask,
+                                                     _mm_loadu_ps(w->scales + panel * ROWS + 4 * byte));
+                else part[byte][k] = expand_byte((const uint16_t **)&values, mask);
+            }
         for (int byte = 0; byte < 4; byte++) {
             __m128i a = _mm_unpacklo_epi32(part[byte][0], part[byte][1]);
             __m128i b = _mm_unpacklo_epi32(part[byte][2], part[byte][3]);
@@ -443,17 +668,16 @@ AVX2 static void unpack_panel_avx2(const matrix_t *w, int64_t panel, uint16_t *o
 }
 
 /* 16 blocks at a time: 16 rows x 32 columns, by a transposition of 16 x 16 pairs. */
-AVX512 static void unpack_panel_avx512(const matrix_t *w, int64_t panel, uint16_t *out) {
-    int64_t blocks = blocks_of(w), rows = rows_of_panel(w, panel), block = 0;
+AVX512 INLINE void unpack_panel_avx512(const matrix_t *w, int64_t panel, int is_int8, uint16_t *out) {
+    int64_t blocks = blocks_of(w), block = 0;
     const uint32_t *masks = w->masks + panel * blocks;
-    const uint16_t *values = w->values + w->offsets[panel];
-    for (; rows == ROWS && 2 * block + 32 <= w->columns; block += 16) {
+    const void *values = start_of(w, panel);
+    __mmask16 rows = rows_in(w, panel);
+    __m512 scales = is_int8 ? _mm512_maskz_loadu_ps(rows, w->scales + panel * ROWS) : _mm512_setzero_ps();
+    for (; rows == 0xffff && 2 * block + 32 <= w->columns; block += 16) {
         __m512i a[16], b[16];
 #pragma GCC unroll 16
-        for (int k = 0; k < 16; k++) {
-            a[k] = expand(values, masks[block + k]);
-            values += _mm_popcnt_u32(masks[block + k]);
-        }
+        for (int k = 0; k < 16; k++) a[k] = next_block(&values, masks[block + k], is_int8, scales);
 #pragma GCC unroll 8
         for (int k = 0; k < 16; k += 2) {
             b[k] = _mm512_unpacklo_epi32(a[k], a[k + 1]);
@@ -469,8 +693,10 @@ AVX512 static void unpack_panel_avx512(const matrix_t *w, int64_t panel, uint16_
         /* Lane l of a[4 q + j] holds row 4 l + j of blocks 4 q to 4 q + 3. */
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-            __m512i low2 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+            __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+            __m512i high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+            __m512i low2 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+            __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
             uint16_t *target = out + j * w->columns + 2 * block;
             _mm512_storeu_si512(target, _mm512_shuffle_i32x4(low, high, 0x88));
             _mm512_storeu_si512(target + 8 * w->columns, _mm512_shuffle_i32x4(low, high, 0xdd));
@@ -479,6 +705,11 @@ AVX512 static void unpack_panel_avx512(const matrix_t *w, int64_t panel, uint16_
         }
     }
     unpack_end(w, panel, block, values, out);
+}
+
+AVX512 static void unpack_range_avx512(const matrix_t *w, int64_t panel, uint16_t *out) {
+    if (w->scales) unpack_panel_avx512(w, panel, 1, out);
+    else unpack_panel_avx512(w, panel, 0, out);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- exports */
@@ -511,21 +742,50 @@ static void unpack_panels(const void *pointer, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         int64_t panel = u->first_row / ROWS + i;
         uint16_t *out = u->out + i * ROWS * u->w->columns;
-        if (u->level >= LEVEL_AVX512) unpack_panel_avx512(u->w, panel, out);
+        if (u->level >= LEVEL_AVX512) unpack_range_avx512(u->w, panel, out);
         else unpack_panel_avx2(u->w, panel, out);
     }
 }
 
-/* y = x W^T + bias, for `batch` inputs x of `columns` bfloat16, with sums in float32.
- *
- * Returns 0, or 1 where memory for a copy of x is missing. Cost: one read of W for each 16 inputs (8 with AVX-512).
- */
-EXPORT int secateur_bf16(int level, const uint32_t *masks, const uint16_t *values, const int64_t *offsets, int64_t rows,
-                         int64_t columns, const uint16_t *x, int64_t batch, const uint16_t *bias, uint16_t *y,
-                         int threads) {
-    matrix_t w = {masks, values, offsets, rows, columns};
-    int64_t panels = (rows + ROWS - 1) / ROWS, padded = (columns + 31) / 32 * 32;
-    int use_amx = level == LEVEL_AMX && batch >= 2;
+typedef struct {
+    const matrix_t *w;
+    int level;
+    const uint32_t *x;
+    int64_t x_stride;
+    const float *x_scales;
+    int64_t batch;
+    const uint16_t *bias;
+    uint16_t *y;
+} int8_product_t;
+
+static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) {
+    const int8_product_t *p = pointer;
+    if (p->level >= LEVEL_AVX512)
+        range_int8_avx512(p->w, from, to, p->x, p->x_stride, p->x_scales, p->batch, p->bias, p->y);
+    else
+        range_int8_avx2(p->w, from, to, p->x, p->x_stride, p->x_scales, p->batch, p->bias, p->y);
+}
+
+/* Round a vector to 16 bits; returns its scale. What is not finite makes the scale not a number. */
+static float quantised(const uint16_t *x, int64_t columns, int16_t *out) {
+    float most = 0.0f, sum = 0.0f;
+    for (int64_t c = 0; c < columns; c++) {
+        float value = widened(x[c]), size = value < 0 ? -value : value;
+        most = size > most ? size : most;
+        sum += value * 0.0f; /* 0, or not a number */
+    }
+    float inverse = most > 0 && sum == 0.0f ? 32767.0f / most : 0.0f;
+    for (int64_t c = 0; c < columns; c++) {
+        float scaled = widened(x[c]) * inverse;
+        out[c] = sum == 0.0f ? (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f)) : 0;
+    }
+    return most / 32767.0f + sum;
+}
+
+/* bfloat16 values: y = x W^T + bias. */
+static int multiply_bf16(int level, const matrix_t *w, const uint16_t *x, int64_t batch, const uint16_t *bias,
+                         uint16_t *y, int threads) {
+    int64_t columns = w->columns, padded = (columns + 31) / 32 * 32;
     const void *inputs = x;
     void *copy = NULL;
     if (level == LEVEL_AVX2) {
@@ -533,7 +793,7 @@ EXPORT int secateur_bf16(int level, const uint32_t *masks, const uint16_t *value
         if (!copy) return 1;
         for (int64_t i = 0; i < batch; i++)
             for (int64_t c = 0; c < columns; c++) wide[i * padded + c] = widened(x[i * columns + c]);
-    } else if (columns % (use_amx ? 32 : 2)) {
+    } else if (columns % (level == LEVEL_AMX ? 32 : 2)) {
         uint16_t *wide = copy = calloc((size_t)(batch * padded), sizeof(uint16_t));
         if (!copy) return 1;
         for (int64_t i = 0; i < batch; i++) memcpy(wide + i * padded, x + i * columns, (size_t)columns * 2);
@@ -541,16 +801,49 @@ EXPORT int secateur_bf16(int level, const uint32_t *masks, const uint16_t *value
         padded = columns;
     }
     if (copy) inputs = copy;
-    product_t product = {&w, level == LEVEL_AMX && !use_amx ? LEVEL_AVX512 : level, inputs, padded, batch, bias, y};
-    in_parallel(multiply_panels, &product, panels, threads);
+    product_t product = {w, level, inputs, padded, batch, bias, y};
+    in_parallel(multiply_panels, &product, (w->rows + ROWS - 1) / ROWS, threads);
     free(copy);
     return 0;
 }
 
+/* int8 values: x is rounded to 16 bits, and y = scales * (x W^T) + bias. */
+static int multiply_int8(int level, const matrix_t *w, const uint16_t *x, int64_t batch, const uint16_t *bias,
+                         uint16_t *y, int threads) {
+    int64_t stride = (w->columns + 1) / 2;
+    int16_t *inputs = calloc((size_t)(batch * stride), sizeof(uint32_t));
+    float *x_scales = malloc((size_t)batch * sizeof(float));
+    int failed = !inputs || !x_scales;
+    if (!failed) {
+        for (int64_t i = 0; i < batch; i++)
+            x_scales[i] = quantised(x + i * w->columns, w->columns, inputs + 2 * i * stride);
+        int8_product_t product = {w, level, (const uint32_t *)inputs, stride, x_scales, batch, bias, y};
+        in_parallel(multiply_int8_panels, &product, (w->rows + ROWS - 1) / ROWS, threads);
+    }
+    free(inputs);
+    free(x_scales);
+    return failed;
+}
+
+/* y = x W^T + bias, for `batch` inputs x of `columns` bfloat16, with sums in float32.
+ *
+ * `scales` is NULL for bfloat16 values, and the scale of each row for int8 values. Returns 0, or 1 where memory for a
+ * copy of x is missing. Cost: one read of W for each 64 inputs with AMX, 16 with AVX-512 (8 of int8), 4 with AVX2.
+ */
+EXPORT int secateur_multiply(int level, const uint32_t *masks, const void *values, const int64_t *offsets,
+                             const float *scales, int64_t rows, int64_t columns, const uint16_t *x, int64_t batch,
+                             const uint16_t *bias, uint16_t *y, int threads) {
+    matrix_t w = {masks, values, offsets, scales, rows, columns};
+    int from_batch = scales ? 8 : 2; /* smaller batches are faster without AMX */
+    if (level == LEVEL_AMX && batch < from_batch) level = LEVEL_AVX512;
+    if (scales && level != LEVEL_AMX) return multiply_int8(level, &w, x, batch, bias, y, threads);
+    return multiply_bf16(level, &w, x, batch, bias, y, threads);
+}
+
 /* Rows `from` to `to` of the matrix, dense, to `out` (to - from) x columns. `from` is a multiple of 16. */
-EXPORT void secateur_unpack(int level, const uint32_t *masks, const uint16_t *values, const int64_t *offsets,
-                            int64_t columns, int64_t from, int64_t to, uint16_t *out, int threads) {
-    matrix_t w = {masks, values, offsets, to, columns};
+EXPORT void secateur_unpack(int level, const uint32_t *masks, const void *values, const int64_t *offsets,
+                            const float *scales, int64_t columns, int64_t from, int64_t to, uint16_t *out, int threads) {
+    matrix_t w = {masks, values, offsets, scales, to, columns};
     unpacking_t unpacking = {&w, level, from, out};
     in_parallel(unpack_panels, &unpacking, (to - from + ROWS - 1) / ROWS, threads);
 }

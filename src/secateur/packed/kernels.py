@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from secateur.errors import SecateurError
@@ -35,11 +35,12 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(LIBRARY))
     except OSError:  # built for another machine
         return None
-    found.secateur_bf16.argtypes = [
-        ctypes.c_int, POINTER, POINTER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER, ctypes.c_int,
+    found.secateur_multiply.argtypes = [
+        ctypes.c_int, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER,
+        ctypes.c_int,
     ]  # fmt: skip
     found.secateur_unpack.argtypes = [
-        ctypes.c_int, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, POINTER, ctypes.c_int,
+        ctypes.c_int, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, POINTER, ctypes.c_int,
     ]  # fmt: skip
     return found
 
@@ -78,22 +79,24 @@ def description() -> str:
 def multiply(
     x: BFloat16[Tensor, "... columns"],
     masks: Int[Tensor, "panels blocks"],
-    values: BFloat16[Tensor, " values"],
+    values: Tensor,
     offsets: Int[Tensor, " panels+1"],
     rows: int,
     bias: BFloat16[Tensor, " rows"] | None = None,
+    scales: Float[Tensor, " rows"] | None = None,
 ) -> BFloat16[Tensor, "... rows"]:
     """`x W^T + bias` for a packed W, on the CPU, with sums in float32.
 
     Args:
         x: inputs.
         masks: of a packed matrix, checked by `layout.check`.
-        values: its kept values, with padding.
+        values: its kept values, bfloat16 or int8, with padding.
         offsets: its `offsets()`.
         rows: outputs.
         bias: added before the sums are rounded.
+        scales: of the rows of int8 values.
 
-    Cost: one read of W for a batch up to 16 (8 with AVX-512); above `MAX_BATCH`, W is unpacked in tiles.
+    Cost: one read of W for a small batch; above `MAX_BATCH`, W is unpacked in tiles.
     """
     columns = x.shape[-1]
     inputs = x.reshape(-1, columns).contiguous()
@@ -103,11 +106,12 @@ def multiply(
     found = library()
     assert found is not None
     if batch > MAX_BATCH[name]:
-        _multiply_unpacked(inputs, masks, values, offsets, out.view(batch, rows), bias)
+        _multiply_unpacked(inputs, masks, values, offsets, out.view(batch, rows), bias, scales)
         return out
-    failed = found.secateur_bf16(
-        LEVELS.index(name), masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), rows, columns, inputs.data_ptr(),
-        batch, None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    failed = found.secateur_multiply(
+        LEVELS.index(name), masks.data_ptr(), values.data_ptr(), offsets.data_ptr(),
+        None if scales is None else scales.data_ptr(), rows, columns, inputs.data_ptr(), batch,
+        None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for a copy of a layer's inputs")
@@ -121,24 +125,25 @@ def unpack_rows(
     columns: int,
     start: int,
     stop: int,
+    scales: Float[Tensor, " rows"] | None = None,
 ) -> Tensor:
-    """Rows of a packed matrix with values of two bytes, dense. `start` is a multiple of 16."""
-    out = torch.empty(stop - start, columns, dtype=values.dtype)
+    """Rows of a packed matrix with values of two bytes, or of int8, then as bfloat16. `start` is a multiple of 16."""
+    out = torch.empty(stop - start, columns, dtype=values.dtype if scales is None else torch.bfloat16)
     found = library()
     assert found is not None
     found.secateur_unpack(
-        LEVELS.index(level()), masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), columns, start, stop,
-        out.data_ptr(), torch.get_num_threads(),
+        LEVELS.index(level()), masks.data_ptr(), values.data_ptr(), offsets.data_ptr(),
+        None if scales is None else scales.data_ptr(), columns, start, stop, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def _multiply_unpacked(
-    x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, out: Tensor, bias: Tensor | None
+    x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, out: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> None:
     rows, columns = out.shape[1], x.shape[1]
     step = max(16, TILE_BYTES // (2 * columns) // 16 * 16)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        tile = unpack_rows(masks, values, offsets, columns, start, stop)
+        tile = unpack_rows(masks, values, offsets, columns, start, stop, scales)
         out[:, start:stop] = torch.nn.functional.linear(x, tile, None if bias is None else bias[start:stop])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import SecateurError
@@ -20,7 +21,10 @@ from secateur.packed import kernels
 
 ROWS, COLUMNS = 16, 2  # of a block
 VALUE_PADDING = 64  # bytes that kernels may read after the last value
+Values = Literal["same", "int8"]
 WORTH = 0.9  # of a tensor's bytes, at most, for it to be packed
+SCALE_SHARES = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
+TINY = 1e-30
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -33,8 +37,9 @@ class PackedTensor:
         dtype: of the dense tensor: bfloat16, float16 or float32.
         transposed: the stored matrix is (columns, rows), as in GPT-2's `Conv1D`.
         masks: one 32-bit mask a block, of every panel of every matrix of the stack.
-        values: kept values with `VALUE_PADDING` bytes after them, in `dtype`.
+        values: kept values with `VALUE_PADDING` bytes after them, in `dtype` or in int8.
         kept: number of values.
+        scales: what int8 values of each row of each matrix are multiplied by; None for values in `dtype`.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +48,7 @@ class PackedTensor:
     masks: Int[Tensor, "panels blocks"]
     values: Tensor
     kept: int
+    scales: Float[Tensor, " rows"] | None = None
 
     @property
     def stack(self) -> int:
@@ -61,8 +67,9 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of masks, values and offsets."""
-        return self.masks.nbytes + self.values.nbytes + 8 * (len(self.masks) + 1)
+        """Bytes of masks, values, scales and offsets."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.masks.nbytes + self.values.nbytes + scales + 8 * (len(self.masks) + 1)
 
     def offsets(self) -> Int[Tensor, " panels+1"]:
         """Index of the first value of each panel, and the number of values."""
@@ -85,7 +92,7 @@ def packed_size(tensor: Tensor) -> int:
 
 
 def is_worth_packing(tensor: Tensor) -> bool:
-    """Whether a tensor has so many zeros that packing saves a tenth of its bytes."""
+    """Whether packing saves at least a tenth of a tensor's bytes."""
     return packed_size(tensor) <= WORTH * tensor.nbytes > 0
 
 
@@ -99,30 +106,80 @@ def pack(tensor: Tensor, transposed: bool = False) -> PackedTensor:
     Cost: about four copies of the tensor.
     """
     bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
-    matrices = bits.mT if transposed else bits
-    stack, rows, columns = math.prod(bits.shape[:-2]), *matrices.shape[-2:]
-    panels, blocks = panels_and_blocks(tuple(tensor.shape), transposed)
-    padded = bits.new_zeros(stack, -(-rows // ROWS) * ROWS, blocks * COLUMNS)
-    padded[:, :rows, :columns] = matrices.reshape(stack, rows, columns)
-    arranged = padded.view(panels, ROWS, blocks, COLUMNS).transpose(1, 2).contiguous().numpy()
+    arranged = _arranged(bits, transposed)
     is_kept = arranged != 0
-    masks = np.packbits(is_kept.reshape(-1), bitorder="little").view("<u4").reshape(panels, blocks)
-    found = arranged[is_kept]
-    values = torch.zeros(len(found) + VALUE_PADDING // bits.itemsize, dtype=bits.dtype)
-    values[: len(found)] = torch.from_numpy(found)
+    masks, found = _masks_of(is_kept), arranged[is_kept]
+    values = _with_padding(torch.from_numpy(found)).view(tensor.dtype)
+    return PackedTensor(tuple(tensor.shape), tensor.dtype, transposed, masks, values, len(found))
+
+
+def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
+    """Pack a dense tensor with its kept values rounded to int8, symmetric, with one scale a row.
+
+    The scale of a row is its largest value / 127, times the one of `SCALE_SHARES` with the least squared error. A kept
+    value that rounds to 0 stays in the mask.
+
+    Args:
+        tensor: bfloat16, float16 or float32, of two or three dimensions, finite.
+        transposed: its matrices are (columns, rows).
+
+    Raises:
+        SecateurError: a value that is not finite.
+    """
+    if not tensor.isfinite().all():
+        raise SecateurError("it holds values that are not finite, which int8 can't")
+    exact = tensor.detach().float()
+    matrices = exact.mT if transposed else exact
+    scales = _int8_scales(matrices)
+    rounded = _rounded(matrices, scales)
+    bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
+    is_kept = _arranged(bits, transposed) != 0
+    found = _arranged(rounded.to(torch.int8), False)[is_kept]
+    values = _with_padding(torch.from_numpy(found))
     return PackedTensor(
-        shape=tuple(tensor.shape),
-        dtype=tensor.dtype,
-        transposed=transposed,
-        masks=torch.from_numpy(masks.view(np.int32)),
-        values=values.view(tensor.dtype),
-        kept=len(found),
+        tuple(tensor.shape), tensor.dtype, transposed, _masks_of(is_kept), values, len(found), scales.reshape(-1)
     )
 
 
+def _int8_scales(matrices: Float[Tensor, "... rows columns"]) -> Float[Tensor, "... rows"]:
+    largest = matrices.abs().amax(-1) / 127
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for share in SCALE_SHARES:
+        scales = largest * share
+        error = (_rounded(matrices, scales) * scales[..., None] - matrices).square().sum(-1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
+
+
+def _rounded(matrices: Float[Tensor, "... rows columns"], scales: Float[Tensor, "... rows"]) -> Tensor:
+    return (matrices / scales.clamp_min(TINY)[..., None]).round().clamp(-127, 127)
+
+
+def _arranged(bits: Tensor, transposed: bool) -> np.ndarray:
+    """The weights (panels, blocks, 16 rows, 2 columns), with zeros beyond the matrix."""
+    matrices = bits.mT if transposed else bits
+    stack, rows, columns = math.prod(bits.shape[:-2]), *matrices.shape[-2:]
+    panels, blocks = panels_and_blocks(tuple(bits.shape), transposed)
+    padded = bits.new_zeros(stack, -(-rows // ROWS) * ROWS, blocks * COLUMNS)
+    padded[:, :rows, :columns] = matrices.reshape(stack, rows, columns)
+    return padded.view(panels, ROWS, blocks, COLUMNS).transpose(1, 2).contiguous().numpy()
+
+
+def _masks_of(is_kept: np.ndarray) -> Int[Tensor, "panels blocks"]:
+    masks = np.packbits(is_kept.reshape(-1), bitorder="little").view("<i4").reshape(is_kept.shape[:2])
+    return torch.from_numpy(masks)
+
+
+def _with_padding(values: Tensor) -> Tensor:
+    return torch.cat([values, values.new_zeros(VALUE_PADDING // values.itemsize)])
+
+
 def unpack(packed: PackedTensor) -> Tensor:
-    """The dense tensor, bit for bit. Cost: two copies of it with a kernel, about four without."""
-    if packed.dtype.itemsize == 2 and kernels.level() != "none":
+    """The dense tensor, bit for bit; of int8 values, their products with the scales, rounded to the dtype.
+
+    Cost: two copies of it with a kernel, about four without.
+    """
+    if _is_unpacked_by_kernel(packed) and kernels.level() != "none":
         matrices = _unpack_by_kernel(packed)
     else:
         matrices = _unpack_by_numpy(packed)
@@ -131,24 +188,33 @@ def unpack(packed: PackedTensor) -> Tensor:
     return matrices.new_empty(packed.shape).copy_(matrices.reshape(packed.shape))
 
 
+def _is_unpacked_by_kernel(packed: PackedTensor) -> bool:
+    return packed.values.itemsize == 2 or (packed.scales is not None and packed.dtype == torch.bfloat16)
+
+
 def _unpack_by_kernel(packed: PackedTensor) -> Tensor:
     panels = len(packed.masks) // packed.stack
     offsets, columns = packed.offsets(), packed.columns
+    scales = [None] * packed.stack if packed.scales is None else packed.scales.view(packed.stack, -1)
     return torch.stack([
         kernels.unpack_rows(
-            packed.masks[first : first + panels], packed.values, offsets[first:], columns, 0, packed.rows
+            packed.masks[number * panels :][:panels], packed.values, offsets[number * panels :], columns, 0,
+            packed.rows, scales[number],
         )
-        for first in range(0, len(packed.masks), panels)
+        for number in range(packed.stack)
     ])  # fmt: skip
 
 
 def _unpack_by_numpy(packed: PackedTensor) -> Tensor:
-    bits = BITS[packed.dtype]
+    stored = packed.values if packed.scales is not None else packed.values.view(BITS[packed.dtype])
     panels, blocks = packed.masks.shape
-    arranged = np.zeros((panels, blocks, ROWS, COLUMNS), dtype=np.dtype(f"i{bits.itemsize}"))
-    arranged[_bits_of(packed.masks)] = packed.values.view(bits)[: packed.kept].numpy()
+    arranged = np.zeros((panels, blocks, ROWS, COLUMNS), dtype=np.dtype(f"i{stored.itemsize}"))
+    arranged[_bits_of(packed.masks)] = stored[: packed.kept].numpy()
     padded = torch.from_numpy(arranged).transpose(1, 2).reshape(packed.stack, -1, blocks * COLUMNS)
-    return padded[:, : packed.rows, : packed.columns].view(packed.dtype)
+    matrices = padded[:, : packed.rows, : packed.columns]
+    if packed.scales is None:
+        return matrices.view(packed.dtype)
+    return (matrices.float() * packed.scales.view(packed.stack, packed.rows, 1)).to(packed.dtype)
 
 
 def check(packed: PackedTensor) -> None:
@@ -162,6 +228,8 @@ def check(packed: PackedTensor) -> None:
         raise SecateurError(f"its masks have {count:,} bits, but it holds {packed.kept:,} values")
     if len(packed.values) * packed.values.itemsize < packed.kept * packed.values.itemsize + VALUE_PADDING:
         raise SecateurError("its values end too early")
+    if packed.scales is not None and not packed.scales.isfinite().all():
+        raise SecateurError("its scales are not finite")
     panels_of_one = max(1, len(packed.masks) // max(1, packed.stack))
     last_panels = packed.masks[panels_of_one - 1 :: panels_of_one].numpy().view(np.uint32)
     if (rows := packed.rows % ROWS) and (last_panels >> np.uint32(COLUMNS * rows)).any():

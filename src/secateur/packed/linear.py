@@ -26,6 +26,7 @@ class PackedLinear(nn.Module):
     masks: Tensor
     values: Tensor
     offsets: Tensor
+    scales: Tensor | None
 
     def __init__(self, packed: PackedTensor, bias: Tensor | None) -> None:
         """Take a packed matrix, and the bias as it is.
@@ -37,18 +38,17 @@ class PackedLinear(nn.Module):
         if not is_served(packed):
             raise SecateurError("no kernel serves this matrix here: unpack it")
         self.in_features, self.out_features = packed.columns, packed.rows
-        self.is_transposed = packed.transposed
-        self._packed: PackedTensor | None = packed
+        self.shape, self.is_transposed, self.kept = packed.shape, packed.transposed, packed.kept
+        self.is_packed = True
         self.register_buffer("masks", packed.masks, persistent=False)
         # As integers, which `.to(dtype)` leaves as they are.
-        self.register_buffer("values", packed.values.view(torch.int16), persistent=False)
+        values = packed.values if packed.scales is not None else packed.values.view(torch.int16)
+        self.register_buffer("values", values, persistent=False)
         self.register_buffer("offsets", packed.offsets(), persistent=False)
+        # Also kept from `.to(dtype)`.
+        scales = None if packed.scales is None else packed.scales.view(torch.int32)
+        self.register_buffer("scales", scales, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the weight is still packed."""
-        return self._packed is not None
 
     @property
     def packed(self) -> PackedTensor:
@@ -57,33 +57,39 @@ class PackedLinear(nn.Module):
         Raises:
             SecateurError: the layer has become dense.
         """
-        if self._packed is None:
+        if not self.is_packed:
             raise SecateurError("this layer was unpacked to a dense one")
-        return self._packed
+        scales, dtype = self._scales(), torch.bfloat16
+        values = self.values.view(dtype) if scales is None else self.values
+        return PackedTensor(self.shape, dtype, self.is_transposed, self.masks, values, self.kept, scales)
+
+    def _scales(self) -> Tensor | None:
+        return None if self.scales is None else self.scales.view(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias`."""
-        if self._packed is None or x.dtype != torch.bfloat16 or not x.is_cpu:
+        if not self.is_packed or x.dtype != torch.bfloat16 or not x.is_cpu:
             return nn.functional.linear(x, self.weight.T if self.is_transposed else self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return packed_linear(x, self.masks, self.values, self.offsets, self.bias, self.out_features)
+            return packed_linear(x, self.masks, self.values, self.offsets, self.bias, self.scales, self.out_features)
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithGradient.apply(x, self)  # pyright: ignore[reportReturnType]
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        values = self.values.view(torch.bfloat16)
-        return kernels.multiply(x, self.masks, values, self.offsets, self.out_features, self.bias)
+        scales = self._scales()
+        values = self.values.view(torch.bfloat16) if scales is None else self.values
+        return kernels.multiply(x, self.masks, values, self.offsets, self.out_features, self.bias, scales)
 
     def become_dense(self) -> None:
         """Unpack the weight, as it is stored, and let go of the packed one."""
         weight = unpack(self.packed)
-        self._packed = None
-        del self.masks, self.values, self.offsets
+        self.is_packed = False
+        del self.masks, self.values, self.offsets, self.scales
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("_packed") is not None:
+        if name == "weight" and self.__dict__.get("is_packed"):
             say_once("the model's code reads the weight of a packed layer itself, so it is unpacked to a dense one")
             self.become_dense()
         return super().__getattr__(name)
@@ -98,9 +104,9 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
         own = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        if self._packed is None:
+        if not self.is_packed:
             return f"{own}, unpacked"
-        return f"{own}, sparsity={1 - self._packed.kept / (self.in_features * self.out_features):.2%}"
+        return f"{own}, sparsity={1 - self.kept / (self.in_features * self.out_features):.2%}"
 
 
 class _WithGradient(torch.autograd.Function):
@@ -118,14 +124,27 @@ class _WithGradient(torch.autograd.Function):
 
 
 @torch.library.custom_op("secateur::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The product as an operator that `torch.compile` keeps whole. `values` holds bfloat16 as int16."""
-    return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, bias)
+def packed_linear(
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    rows: int,
+) -> Tensor:
+    """The product as an operator that `torch.compile` keeps whole.
+
+    `values` holds bfloat16 as int16, or is int8; `scales` holds float32 as int32.
+    """
+    if scales is None:
+        return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, bias)
+    return kernels.multiply(x, masks, values, offsets, rows, bias, scales.view(torch.float32))
 
 
 @packed_linear.register_fake
-def _(x: Tensor, masks: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> Tensor:  # noqa: ARG001
-    return x.new_empty((*x.shape[:-1], rows))
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], others[-1]))
 
 
 def is_served(packed: PackedTensor) -> bool:

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import SecateurError
 from secateur.packed import kernels
-from secateur.packed.encoding import Header, decode
+from secateur.packed.encoding import ZSTD, Header, decode
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, dense, read_headers
 from secateur.packed.linear import PackedLinear, say_once
 from secateur.packed.saving import save_packed
@@ -90,6 +90,7 @@ class PackedQuantizer(HfQuantizer):
         """Give each layer that a kernel will serve a weight of encoded bytes."""
         self._layers: dict[str, nn.Module] = {}
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
+        self._headers = {name: header for name, (header, _) in headers.items()}
         if self.quantization_config.dequantize or kernels.level() == "none" or self._dtype != torch.bfloat16:
             if not self.quantization_config.dequantize:
                 say_once(f"the packed model is unpacked to a dense one: {_why_dense(self._dtype)}")
@@ -130,9 +131,12 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Make a packed layer of each that was read."""
-        for name, module in self._layers.items():
+        while self._layers:
+            name, module = self._layers.popitem()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _packed_layer(name, module))
+        if any(header.coding == ZSTD for header in self._headers.values()):
+            _let_go_of_files(model)
         if not self.quantization_config.dequantize:
             model._weight_conversions = [each for each in model._weight_conversions if each is not self._others]
             model.save_pretrained = partial(save_packed, model)
@@ -216,6 +220,14 @@ def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
     except SecateurError as error:
         raise SecateurError(f"{name}.weight: {error.raw}") from error
     return PackedLinear(packed, None if bias is None else bias.data)
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what is mapped from the files, whose coded bytes would else stay in memory as long as any part is used."""
+    for module in model.modules():
+        if not isinstance(module, PackedLinear):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()
 
 
 def _why_dense(dtype: Any) -> str:

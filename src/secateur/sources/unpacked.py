@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, read_headers, write_index, write_weights
 from secateur.pruning.report import METADATA, read_metadata
 from secateur.sources.model_cache import cached
-from secateur.sources.other_files import copied_files, copy_file
+from secateur.sources.other_files import copy_other_files
 from secateur.sources.validate import INDEX as DENSE_INDEX
 from secateur.sources.validate import check_packed
 from secateur.storage.file_records import sha256
@@ -122,8 +122,7 @@ def publish_folder(out: Path, write: Callable[[Path], None]) -> None:
 def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callable[[str], str]) -> None:
     """Write everything but the weights: config, card, report, and the other files as they are."""
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in copied_files(source):
-        copy_file(path, target)
+    copy_other_files(source, target)
     readme = source / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else f"# {target.name}\n"
     (target / "README.md").write_text(card(text), encoding="utf-8")

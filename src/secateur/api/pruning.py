@@ -1,9 +1,8 @@
-"""The functions behind the commands: prune, evaluate, inspect, pack, load, coverage, solve."""
+"""Prune models and single matrices, and say beforehand what a run would do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,13 @@ from secateur.calibration.batches import Texts, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
 from secateur.calibration.stream import Progress
 from secateur.calibration.texts import max_positions
-from secateur.checkpoints.inspection import Inspection, inspect_folder
-from secateur.checkpoints.load import Checkpoint, load_config_and_tokenizer
+from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.load import load as load_checkpoint
-from secateur.checkpoints.packing import load_model, pack_folder
 from secateur.errors import SecateurError
-from secateur.evaluation.perplexity import divergence, perplexity
-from secateur.evaluation.speed import Speed, measure_models
-from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.models.blocks import config_of
-from secateur.models.determinism import evaluation_mode, full_precision
+from secateur.models.determinism import full_precision
 from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
 from secateur.numerics.problem import check_problem
-from secateur.packed import kernels
-from secateur.packed.encoding import Compression
 from secateur.pruning.dry_run import DryRun
 from secateur.pruning.report import Report
 from secateur.recipe.patterns import Pattern
@@ -38,12 +30,9 @@ from secateur.recipe.sizes import parse_size
 from secateur.recipe.steps import SwapRefinement
 from secateur.run import ModelSource, Request, estimate_run, prune_in_memory, prune_to_folder, texts_of
 from secateur.runtime import distributed
-from secateur.runtime.environment import check_device, default_device, devices, environment
+from secateur.runtime.environment import check_device, default_device
 from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import check_columns, refine_by_swaps
-from secateur.sources.model_cache import cache_folder
-from secateur.sources.resolve import resolve
-from secateur.sources.unpacked import is_packed, unpack_folder
 from secateur.storage.paths import user_path
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -204,247 +193,6 @@ def dry_run(
 
 
 @checks_names
-def evaluate(
-    model: nn.Module | str | Path,
-    text: str | Path | None = None,
-    *,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    tasks: Sequence[str] = (),
-    task_dir: str | Path | None = None,
-    task_limit: int | None = None,
-    against: nn.Module | str | Path | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Perplexity of a causal language model on a text, and what else is asked for.
-
-    Args:
-        model: a model, or what names one.
-        text: file or data set name; None is the shipped evaluation text.
-        seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
-        max_tokens: cap on the tokens that are read.
-        tasks: lm-evaluation-harness tasks (extra `eval`).
-        task_dir: folder of local YAML tasks.
-        task_limit: number of documents of each task.
-        against: the dense model; adds KL divergence and top-1 agreement on the same windows.
-        tokenizer: needed for a model object.
-        device: where to run a model by name.
-        trust_remote_code: let the checkpoint's Python code run.
-        allow_pickle: also read .bin files, which can run code.
-        progress: called with (stage, done, total).
-
-    Returns:
-        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
-        `top1_agreement`) where asked for.
-
-    Raises:
-        SecateurError: anything wrong with the request, the model or the text.
-    """
-    tasks = _several(tasks)
-    check_tasks(tasks, task_dir, task_limit)
-    module: Any = model
-    if not isinstance(model, nn.Module):
-        module, tokenizer = _load_to_evaluate(model, device, trust_remote_code, allow_pickle)
-    elif tokenizer is None:
-        raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
-    dense: Any = against
-    if isinstance(against, str | Path):
-        dense = load_checkpoint(
-            str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle
-        ).model
-    config_of(module)
-    if type(module).__module__.startswith("transformers.") and not module.can_generate():
-        raise SecateurError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
-    with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
-        figures = perplexity(module, tokenizer, text, seq_len, max_tokens, progress)
-        if dense is not None:
-            figures["against"] = divergence(module, dense, tokenizer, text, seq_len, max_tokens, progress)
-        if tasks:
-            figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
-        return figures
-
-
-def _load_to_evaluate(
-    model: str | Path, device: str | None, trust_remote_code: bool, allow_pickle: bool
-) -> tuple[Any, Any]:
-    """Model and tokenizer; a packed model stays packed on a CPU."""
-    path, device = user_path(model), device or default_device()
-    if is_packed(path) and device == "cpu":
-        return load_model(path, is_dense=False), load_config_and_tokenizer(path)[1]
-    checkpoint = load_checkpoint(str(model), device, trust_remote_code, allow_pickle)
-    return checkpoint.model, checkpoint.tokenizer
-
-
-@checks_names
-def inspect(folder: str | Path) -> Inspection:
-    """Count the zeros in a checkpoint and check them against what its `secateur.json` records.
-
-    Raises:
-        SecateurError: no checkpoint folder, or damaged files.
-    """
-    if not isinstance(folder, str | Path):
-        raise SecateurError(
-            f"inspect() takes the folder of a checkpoint, not a {type(folder).__name__}: save the model first, or use "
-            f"coverage_of(model)"
-        )
-    return inspect_folder(user_path(folder))
-
-
-@checks_names
-def pack(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    compression: Compression = "zstd",
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Write a pruned checkpoint in the packed format: a bitmask and the nonzero weights of every sparse matrix.
-
-    The same weights, bit for bit, in 0.56 of the bytes in memory and about 0.4 on the disk, for bfloat16 at 50%. After
-    `import secateur`, transformers loads the folder. docs/format.md describes it.
-
-    Args:
-        folder: an ordinary checkpoint in safetensors, pruned by any tool.
-        out: a folder that does not exist, or is empty.
-        compression: `zstd`, or `none` for weights that are mapped from the file as they are.
-        progress: called with (stage, done, total).
-
-    Returns:
-        `matrices`, the number that was packed, and the bytes of the weight files: `dense_bytes`, `packed_bytes`.
-
-    Raises:
-        SecateurError: no checkpoint there, damaged files or zeros, too few zeros, or a folder that can't be written.
-
-    Cost: four reads of the weights; memory for one matrix, about five times.
-    """
-    if compression not in ("zstd", "none"):
-        raise SecateurError(f"‹compression› is {compression!r}: it must be zstd or none")
-    return pack_folder(user_path(folder), user_path(out), compression, progress)
-
-
-@checks_names
-def unpack(folder: str | Path, out: str | Path, *, progress: Progress = no_progress) -> dict[str, Any]:
-    """Write a packed checkpoint as an ordinary one, bit for bit.
-
-    Args:
-        folder: what `pack` wrote.
-        out: a folder that does not exist, or is empty.
-        progress: called with (stage, done, total).
-
-    Returns:
-        the bytes of the weight files: `packed_bytes`, `dense_bytes`.
-
-    Raises:
-        SecateurError: it is not packed, or damaged, or a folder that can't be written.
-    """
-    return unpack_folder(user_path(folder), user_path(out), progress)
-
-
-@checks_names
-def load(
-    model: str | Path, *, dense: bool = False, dtype: torch.dtype | str = "auto", device: str = "cpu"
-) -> nn.Module:
-    """A causal language model, with packed weights where its folder has them and a kernel serves them.
-
-    Args:
-        model: what names a model (see `secateur prune --help`), or a packed folder.
-        dense: unpack every matrix: the ordinary model.
-        dtype: of the model; the kernels serve bfloat16.
-        device: where to put it; anything but `cpu` makes it dense.
-
-    Raises:
-        SecateurError: no model there, or damaged files.
-    """
-    check_device(device)
-    path = user_path(model)
-    return load_model(path if is_packed(path) else resolve(str(model)), dense, dtype, device)
-
-
-@checks_names
-def bench(
-    models: Sequence[str | Path],
-    *,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    threads: int | None = None,
-    progress: Progress = no_progress,
-) -> list[Speed]:
-    """Size, memory, load time and speed of models on the CPU, each measured in a fresh process.
-
-    Args:
-        models: folders that transformers loads, packed ones included, or names as for `prune`.
-        prompt_tokens: length of the prompt, of random tokens.
-        new_tokens: tokens to decode, one at a time.
-        threads: of torch; None = its default.
-        progress: called with (stage, done, total).
-
-    Raises:
-        SecateurError: no models, or one that can't be loaded or run.
-    """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("threads", threads)):
-        if value is not None and value < 1:
-            raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
-    folders = [path if (path := user_path(name)).is_dir() else resolve(str(name)) for name in models]
-    if not folders:
-        raise SecateurError("name at least one model")
-    return measure_models(folders, prompt_tokens, new_tokens, threads, progress)
-
-
-def env() -> dict[str, Any]:
-    """Versions, CPU features, kernels, devices and the cache folder."""
-    return environment() | {
-        "cpu": kernels.cpu_features(),
-        "kernels": kernels.description(),
-        "devices": devices(),
-        "cache": str(cache_folder()),
-    }
-
-
-@checks_names
-def coverage_of(
-    model: nn.Module | str | Path,
-    *,
-    calibration: Texts = None,
-    tokenizer: Any = None,
-    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Coverage:
-    """Every matrix of the model's layers: whether a run would prune it, leave it dense by a rule, or miss it.
-
-    Args:
-        model: a transformers model, or what names one.
-        calibration: as for `prune`; a few windows of a text are enough, and all that are taken.
-        tokenizer: needed for a text with a model object.
-        recipe: as for `prune`; its rules count.
-        include, exclude: globs on matrix names, as for `prune`.
-        device: where to run a model by name.
-        trust_remote_code: let the checkpoint's Python code run.
-        allow_pickle: also read .bin files, which can run code.
-
-    Raises:
-        SecateurError: anything wrong with the request, the model or the text.
-    """
-    named = str(calibration) if isinstance(calibration, str | Path) else None
-    chosen = resolve_recipe(recipe, None, _several(include), _several(exclude), calibration=named)
-    module: Any = model
-    if not isinstance(model, nn.Module):
-        checkpoint = load_checkpoint(str(model), device or default_device(), trust_remote_code, allow_pickle)
-        module, tokenizer = checkpoint.model, checkpoint.tokenizer
-    chosen, texts = texts_of(chosen, calibration)
-    few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
-    batches = calibration_batches(texts, tokenizer, config_of(module), few).batches
-    return measure_coverage(module, batches, chosen)
-
-
-@checks_names
 def solve(
     W: Tensor,
     H: Tensor,
@@ -486,6 +234,46 @@ def solve(
         return refine_by_swaps(recipe.refine, weights, solved, hessian, recipe.pattern)
 
 
+@checks_names
+def coverage_of(
+    model: nn.Module | str | Path,
+    *,
+    calibration: Texts = None,
+    tokenizer: Any = None,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Coverage:
+    """Every matrix of the model's layers: whether a run would prune it, leave it dense by a rule, or miss it.
+
+    Args:
+        model: a transformers model, or what names one.
+        calibration: as for `prune`; a few windows of a text are enough, and all that are taken.
+        tokenizer: needed for a text with a model object.
+        recipe: as for `prune`; its rules count.
+        include, exclude: globs on matrix names, as for `prune`.
+        device: where to run a model by name.
+        trust_remote_code: let the checkpoint's Python code run.
+        allow_pickle: also read .bin files, which can run code.
+
+    Raises:
+        SecateurError: anything wrong with the request, the model or the text.
+    """
+    named = str(calibration) if isinstance(calibration, str | Path) else None
+    chosen = resolve_recipe(recipe, None, several(include), several(exclude), calibration=named)
+    module: Any = model
+    if not isinstance(model, nn.Module):
+        checkpoint = load_checkpoint(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        module, tokenizer = checkpoint.model, checkpoint.tokenizer
+    chosen, texts = texts_of(chosen, calibration)
+    few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
+    batches = calibration_batches(texts, tokenizer, config_of(module), few).batches
+    return measure_coverage(module, batches, chosen)
+
+
 def _request(
     recipe: Any,
     settings: Mapping[str, Any] | None,
@@ -498,10 +286,10 @@ def _request(
 ) -> Request:
     """What a run is asked for: its whole recipe, and its texts."""
     named = str(calibration) if isinstance(calibration, str | Path) else None
-    chosen = resolve_recipe(recipe, settings, _several(include), _several(exclude), calibration=named, **shortcuts)
+    chosen = resolve_recipe(recipe, settings, several(include), several(exclude), calibration=named, **shortcuts)
     return Request(*texts_of(chosen, calibration), offload_dir, progress)
 
 
-def _several(names: str | Sequence[str] | None) -> list[str]:
+def several(names: str | Sequence[str] | None) -> list[str]:
     """A list of names; one alone, or none, may be given as it is."""
     return [names] if isinstance(names, str) else list(names or ())

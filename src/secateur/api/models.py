@@ -1,0 +1,238 @@
+"""What is done with models before and after pruning: evaluate, inspect, pack, load, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.api.pruning import no_progress, several
+from secateur.calibration.stream import Progress
+from secateur.checkpoints.inspection import Inspection, inspect_folder
+from secateur.checkpoints.load import load as load_checkpoint
+from secateur.checkpoints.load import load_config_and_tokenizer
+from secateur.checkpoints.packing import load_model, pack_folder
+from secateur.errors import SecateurError
+from secateur.evaluation.perplexity import divergence, perplexity
+from secateur.evaluation.speed import Speed, measure_models
+from secateur.evaluation.tasks import check_tasks, run_tasks
+from secateur.models.blocks import config_of
+from secateur.models.determinism import evaluation_mode
+from secateur.packed import kernels
+from secateur.packed.encoding import Compression
+from secateur.packed.layout import Values
+from secateur.recipe.settings import checks_names
+from secateur.runtime.environment import check_device, default_device, devices, environment
+from secateur.sources.model_cache import cache_folder
+from secateur.sources.resolve import resolve
+from secateur.sources.unpacked import is_packed, unpack_folder
+from secateur.storage.paths import user_path
+
+
+@checks_names
+def evaluate(
+    model: nn.Module | str | Path,
+    text: str | Path | None = None,
+    *,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_limit: int | None = None,
+    against: nn.Module | str | Path | None = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Perplexity of a causal language model on a text, and what else is asked for.
+
+    Args:
+        model: a model, or what names one.
+        text: file or data set name; None is the shipped evaluation text.
+        seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
+        max_tokens: cap on the tokens that are read.
+        tasks: lm-evaluation-harness tasks (extra `eval`).
+        task_dir: folder of local YAML tasks.
+        task_limit: number of documents of each task.
+        against: the dense model; adds KL divergence and top-1 agreement on the same windows.
+        tokenizer: needed for a model object.
+        device: where to run a model by name.
+        trust_remote_code: let the checkpoint's Python code run.
+        allow_pickle: also read .bin files, which can run code.
+        progress: called with (stage, done, total).
+
+    Returns:
+        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
+        `top1_agreement`) where asked for.
+
+    Raises:
+        SecateurError: anything wrong with the request, the model or the text.
+    """
+    tasks = several(tasks)
+    check_tasks(tasks, task_dir, task_limit)
+    module: Any = model
+    if not isinstance(model, nn.Module):
+        module, tokenizer = _load_to_evaluate(model, device, trust_remote_code, allow_pickle)
+    elif tokenizer is None:
+        raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
+    dense: Any = against
+    if isinstance(against, str | Path):
+        dense = load_checkpoint(
+            str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle
+        ).model
+    config_of(module)
+    if type(module).__module__.startswith("transformers.") and not module.can_generate():
+        raise SecateurError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
+    with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
+        figures = perplexity(module, tokenizer, text, seq_len, max_tokens, progress)
+        if dense is not None:
+            figures["against"] = divergence(module, dense, tokenizer, text, seq_len, max_tokens, progress)
+        if tasks:
+            figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
+        return figures
+
+
+def _load_to_evaluate(
+    model: str | Path, device: str | None, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer; a packed model stays packed on a CPU."""
+    path, device = user_path(model), device or default_device()
+    if is_packed(path) and device == "cpu":
+        return load_model(path, is_dense=False), load_config_and_tokenizer(path)[1]
+    checkpoint = load_checkpoint(str(model), device, trust_remote_code, allow_pickle)
+    return checkpoint.model, checkpoint.tokenizer
+
+
+@checks_names
+def inspect(folder: str | Path) -> Inspection:
+    """Count the zeros in a checkpoint and check them against what its `secateur.json` records.
+
+    Raises:
+        SecateurError: no checkpoint folder, or damaged files.
+    """
+    if not isinstance(folder, str | Path):
+        raise SecateurError(
+            f"inspect() takes the folder of a checkpoint, not a {type(folder).__name__}: save the model first, or use "
+            f"coverage_of(model)"
+        )
+    return inspect_folder(user_path(folder))
+
+
+@checks_names
+def load(
+    model: str | Path, *, dense: bool = False, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> nn.Module:
+    """A causal language model, with packed weights where its folder has them and a kernel serves them.
+
+    Args:
+        model: what names a model (see `secateur prune --help`), or a packed folder.
+        dense: unpack every matrix: the ordinary model.
+        dtype: of the model; the kernels serve bfloat16.
+        device: where to put it; anything but `cpu` makes it dense.
+
+    Raises:
+        SecateurError: no model there, or damaged files.
+    """
+    check_device(device)
+    path = user_path(model)
+    return load_model(path if is_packed(path) else resolve(str(model)), dense, dtype, device)
+
+
+@checks_names
+def pack(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    values: Values = "same",
+    compression: Compression = "zstd",
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write a pruned checkpoint in the packed format: a bitmask and the nonzero weights of every sparse matrix.
+
+    The same weights, bit for bit, in 0.56 of the bytes in memory and about 0.4 on the disk, for bfloat16 at 50%. After
+    `import secateur`, transformers loads the folder. docs/format.md describes it.
+
+    Args:
+        folder: an ordinary checkpoint in safetensors, pruned by any tool.
+        out: a folder that does not exist, or is empty.
+        values: `same` as before, bit for bit, or `int8` with a scale for each row, in 0.31 of the bytes.
+        compression: `zstd`, or `none` for weights that are mapped from the file as they are.
+        progress: called with (stage, done, total).
+
+    Returns:
+        `matrices`, the number that was packed, and the bytes of the weight files: `dense_bytes`, `packed_bytes`.
+
+    Raises:
+        SecateurError: no checkpoint there, damaged files or zeros, too few zeros, or a folder that can't be written.
+
+    Cost: four reads of the weights; memory for one matrix, about five times.
+    """
+    if compression not in ("zstd", "none"):
+        raise SecateurError(f"‹compression› is {compression!r}: it must be zstd or none")
+    if values not in ("same", "int8"):
+        raise SecateurError(f"‹values› is {values!r}: it must be same or int8")
+    return pack_folder(user_path(folder), user_path(out), compression, values, progress)
+
+
+@checks_names
+def unpack(folder: str | Path, out: str | Path, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Write a packed checkpoint as an ordinary one, bit for bit.
+
+    Args:
+        folder: what `pack` wrote.
+        out: a folder that does not exist, or is empty.
+        progress: called with (stage, done, total).
+
+    Returns:
+        the bytes of the weight files: `packed_bytes`, `dense_bytes`.
+
+    Raises:
+        SecateurError: it is not packed, or damaged, or a folder that can't be written.
+    """
+    return unpack_folder(user_path(folder), user_path(out), progress)
+
+
+@checks_names
+def bench(
+    models: Sequence[str | Path],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+) -> list[Speed]:
+    """Size, memory, load time and speed of models on the CPU, each measured in a fresh process.
+
+    Args:
+        models: folders that transformers loads, packed ones included, or names as for `prune`.
+        prompt_tokens: length of the prompt, of random tokens.
+        new_tokens: tokens to decode, one at a time.
+        threads: of torch; None = its default.
+        progress: called with (stage, done, total).
+
+    Raises:
+        SecateurError: no models, or one that can't be loaded or run.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("threads", threads)):
+        if value is not None and value < 1:
+            raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
+    folders = [path if (path := user_path(name)).is_dir() else resolve(str(name)) for name in models]
+    if not folders:
+        raise SecateurError("name at least one model")
+    return measure_models(folders, prompt_tokens, new_tokens, threads, progress)
+
+
+def env() -> dict[str, Any]:
+    """Versions, CPU features, kernels, devices and the cache folder."""
+    return environment() | {
+        "cpu": kernels.cpu_features(),
+        "kernels": kernels.description(),
+        "devices": devices(),
+        "cache": str(cache_folder()),
+    }

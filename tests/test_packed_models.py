@@ -1,0 +1,347 @@
+"""Packed folders: packed, unpacked, loaded by transformers, saved again; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from models import FAMILIES, character_tokenizer, save_checkpoint, tiny_model, tokens
+from safetensors.torch import load_file
+
+import secateur
+from secateur.packed import kernels
+from secateur.packed import linear as packed_linear
+from secateur.packed.layout import pack
+from secateur.packed.linear import PackedLinear
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
+MIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 128}  # fmt: skip
+# Falcon has a linear layer of another class; of GPT-2, only a run's report says that its matrices are transposed.
+UNPACKED = ("falcon", "gpt2")
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 8}
+
+
+def any_model(family):
+    if family in FAMILIES:
+        return tiny_model(family, torch.bfloat16)
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**MIXTRAL) if family == "mixtral" else transformers.MambaConfig(**MAMBA)
+    return transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+
+
+def without_half(model):
+    """Half of every matrix of the layers set to zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim in (2, 3) and "embed" not in name and "head" not in name and "wte" not in name:
+            with torch.no_grad():
+                parameter[torch.rand(parameter.shape, generator=generator) < 0.5] = 0
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a sparse model of a family, and packs it."""
+
+    def make(family="llama", **options):
+        folder = tmp_path / family
+        without_half(any_model(family)).save_pretrained(folder, **options)
+        character_tokenizer().save_pretrained(folder)
+        secateur.pack(folder, tmp_path / f"{family}-packed")
+        return folder, tmp_path / f"{family}-packed"
+
+    return make
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """A model that secateur pruned, and the text."""
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    secateur.prune(tmp_path / "model", tmp_path / "pruned", pattern="50%", solver="magnitude", samples=4, seq_len=32,
+                   calibration=tmp_path / "text.txt")  # fmt: skip
+    return tmp_path / "pruned"
+
+
+def weights_of(folder):
+    return {name: each for path in sorted(folder.glob("model*.safetensors")) for name, each in load_file(path).items()}
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "mamba"])
+def test_every_family_packs_unpacks_loads_and_saves_again(saved, tmp_path, family):
+    folder, packed = saved(family)
+    secateur.unpack(packed, tmp_path / "unpacked")
+    assert_same_weights(weights_of(tmp_path / "unpacked"), weights_of(folder))
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    dense = secateur.load(packed, dense=True)
+    assert_same_weights(dict(dense.state_dict()), dict(plain.state_dict()))
+    assert not hasattr(dense.config, "quantization_config")
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed).eval()
+    served = kernels.level() != "none" and family not in UNPACKED
+    assert any(isinstance(each, PackedLinear) for each in model.modules()) == served
+    ids = tokens(2)[0]
+    with torch.no_grad():
+        expected, found = plain(ids).logits.float(), model(ids).logits.float()
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+    model.save_pretrained(tmp_path / "again")
+    secateur.unpack(tmp_path / "again", tmp_path / "unpacked-again")
+    assert_same_weights(weights_of(tmp_path / "unpacked-again"), weights_of(folder))
+
+
+@needs_kernels
+def test_conv1d_and_shards_stay_packed(saved, pruned, tmp_path):
+    save_checkpoint(tmp_path / "gpt2-model", "gpt2")
+    secateur.prune(tmp_path / "gpt2-model", tmp_path / "gpt2-pruned", pattern="2:4", solver="magnitude", samples=4,
+                   seq_len=32, calibration=tmp_path / "text.txt", max_shard_size="20KB")  # fmt: skip
+    secateur.pack(tmp_path / "gpt2-pruned", tmp_path / "gpt2-packed", compression="none")
+    assert len(list((tmp_path / "gpt2-packed").glob("packed-*.safetensors"))) > 1
+    model = secateur.load(tmp_path / "gpt2-packed")
+    assert sum(isinstance(each, PackedLinear) for each in model.modules()) == 8
+    assert isinstance(model.transformer.h[0].mlp.c_fc, PackedLinear)
+    plain = secateur.load(tmp_path / "gpt2-pruned")
+    ids = tokens(2)[0]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=0.05)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("packed-*.safetensors"))) > 1
+    assert_same_weights(dict(secateur.load(tmp_path / "again", dense=True).state_dict()), dict(plain.state_dict()))
+
+
+def test_plain_transformers_fails_loudly(saved):
+    """Without secateur, transformers finds no weights. It must not start from random ones."""
+    _, packed = saved()
+    script = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, packed], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "no file named model.safetensors" in done.stderr
+
+
+def test_importing_secateur_is_enough_before_or_after_transformers(saved):
+    _, packed = saved()
+    for order in (
+        "import secateur, transformers",
+        "import transformers, secateur",
+        "import transformers.modeling_utils, secateur",
+    ):
+        script = f"import sys; {order}; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).model)"
+        done = subprocess.run([sys.executable, "-c", script, packed], capture_output=True, text=True, check=True)
+        assert ("PackedLinear" in done.stdout) == (kernels.level() != "none")
+    light = "import sys, secateur; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def test_pipeline_generate_and_device_map(saved):
+    _, packed = saved()
+    tokenizer = character_tokenizer()
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed, device_map="cpu")
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = pipeline("the quick", max_new_tokens=4, do_sample=False)
+    assert found["generated_text"].startswith("the quick")
+    from_name = transformers.pipeline("text-generation", model=str(packed))
+    assert from_name("the quick", max_new_tokens=4, do_sample=False) == [found]
+
+
+def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    _, packed = saved()
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": "the quick", "choices": [" a", " b"], "label": 0}) + "\n" for _ in range(4))
+    )
+    (tmp_path / "task.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: choices\ndoc_to_target: label\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={packed}", tasks=["tiny"], task_manager=manager, device="cpu"
+    )
+    assert found["results"]["tiny"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def a_layer(rows=48, columns=32, bias=True):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(columns, rows, bias).to(torch.bfloat16)
+    linear.weight.data[torch.rand(rows, columns) < 0.5] = 0
+    return linear, PackedLinear(pack(linear.weight), None if linear.bias is None else linear.bias.data)
+
+
+@needs_kernels
+def test_gradients_of_the_input():
+    linear, packed = a_layer()
+    x = torch.randn(3, 32).bfloat16()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    packed(found).float().square().sum().backward()
+    linear(expected).float().square().sum().backward()
+    assert torch.allclose(found.grad, expected.grad, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_a_layer_becomes_dense_where_no_kernel_serves_it(monkeypatch, capsys):
+    monkeypatch.setattr(packed_linear, "_said", set())
+    linear, packed = a_layer()
+    x = torch.randn(3, 32).bfloat16()
+    copied = copy.deepcopy(packed)
+    assert copied.is_packed
+    assert torch.equal(packed.weight, linear.weight)  # asked for by a model's code
+    assert not packed.is_packed
+    assert torch.equal(packed(x), linear(x))
+    assert not copied.to(torch.float32).is_packed
+    assert torch.allclose(copied(x.float()), linear.float()(x.float()))
+    assert capsys.readouterr().err.count("unpacked") == 2
+
+
+@needs_kernels
+def test_torch_compile_keeps_the_product():
+    _, packed = a_layer()
+    x = torch.randn(5, 32).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), packed(x))
+    torch.library.opcheck(
+        torch.ops.secateur.packed_linear.default,
+        (x, packed.masks, packed.values, packed.offsets, packed.bias.detach(), packed.scales, 48),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@needs_kernels
+def test_another_dtype_is_dense(saved, monkeypatch, capsys):
+    monkeypatch.setattr(packed_linear, "_said", set())
+    folder, packed = saved()
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_same_weights(dict(model.state_dict()), dict(plain.state_dict()))
+    assert "torch.float32 was asked for" in capsys.readouterr().err
+
+
+def test_the_commands_take_packed_folders(pruned, main, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    code, out, _ = main("pack", pruned, tmp_path / "packed")
+    assert code == 0
+    assert "packed 14 matrices" in out
+    assert "secateur.json" in {path.name for path in (tmp_path / "packed").iterdir()}
+    assert "secateur unpack" in (tmp_path / "packed" / "README.md").read_text()
+    code, out, _ = main("inspect", tmp_path / "packed", "--json")
+    assert code == 0
+    assert json.loads(out)["problems"] == []
+    short = ("--text", tmp_path / "text.txt", "--max-tokens", "256", "--seq-len", "32")
+    _, of_packed, _ = main("eval", tmp_path / "packed", *short, "--against", pruned, "--json")
+    _, of_dense, _ = main("eval", pruned, *short, "--json")
+    assert json.loads(of_packed)["perplexity"] == pytest.approx(json.loads(of_dense)["perplexity"], rel=0.01)
+    assert json.loads(of_packed)["against"]["kl"] < 0.01
+    few = ("--pattern", "75%", "--solver", "magnitude", "--samples", "4", "--seq-len", "32")
+    code, _, err = main("prune", tmp_path / "packed", tmp_path / "more", *few, "--calibration", tmp_path / "text.txt")
+    assert code == 0, err
+    assert secateur.inspect(tmp_path / "more").problems == []
+    code, out, _ = main("unpack", tmp_path / "packed", tmp_path / "unpacked")
+    assert code == 0
+    assert_same_weights(weights_of(tmp_path / "unpacked"), weights_of(pruned))
+    assert (tmp_path / "unpacked" / "README.md").read_text() == (pruned / "README.md").read_text()
+
+
+def test_a_run_can_write_the_packed_format(pruned, tmp_path):
+    options = {"pattern": "50%", "solver": "magnitude", "samples": 4, "seq_len": 32, "max_shard_size": "20KB"}
+    report = secateur.prune(tmp_path / "model", tmp_path / "direct", settings={"format": "packed"},
+                            calibration=tmp_path / "text.txt", **options)  # fmt: skip
+    assert not list((tmp_path / "direct").glob("model*"))
+    assert len(list((tmp_path / "direct").glob("packed-*.safetensors"))) > 1
+    assert_same_weights(
+        dict(secateur.load(tmp_path / "direct", dense=True).state_dict()), dict(secateur.load(pruned).state_dict())
+    )
+    assert secateur.inspect(tmp_path / "direct").problems == []
+    again = secateur.prune(tmp_path / "model", tmp_path / "direct", settings={"format": "packed"}, resume=True,
+                           calibration=tmp_path / "text.txt", **options)  # fmt: skip
+    assert again.files == report.files
+    with pytest.raises(secateur.SecateurError, match="save it, then use pack"):
+        secateur.prune(tiny_model("llama"), calibration=tokens(), settings={"format": "packed"}, pattern="50%")
+
+
+def test_bad_input_is_refused_and_leaves_nothing(pruned, tmp_path, saved):
+    dense = tmp_path / "model"
+    with pytest.raises(secateur.SecateurError, match=r"packed, the model would take 1\.0\d of its"):
+        secateur.pack(dense, tmp_path / "out")
+    with pytest.raises(secateur.SecateurError, match="not an empty folder"):
+        secateur.pack(pruned, dense)
+    with pytest.raises(secateur.SecateurError, match="which is read"):
+        secateur.pack(pruned, pruned / "inside")
+    with pytest.raises(secateur.SecateurError, match="is not packed"):
+        secateur.unpack(pruned, tmp_path / "out")
+    with pytest.raises(secateur.SecateurError, match="zstd or none"):
+        secateur.pack(pruned, tmp_path / "out", compression="gzip")
+    secateur.pack(pruned, tmp_path / "packed")
+    with pytest.raises(secateur.SecateurError, match="secateur unpack"):
+        secateur.pack(tmp_path / "packed", tmp_path / "out")
+
+    config = tmp_path / "packed" / "config.json"
+    content = config.read_text()
+    config.write_text(content.replace('"version": 1', '"version": 2'))
+    for use in (secateur.load, secateur.inspect, lambda folder: secateur.unpack(folder, tmp_path / "out")):
+        with pytest.raises(secateur.SecateurError, match=r"version 2 of the format.*upgrade"):
+            use(tmp_path / "packed")
+    config.write_text(content)
+
+    weights = load_file(pruned / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
+    from safetensors.torch import save_file
+
+    damaged = shutil.copytree(pruned, tmp_path / "damaged")
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(secateur.SecateurError, match="not what was saved"):
+        secateur.pack(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_damaged_packed_files_are_found(pruned, tmp_path):
+    secateur.pack(pruned, tmp_path / "packed")
+    path = tmp_path / "packed" / "packed.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(secateur.SecateurError):
+        secateur.unpack(tmp_path / "packed", tmp_path / "out")
+    with pytest.raises(secateur.SecateurError):
+        secateur.load(tmp_path / "packed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_measures_fresh_processes(saved, main):
+    folder, packed = saved()
+    code, out, err = main(
+        "bench", folder, packed, "--prompt-tokens", "8", "--new-tokens", "4", "--threads", "1", "--json"
+    )
+    assert code == 0, err
+    dense, ours = json.loads(out)["models"]
+    assert dense["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert ours["file_bytes"] == (packed / "packed.safetensors").stat().st_size
+    assert ours["decode_tokens_per_second"] > 0
+    code, _, err = main("bench", folder, "--new-tokens", "0")
+    assert (code, "at least 1" in err) == (2, True)
+
+
+def test_env_names_the_kernels(main):
+    code, out, _ = main("env", "--json")
+    assert code == 0
+    assert json.loads(out)["kernels"] == kernels.description()
