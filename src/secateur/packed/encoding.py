@@ -131,8 +131,8 @@ def _with_header(packed: PackedTensor, coding: int, pieces: list[memoryview | by
         crc32 = zlib.crc32(piece, crc32)
     dimensions = (*packed.shape, *[0] * (3 - len(packed.shape)))
     header = HEADER.pack(
-        MAGIC, VERSION, CODES[packed.dtype], CODES[packed.values.dtype], coding, packed.transposed, len(packed.shape), 0,
-        *dimensions, packed.kept, stored, crc32, 0,
+        MAGIC, VERSION, CODES[packed.dtype], CODES[packed.values.dtype], coding, packed.transposed, len(packed.shape),
+        0, *dimensions, packed.kept, stored, crc32, 0,
     )  # fmt: skip
     return [header, *pieces, bytes(aligned(stored) - stored)]
 

@@ -21,7 +21,7 @@ LEVELS = ("none", "avx2", "avx512", "amx")
 LIBRARY = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SECATEUR_KERNELS"
 # Larger batches unpack some rows at a time, and leave the product to torch: from there on, arithmetic decides.
-MAX_BATCH = {"avx2": 8, "avx512": 16, "amx": 64}
+MAX_BATCH = {"avx2": 8, "avx512": 16, "amx": 512}
 TILE_BYTES = 1 << 22  # of unpacked rows
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
