@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py --out benchmarks/results/kernels.json
 
-Run it on a quiet machine; it needs gcc, AVX-512 with BF16 and VBMI2, and 4 GB. Matrices are 4096 x 4096, so many that
-their packed forms exceed the last-level cache, and every pass reads all of them: as in decoding, weights come from memory.
+Run it on a quiet machine; it needs gcc, AVX-512 with BF16 and VBMI2, and 4 GB. There are 40 matrices of 4096 x 4096,
+more than the last-level cache holds, and every pass reads all of them: as in decoding, weights come from memory.
 All ways are timed in turn, `ROUNDS` times, and the fastest pass of each counts, so ratios are from one run.
 """
 

@@ -13,7 +13,19 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 import targets
 
-NAMES = ("gguf", "safetensors", "config", "manifest", "metadata", "comparison", "recipe", "jsonl")
+NAMES = (
+    "gguf",
+    "safetensors",
+    "config",
+    "manifest",
+    "metadata",
+    "comparison",
+    "recipe",
+    "jsonl",
+    "packed zstd",
+    "packed none",
+    "packed int8",
+)
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=SLOW, database=None)
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Target:
         command: arguments of the command that reads it.
         codes: exit codes that it may have.
         is_json: whether its tree is mutated too.
+        repair: makes the checksums of a mutated file right, as a forger would.
         reset: undoes what an accepted input changed.
     """
 
@@ -60,6 +62,7 @@ class Target:
     command: tuple[str, ...]
     codes: tuple[int, ...] = (0, 2)
     is_json: bool = False
+    repair: Callable[[bytes], bytes] | None = None
     reset: Callable[[], None] = lambda: None
 
     def check(self, content: bytes) -> int:
@@ -82,6 +85,8 @@ class Target:
             st.tuples(st.floats(0, 1), st.sampled_from(("put", "cut", "replace")), tokens()), min_size=1, max_size=4
         )
         by_bytes = changed.map(lambda edits: edit_bytes(self.seed, edits))
+        if self.repair is not None:
+            return by_bytes | by_bytes.map(self.repair)
         if not self.is_json:
             return by_bytes
         places = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(ODD)), min_size=1, max_size=3)
@@ -117,6 +122,19 @@ def edit_tree(tree: Any, edits: list[tuple[int, Any]]) -> bytes:
         with suppress(TypeError, ValueError):
             tree = sealed(tree)
     return json.dumps(tree).encode("utf-8", "surrogatepass")
+
+
+def repair_packed(content: bytes) -> bytes:
+    """Put the right checksum and size into every packed tensor of a file that still has a header."""
+    from secateur.packed.encoding import HEADER, MAGIC
+
+    found, at = bytearray(content), content.find(MAGIC)
+    while at >= 0 and at + HEADER.size <= len(found):
+        *fields, stored, _, end = HEADER.unpack_from(found, at)
+        body = found[at + HEADER.size : at + HEADER.size + stored]
+        HEADER.pack_into(found, at, *fields, stored, zlib.crc32(body), end)
+        at = content.find(MAGIC, at + 8)
+    return bytes(found)
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -204,6 +222,9 @@ def targets(folder: Path) -> dict[str, Target]:
 
     for name in ("damaged", "configured"):
         copied(name)()
+    for compression in ("zstd", "none"):
+        secateur.pack(pruned, folder / f"packed-{compression}", compression=compression)
+    secateur.pack(pruned, folder / "packed-int8", values="int8")
     found = [
         Target(
             "gguf", (folder / "model.gguf").read_bytes(), folder / "fuzzed.gguf",
@@ -235,6 +256,14 @@ def targets(folder: Path) -> dict[str, Target]:
             "jsonl", b'{"text": "some words"}\n{"messages": [{"role": "user", "content": "more"}]}\n' * 4,
             folder / "fuzzed.jsonl", ("eval", str(model), "--text", str(folder / "fuzzed.jsonl"), *short),
         ),
+        *[
+            Target(
+                f"packed {kind}", (folder / f"packed-{kind}" / "packed.safetensors").read_bytes(),
+                folder / f"packed-{kind}" / "packed.safetensors",
+                ("eval", str(folder / f"packed-{kind}"), "--text", str(text), *short), repair=repair_packed,
+            )
+            for kind in ("zstd", "none", "int8")
+        ],
     ]  # fmt: skip
     return {target.name: target for target in found}
 

@@ -216,7 +216,7 @@ def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
     weight: Tensor = module.weight.data  # pyright: ignore[reportAssignmentType]
     bias: Any = module.bias
     try:
-        packed = decode(weight, verify=False)
+        packed = decode(weight)
     except SecateurError as error:
         raise SecateurError(f"{name}.weight: {error.raw}") from error
     return PackedLinear(packed, None if bias is None else bias.data)
