@@ -40,6 +40,7 @@ ORDER = (
     "sources",
     "checkpoints",
     "evaluation",
+    "training",
     "run",
     "api",
     "comparison",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from secateur.recipe.recipe import CalibrationText, Recipe, Rule
     from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
     from secateur.solvers import Solved
+    from secateur.training.keep_zeros import keep_zeros
+    from secateur.training.trainer import KeepZerosCallback
 
 __version__ = "0.1.0"
 
@@ -39,10 +41,12 @@ _HOME = {
     "Unstructured": "secateur.recipe.patterns",
     "bench": "secateur.api.models",
     "coverage_of": "secateur.api.pruning",
+    "KeepZerosCallback": "secateur.training.trainer",
     "dry_run": "secateur.api.pruning",
     "env": "secateur.api.models",
     "evaluate": "secateur.api.models",
     "inspect": "secateur.api.models",
+    "keep_zeros": "secateur.training.keep_zeros",
     "load": "secateur.api.models",
     "pack": "secateur.api.models",
     "parse_pattern": "secateur.recipe.patterns",
@@ -57,6 +61,7 @@ __all__ = [
     "BlockRefit",
     "CalibrationText",
     "DenseTarget",
+    "KeepZerosCallback",
     "Pattern",
     "Recipe",
     "Report",
@@ -71,6 +76,7 @@ __all__ = [
     "env",
     "evaluate",
     "inspect",
+    "keep_zeros",
     "load",
     "pack",
     "parse_pattern",

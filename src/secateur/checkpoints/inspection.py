@@ -129,7 +129,7 @@ def _inspect_matrix(inspection: Inspection, name: str, stored: Tensor, promise: 
     if promise is not None and not ok:
         inspection.problems.append(
             f"{name} breaks its pattern {promise['pattern']}: it has {zeros} zeros of {stored.numel()} weights, "
-            f"{promise['zeros']} are recorded"
+            f"{promise['zeros']} are recorded. To fine-tune, train the pruned model within secateur.keep_zeros(model)"
         )
     pattern = None if promise is None else promise["pattern"]
     share = zeros / max(1, stored.numel())

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.inspection import inspect_folder
+from secateur.checkpoints.load import BROKEN
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
@@ -92,15 +93,26 @@ def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", 
     Raises:
         SecateurError: no model there, or damaged files.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import secateur.packed.quantizer  # noqa: F401 - registers the format
 
     check_packed(folder) if is_packed(folder) else check_folder(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if is_packed(folder) and is_dense:
-        config.quantization_config["dequantize"] = True
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if is_packed(folder) and is_dense:
+            config.quantization_config["dequantize"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except SecateurError:
+        raise
+    except (SafetensorError, StrictDataclassError, *BROKEN) as error:
+        raise SecateurError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise SecateurError(f"{folder} lacks {len(missing)} tensors ({missing[0]} ...): it is damaged")
     return model.to(device).eval()
 
 

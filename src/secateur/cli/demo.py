@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from secateur.api.models import evaluate
+from secateur.api.models import bench, evaluate, pack
 from secateur.api.pruning import prune
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import load
+from secateur.evaluation.speed import Speed
 from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.presets import PRESETS
 from secateur.resume.manifest import unfinished
@@ -48,6 +51,15 @@ def run_demo(
     before = look_at(DEMO_NAME, eval_tokens, device, progress)
     report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **few_tokens(asked))
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
+
+
+def dense_against_packed(out: Path, progress: Progress) -> list[Speed]:
+    """Size, memory and speed of the dense demo model, and of the pruned one packed to a scratch folder."""
+    with TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "packed"
+        pack(out, packed)
+        dense, ours = bench([DEMO_NAME, packed], progress=progress)
+    return [replace(dense, model="dense"), replace(ours, model="pruned and packed")]
 
 
 def few_tokens(asked: Mapping[str, Any]) -> dict[str, Any]:

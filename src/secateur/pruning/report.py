@@ -182,6 +182,15 @@ class Report:
         return json.dumps(sealed(self.to_dict()), indent=1, allow_nan=False) + "\n"
 
     @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """The report that was saved with a model; `Report.load(PRUNED).save(TUNED)` lets `inspect` check the tuned one.
+
+        Raises:
+            SecateurError: there is none, or it is damaged or was changed.
+        """
+        return read_metadata(Path(folder))
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that `to_dict` made into plain data.
 

@@ -1,0 +1,32 @@
+"""The same for `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from secateur.training.keep_zeros import keep_zeros
+
+
+class KeepZerosCallback(TrainerCallback):
+    """Keeps the zeros that a model has when training begins: `Trainer(..., callbacks=[KeepZerosCallback()])`.
+
+    Raises, when training begins:
+        SecateurError: the model has no sparse matrix.
+    """
+
+    def __init__(self) -> None:
+        """Wait for a model."""
+        self._held: keep_zeros | None = None
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Hold the zeros."""
+        self._held = keep_zeros(model)
+        self._held.__enter__()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Restore the zeros a last time, and let go of them."""
+        if self._held is not None:
+            self._held.__exit__(None, None, None)
+            self._held = None

@@ -1,0 +1,129 @@
+"""Fine-tuning that keeps every zero: a plain loop, the Trainer, a merged LoRA; and a broken mask that is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import character_tokenizer, save_checkpoint, tiny_model, tokens
+from torch.utils.data import Dataset
+
+import secateur
+
+STEPS = 20
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+
+
+@pytest.fixture
+def pruned():
+    model = tiny_model("llama")
+    secateur.prune(model, pattern="2:4", solver="magnitude", calibration=tokens())
+    return model.train()
+
+
+def zeros_of(model):
+    return {name: parameter.detach() == 0 for name, parameter in model.named_parameters() if "proj" in name}
+
+
+def assert_kept(model, zeros, others_changed=True):
+    now = {name.replace("base_model.model.", ""): parameter for name, parameter in model.named_parameters()}
+    assert len(zeros) == 14
+    for name, before in zeros.items():
+        assert before.float().mean() >= 0.5
+        assert (now[name][before] == 0).all(), name
+    assert others_changed
+
+
+def train(model, optimizer):
+    losses = []
+    for ids in (tokens() * STEPS)[:STEPS]:
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.SGD(p, 0.5, momentum=0.9, weight_decay=0.01), lambda p: torch.optim.AdamW(p, 1e-2),
+     lambda p: torch.optim.AdamW(p, 1e-2, foreach=True), lambda p: torch.optim.RMSprop(p, 1e-3, centered=True)],
+    ids=["sgd", "adamw", "foreach", "rmsprop"],
+)  # fmt: skip
+def test_a_plain_loop(pruned, optimizer):
+    zeros, before = zeros_of(pruned), pruned.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with secateur.keep_zeros(pruned) as held:
+        losses = train(pruned, optimizer(pruned.parameters()))
+        assert held.broken() == []
+        assert sorted(held.names) == sorted(zeros)
+    assert_kept(pruned, zeros)
+    assert losses[-1] < losses[0]
+    kept = before != 0
+    assert not torch.equal(pruned.model.layers[0].mlp.up_proj.weight[kept], before[kept])
+    train(pruned, torch.optim.SGD(pruned.parameters(), 0.1))  # outside of the context nothing is held
+    assert (pruned.model.layers[0].mlp.up_proj.weight[~kept] != 0).any()
+
+
+class Sequences(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        ids = tokens(1, 16, seed=index)[0][0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_the_trainer(pruned, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    zeros, before = zeros_of(pruned), pruned.model.layers[0].mlp.up_proj.weight.detach().clone()
+    arguments = TrainingArguments(
+        tmp_path, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        save_strategy="no", weight_decay=0.1, gradient_accumulation_steps=2, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(pruned, arguments, train_dataset=Sequences(), callbacks=[secateur.KeepZerosCallback()]).train()
+    assert_kept(pruned, zeros)
+    assert not torch.equal(pruned.model.layers[0].mlp.up_proj.weight[before != 0], before[before != 0])
+
+
+def test_a_lora_is_merged_under_the_mask(pruned):
+    peft = pytest.importorskip("peft")
+    zeros, before = zeros_of(pruned), pruned.model.layers[0].mlp.up_proj.weight.detach().clone()
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(pruned, config)
+    losses = train(adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2))
+    assert losses[-1] < losses[0]
+    with secateur.keep_zeros(adapted):
+        merged = adapted.merge_and_unload()
+    assert_kept(merged, zeros)
+    kept = before != 0
+    assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight[kept], before[kept])
+
+
+def test_a_model_without_zeros_is_refused():
+    with pytest.raises(secateur.SecateurError, match="no matrix of this LlamaForCausalLM has zeros to keep"):
+        secateur.keep_zeros(tiny_model("llama"))
+
+
+def test_inspect_tells_a_kept_mask_from_a_broken_one(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_checkpoint(tmp_path / "model", dtype=torch.float32)
+    (tmp_path / "text.txt").write_text(TEXT)
+    secateur.prune(tmp_path / "model", tmp_path / "pruned", pattern="50%", solver="magnitude", samples=4, seq_len=32,
+                   calibration=tmp_path / "text.txt")  # fmt: skip
+    for name in ("kept", "broken"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if name == "kept":
+            with secateur.keep_zeros(model):
+                train(model, optimizer)
+        else:
+            train(model, optimizer)
+        model.save_pretrained(tmp_path / name)
+        character_tokenizer().save_pretrained(tmp_path / name)
+        secateur.Report.load(tmp_path / "pruned").save(tmp_path / name)
+    assert secateur.inspect(tmp_path / "kept").problems == []
+    problems = secateur.inspect(tmp_path / "broken").problems
+    assert len(problems) == 14
+    assert "secateur.keep_zeros(model)" in problems[0]
