@@ -27,6 +27,9 @@ install_import_hook([f"secateur.{folder}" for folder in FOLDERS], "beartype.bear
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -88,11 +88,13 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
         what transformers raises of a model that it can't load or run.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
+    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]  # imports the model's code
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # and starts the threads
     before, started = resident_bytes(), time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     loaded = time.perf_counter() - started

@@ -1,0 +1,102 @@
+"""Dense against packed models: size, memory, speed and perplexity.
+
+    python benchmarks/packed.py --name N --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out JSON
+
+Packs the two pruned models to scratch folders, and measures every model by `secateur bench` and `secateur eval`. Run it
+on a quiet machine. The dense int8 model is torchao's int8 weights (`pip install torchao`); without it, it is left out.
+Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import arguments_of, write_result
+
+import secateur
+from secateur.evaluation.speed import Speed
+from secateur.sources.resolve import resolve
+
+PROMPT, NEW = 128, 64
+
+
+def main() -> None:
+    """Measure the models of one name."""
+    args = arguments_of(__doc__, "text", name="", dense="", half="", most="", rounds=2, threads=2, max_tokens=8192)
+    results = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = variants(args, Path(scratch))
+        perplexities = {name: perplexity(folder, args) for name, folder in folders.items()}
+        speeds: dict[str, list[Speed]] = {name: [] for name in folders}
+        for _ in range(args.rounds):
+            for name, folder in folders.items():
+                speeds[name] += secateur.bench([folder], prompt_tokens=PROMPT, new_tokens=NEW, threads=args.threads)
+                print(name, speeds[name][-1], flush=True)
+        results[args.name] = {
+            name: fastest(found).to_dict() | {"model": name, "perplexity": perplexities[name]}
+            for name, found in speeds.items()
+        }
+        settings = {
+            "prompt_tokens": PROMPT,
+            "new_tokens": NEW,
+            "text": Path(args.text).name,
+            "max_tokens": args.max_tokens,
+        }
+        write_result(args.out, {"models": results, "settings": settings})
+
+
+def variants(args: Any, scratch: Path) -> dict[str, Path]:
+    """Every model to measure, by its name."""
+    dense = resolve(args.dense)
+    found = {"dense bf16": dense}
+    if (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
+        found["dense int8 (torchao)"] = int8
+    for share, folder in (("50%", args.half), ("70%", args.most)):
+        found[f"packed {share}"], found[f"packed {share}, int8"] = scratch / share, scratch / f"{share}-int8"
+        secateur.pack(folder, scratch / share)
+        secateur.pack(folder, scratch / f"{share}-int8", values="int8")
+    return found
+
+
+def dense_int8(dense: Path, target: Path) -> Path | None:
+    """The dense model with torchao's int8 weights."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError:
+        return None
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    AutoModelForCausalLM.from_pretrained(dense, dtype="auto", quantization_config=config).save_pretrained(target)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(target)
+    return target
+
+
+def perplexity(folder: Path, args: Any) -> float:
+    """Perplexity of a model on the text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = secateur.evaluate(model, args.text, max_tokens=args.max_tokens, tokenizer=tokenizer)["perplexity"]
+    print(folder, found, flush=True)
+    return found
+
+
+def fastest(speeds: list[Speed]) -> Speed:
+    """The best figure of each kind."""
+    return replace(
+        speeds[0],
+        memory_bytes=min(each.memory_bytes for each in speeds),
+        load_seconds=min(each.load_seconds for each in speeds),
+        prefill_tokens_per_second=max(each.prefill_tokens_per_second for each in speeds),
+        decode_tokens_per_second=max(each.decode_tokens_per_second for each in speeds),
+    )
+
+
+if __name__ == "__main__":
+    main()
