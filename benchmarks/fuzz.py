@@ -5,7 +5,7 @@
 Inputs come from hypothesis (tests/fuzz/targets.py); each is read by the real command, in this process. A broken promise
 is printed, and its input written to tests/fuzz/corpus. `--only NAME ...` fuzzes some; the JSON keeps the others.
 The kernels under AddressSanitizer: install with `CC="gcc -g -fsanitize=address"`, then, with `LD_PRELOAD` of
-`gcc -print-file-name=libasan.so` and `ASAN_OPTIONS=detect_leaks=0`, run `--only "packed zstd" "packed none" ...`.
+libasan.so and libstdc++.so and `ASAN_OPTIONS=detect_leaks=0`, run `--only "packed zstd" "packed none" ...`.
 Half an hour on one core.
 """
 
