@@ -1,4 +1,4 @@
-"""Install from a source archive, a wheel and an editable checkout, with and without a C compiler; which kernels are there.
+"""Install from an sdist, a wheel and an editable checkout, with and without a C compiler; which kernels are there.
 
     python benchmarks/installs.py --out benchmarks/results/installs.json
 
