@@ -65,7 +65,7 @@ def variants(args: Any, scratch: Path) -> dict[str, Path]:
 def dense_int8(dense: Path, target: Path) -> Path | None:
     """The dense model with torchao's int8 weights."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig

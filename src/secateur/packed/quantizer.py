@@ -23,6 +23,7 @@ from secateur.errors import SecateurError
 from secateur.packed import kernels
 from secateur.packed.encoding import ZSTD, Header, decode
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, dense, read_headers
+from secateur.packed.layout import copied, is_mapped
 from secateur.packed.linear import PackedLinear, say_once
 from secateur.packed.saving import save_packed
 
@@ -90,7 +91,7 @@ class PackedQuantizer(HfQuantizer):
         """Give each layer that a kernel will serve a weight of encoded bytes."""
         self._layers: dict[str, nn.Module] = {}
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
-        self._headers = {name: header for name, (header, _) in headers.items()}
+        self._is_coded = any(header.coding == ZSTD for header, _ in headers.values())
         if self.quantization_config.dequantize or kernels.level() == "none" or self._dtype != torch.bfloat16:
             if not self.quantization_config.dequantize:
                 say_once(f"the packed model is unpacked to a dense one: {_why_dense(self._dtype)}")
@@ -134,8 +135,8 @@ class PackedQuantizer(HfQuantizer):
         while self._layers:
             name, module = self._layers.popitem()
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _packed_layer(name, module))
-        if any(header.coding == ZSTD for header in self._headers.values()):
+            setattr(model.get_submodule(parent), child, _packed_layer(name, module, self._is_coded))
+        if self._is_coded:
             _let_go_of_files(model)
         if not self.quantization_config.dequantize:
             model._weight_conversions = [each for each in model._weight_conversions if each is not self._others]
@@ -212,18 +213,23 @@ def _is_served(header: Header) -> bool:
     return header.dtype == torch.bfloat16 and len(header.shape) == 2
 
 
-def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
+def _packed_layer(name: str, module: nn.Module, is_coded: bool) -> PackedLinear:
     weight: Tensor = module.weight.data  # pyright: ignore[reportAssignmentType]
     bias: Any = module.bias
     try:
         packed = decode(weight)
     except SecateurError as error:
         raise SecateurError(f"{name}.weight: {error.raw}") from error
+    if is_coded and is_mapped(weight, packed):
+        packed = copied(packed)
     return PackedLinear(packed, None if bias is None else bias.data)
 
 
 def _let_go_of_files(model: nn.Module) -> None:
-    """Copy what is mapped from the files, whose coded bytes would else stay in memory as long as any part is used."""
+    """Copy the dense tensors that are mapped from the files.
+
+    The coded bytes in a file would else stay in memory for as long as any part of it is used.
+    """
     for module in model.modules():
         if not isinstance(module, PackedLinear):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
