@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from packed_page import measured_line, models_table
 from pages import DOCS, RESULTS, ROOT, Picture, table
 
 from secateur.comparison.results import Comparison
@@ -17,6 +18,7 @@ from secateur.evaluation.tasks import headline
 COMPARISONS, README = RESULTS / "compare", ROOT / "README.md"
 NOTES = Path(__file__).with_name("benchmarks-notes.md")
 BEGIN, END = "<!-- results: written by tools/make_pages.py -->", "<!-- end of results -->"
+BEGIN_SIZES, END_SIZES = "<!-- sizes: written by tools/make_pages.py -->", "<!-- end of sizes -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
 MODELS = {
     "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
@@ -252,7 +254,9 @@ def readme() -> str:
         " {}",
         f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed.",
     )
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"
+    return re.sub(f"{BEGIN_SIZES}.*?{END_SIZES}", lambda _: sizes, text, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:

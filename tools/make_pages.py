@@ -14,11 +14,20 @@ from pathlib import Path
 import architectures_page
 import benchmarks_page
 import guarantees_page
+import packed_page
 import performance_page
 import reference_pages
 import results_page
 
-PARTS = (reference_pages, results_page, benchmarks_page, architectures_page, performance_page, guarantees_page)
+PARTS = (
+    reference_pages,
+    results_page,
+    benchmarks_page,
+    architectures_page,
+    performance_page,
+    guarantees_page,
+    packed_page,
+)
 
 
 def main() -> None:

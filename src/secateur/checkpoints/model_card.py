@@ -14,6 +14,7 @@ from secateur.checkpoints.load import Checkpoint
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
+from secateur.sources.unpacked import NOT_SMALLER
 
 MAX_HEADER = 1 << 16  # characters
 
@@ -47,7 +48,7 @@ def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
         f"| recipe | {recipe.summary()} |",
         f"| calibration | {_amount(calibration)} of {one_line(calibration['source'])} |",
         "",
-        "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster.",
+        NOT_SMALLER,
         f"The whole recipe is in `{RECIPE_FILE}`, figures of every matrix are in `{METADATA}`.",
         "",
     ]

@@ -128,8 +128,9 @@ def _tiny_model() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).to(torch.bfloat16).eval()
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes))
+    return model.to(torch.bfloat16).eval()
 
 
 def main() -> None:

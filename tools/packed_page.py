@@ -1,0 +1,201 @@
+"""docs/packed.md, and the README's table of sizes and speeds, from benchmarks/results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pages import DOCS, read_result, table
+
+
+def models_table() -> str:
+    """Every model's variants: size, memory, speed, perplexity, with ratios to the dense one."""
+    rows = []
+    for model, variants in read_result("packed")["models"].items():
+        dense = variants["dense bf16"]
+        for name, found in variants.items():
+            rows.append(
+                [
+                    f"{model}, {name}",
+                    size_cell(found, dense, "file_bytes"),
+                    size_cell(found, dense, "memory_bytes"),
+                    speed_cell(found, dense, "prefill_tokens_per_second"),
+                    speed_cell(found, dense, "decode_tokens_per_second"),
+                    f"{found['perplexity']:.2f}",
+                ]
+            )
+    return table(["", "files, MB", "memory, MB", "prompt, tokens/s", "decoding, tokens/s", "perplexity"], rows)
+
+
+def size_cell(found: dict[str, Any], dense: dict[str, Any], key: str) -> str:
+    ratio = "" if found is dense else f" ({found[key] / dense[key]:.2f}x)"
+    return f"{found[key] / 1e6:.0f}{ratio}"
+
+
+def speed_cell(found: dict[str, Any], dense: dict[str, Any], key: str) -> str:
+    ratio = "" if found is dense else f" ({found[key] / dense[key]:.2f}x)"
+    return f"{found[key]:.1f}{ratio}" if found[key] < 100 else f"{found[key]:.0f}{ratio}"
+
+
+def measured_line() -> str:
+    found = read_result("packed")
+    where, settings = found["environment"], found["settings"]
+    return (
+        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
+        f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
+        f"{settings['max_tokens']} tokens of {settings['text']}."
+    )
+
+
+def kernel_rows(threads: int) -> list[dict[str, Any]]:
+    return [row for row in read_result("kernels")["rows"] if row["threads"] == threads]
+
+
+def speedup_table(threads: int) -> str:
+    """Speed-ups over torch's bf16 by sparsity and batch."""
+    rows = kernel_rows(threads)
+    batches = sorted({row["batch"] for row in rows})
+    sparsities = sorted({row["sparsity"] for row in rows})
+    found = []
+    for sparsity in sparsities:
+        for name, label in (("packed", "bf16 values"), ("packed int8", "int8 values")):
+            cells = {
+                row["batch"]: row["microseconds"]["torch bf16"] / row["microseconds"][name]
+                for row in rows
+                if row["sparsity"] == sparsity
+            }
+            found.append([f"{sparsity:.0%}, {label}", *(f"{cells[b]:.2f}" if b in cells else "" for b in batches)])
+    return table(["", *(f"batch {b}" for b in batches)], found)
+
+
+def shares_table() -> str:
+    """What sparsity gains over a dense kernel of the same style, and how near reading alone is. Batch 1, one thread."""
+    rows = []
+    for row in kernel_rows(1):
+        times = row["microseconds"]
+        if "dense bf16, same style" in times:
+            read = row["read_gigabytes_per_second"]
+            rows.append(
+                [
+                    f"{row['sparsity']:.0%}",
+                    f"{times['torch bf16'] / times['dense bf16, same style']:.2f}",
+                    f"{times['dense bf16, same style'] / times['packed']:.2f}",
+                    f"{times['dense int8, same style'] / times['packed int8']:.2f}",
+                    f"{read['packed'] / read['reading alone']:.0%}",
+                ]
+            )
+    head = ["sparsity", "dense kernel over torch bf16", "bf16 values over dense kernel", "int8 values over dense int8"]
+    return table([*head, "share of the read bandwidth"], rows)
+
+
+def bytes_table() -> str:
+    """Bytes of a matrix against dense bf16."""
+    found = read_result("kernels")["bytes"]
+    rows = [
+        [sparsity, *(f"{each[name]:.3f}" for name in ("memory", "memory, int8", "disk, random weights"))]
+        for sparsity, each in found.items()
+    ]
+    return table(["sparsity", "memory, bf16 values", "memory, int8 values", "disk, bf16 values"], rows)
+
+
+def installs_table() -> str:
+    found = read_result("installs")["installs"]
+    return table(["install", "kernels"], [[name, each["kernels"].partition(":")[0]] for name, each in found.items()])
+
+
+def page() -> str:
+    """docs/packed.md."""
+    kernels = read_result("kernels")
+    return f"""# Packed models
+
+Written by `python tools/make_pages.py` from `benchmarks/results/*.json`; do not edit.
+
+```
+secateur pack PRUNED PACKED                  # the same weights, smaller
+secateur pack PRUNED PACKED --values int8    # rounded to 8 bits, smaller still
+secateur bench DENSE PACKED                  # your machine's figures
+```
+
+```python
+import secateur  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PACKED")  # weights stay packed
+dense = secateur.load("PACKED", dense=True)             # the ordinary model
+```
+
+`pipeline`, `generate`, `lm_eval` with `model="hf"`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed again) work as
+with any model. [The format](format.md) is open and small.
+
+## Whole models
+
+{models_table()}
+
+{measured_line()}
+
+    python benchmarks/packed.py --name NAME --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out benchmarks/results/packed.json
+
+## One product
+
+Time of `x W^T` with W of {kernels["size"]} x {kernels["size"]}: torch's bf16 over ours. The {kernels["matrices"]} matrices come from memory, as in decoding.
+Level `{kernels["level"]}`, one thread:
+
+{speedup_table(1)}
+
+Two threads:
+
+{speedup_table(2)}
+
+## Where the speed comes from
+
+{shares_table()}
+
+On this machine torch's bf16 product reads its weights about as fast as memory gives them, and so does ours. So the gain is the
+bytes that are not read: at most 1 / 0.5625 = 1.78 at 50%, and more only where torch falls behind. On a CPU where torch's product is
+slower than memory, the kernel adds to it.
+
+## Bytes
+
+Of a matrix, against dense bf16. Random weights; real ones shrink about as much on the disk.
+
+{bytes_table()}
+
+    python benchmarks/kernels.py --out benchmarks/results/kernels.json
+
+## Where nothing is gained
+
+- **Large batches.** Arithmetic decides there. Above a batch of 512 (16 without AMX) weights are unpacked in tiles for torch's product.
+- **GPUs**: not measured. On a GPU, layers are dense. A Triton kernel exists and is correct in the interpreter; `benchmarks/gpu.py`
+  measures it.
+- **Other runtimes** (vLLM, llama.cpp, ONNX): they read the ordinary checkpoint, where zeros gain nothing.
+- **Models whose code reads weights itself** (Mamba's `dt_proj`), fused experts, fp16 and fp32 values: unpacked to dense when loaded, and
+  the model says so once. Their files are still smaller.
+- CPUs without AVX2, and machines that are not x86-64 Linux: unpacked to dense.
+
+## Kernels
+
+AVX-512 with VBMI2 and BF16, AMX where there is one, else AVX2; chosen at run time. They are compiled when secateur is installed, if
+there is a C compiler; installing never needs one. `secateur env` says what is used. `SECATEUR_KERNELS=avx2` (`avx512`, `none`) uses less.
+
+{installs_table()}
+
+    python benchmarks/installs.py --out benchmarks/results/installs.json
+    SECATEUR_BUILD=kernels python -m build --wheel && auditwheel repair dist/*.whl    # a manylinux wheel for every Python
+
+## Fine-tune and keep the zeros
+
+```python
+model = AutoModelForCausalLM.from_pretrained("PRUNED")
+with secateur.keep_zeros(model):   # any torch optimizer
+    train(model)                   # or: merged = peft_model.merge_and_unload()
+model.save_pretrained("TUNED")
+secateur.Report.load("PRUNED").save("TUNED")   # lets `secateur inspect TUNED` check every zero
+```
+
+With `transformers.Trainer`: `callbacks=[secateur.KeepZerosCallback()]`. Then pack TUNED.
+"""
+
+
+def pages() -> dict[Path, str]:
+    """The page."""
+    return {DOCS / "packed.md": page()}
