@@ -28,8 +28,8 @@ from secateur.models.blocks import (
     Block,
     BlockCall,
     body_of,
-    device_of,
     hidden_of,
+    on_device_of,
     run_without_cache,
     same_tensor,
     without_cache,
@@ -113,8 +113,7 @@ def run_dense_pass(
 
 
 def _run_batch(model: nn.Module, batch: Batch, calls: _CallRecorder, uses: _UseRecorder) -> None:
-    device = device_of(model)
-    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    on_device = on_device_of(model, batch)
     real = _real_positions(on_device)
     if real is None:
         on_device.pop("attention_mask", None)

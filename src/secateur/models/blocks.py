@@ -166,6 +166,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
+def on_device_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's inputs where they go. While weights are onloaded, that is where they are onloaded to."""
+    device = device_of(model)
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
 def config_of(model: Any) -> Any:
     """The model's configuration.
 

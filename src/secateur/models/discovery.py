@@ -22,8 +22,8 @@ from secateur.models.blocks import (
     BlockCall,
     ForwardError,
     body_of,
-    device_of,
     hidden_of,
+    on_device_of,
     run_without_cache,
     same_tensor,
 )
@@ -99,7 +99,7 @@ def find_block_chains(
             f"submodules, and its parts are {_parts(model)}. Put its layers into a ModuleList, or prune "
             f"single matrices by secateur.solve"
         )
-    inputs = _first_sequence(batch, device_of(model))
+    inputs = _first_sequence(batch)
     trace, sample = _watch(model, lists, inputs, placement)
     if not trace.ran:
         raise UnsupportedModelError(
@@ -213,10 +213,10 @@ class _Trace:
             self._last = (name, block.name, hidden, hidden._version)
 
 
-def _first_sequence(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _first_sequence(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first sequence of a batch; the whole batch where its inputs have several lengths (patches of pictures)."""
     one_size = len({len(value) for value in batch.values()}) == 1
-    return {key: (value[:1] if one_size else value).to(device) for key, value in batch.items()}
+    return {key: value[:1] if one_size else value for key, value in batch.items()}
 
 
 def _watch(
@@ -231,7 +231,7 @@ def _watch(
             for path in layers:
                 for hook in _hooks(trace, name, every[path]):
                     hooks.callback(hook.remove)
-        run_without_cache(model, body_of(model), **inputs)
+        run_without_cache(model, body_of(model), **on_device_of(model, inputs))
     return trace, sample
 
 
@@ -249,7 +249,7 @@ def _stubs(
             sampled(chain.blocks) as trial,
             stubbed(chain.blocks, outputs),
         ):
-            run_without_cache(model, body_of(model), **inputs)
+            run_without_cache(model, body_of(model), **on_device_of(model, inputs))
     except ForwardError:
         return None
     return outputs if same_calls(own, trial) else None

@@ -90,6 +90,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         by_block = _seconds_of_block(block, dense.stream, context, scale)
         allocation = _seconds_of_allocation(model, dense, block, sample, context)
     num_blocks = len(structure.blocks)
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense_passes = scale * sum(seconds for _, seconds in passes)
     return DryRun(
         coverage_from(model, structure, [found for found, _ in passes]),
@@ -98,7 +99,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         len(batches),
         dense_passes + num_blocks * by_block + allocation,
         _memory(model, structure, block, dense.stream, scale, context),
-        sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + shard_bytes,
+        model_bytes + min(shard_bytes, model_bytes),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch
 from secateur.errors import SecateurError
-from secateur.models.blocks import Block, BlockCall, device_of, hidden_of, run_without_cache
+from secateur.models.blocks import Block, BlockCall, hidden_of, on_device_of, run_without_cache
 from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.weight_uses import WeightUse, WeightWatcher
@@ -67,7 +67,7 @@ def output_fisher_information(
                 placement.onload_model(model),
                 _recorded(blocks, HiddenStates(memory or MemoryBudget(), len(blocks))) as record,
             ):
-                inputs = {name: value.to(device_of(model)) for name, value in sequence.items()}
+                inputs = on_device_of(model, sequence)
                 logits = _logits(run_without_cache(model, model, **inputs), inputs).float()
                 tokens, done = tokens + len(logits), done + 1
                 if not bool(torch.isfinite(logits).all()):
