@@ -19,8 +19,13 @@ FOLDERS = (
     "calibration",
     "pruning",
     "resume",
+    "packed.layout",
+    "packed.encoding",
+    "packed.kernels",
+    "sources",
     "checkpoints",
     "evaluation",
+    "training",
 )
 install_import_hook([f"secateur.{folder}" for folder in FOLDERS], "beartype.beartype")
 

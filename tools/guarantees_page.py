@@ -19,6 +19,8 @@ PROMISES = {
     "A full disk, an I/O error or a read-only disk gives exit code 2 and a message, and costs no finished block.": "test_faults.py: test_a_sample_of_faults_breaks_no_promise; test_resume.py: test_a_full_disk_costs_nothing_that_was_there",
     "A model in the cache that is damaged is made again.": "test_hostile_files.py: test_a_damaged_model_in_the_cache_is_made_again",
     "Damaged and hostile files give exit code 2 and a message: no traceback, no hang, no memory beyond twice the file and 500 MB.": "test_fuzz.py: test_mutated_files_break_no_promise; test_hostile_files.py: test_configs_that_make_no_sense, test_damaged_gguf_files",
+    "A packed model unpacks to the same bits. A damaged one gives an error: its sizes, checksums, masks and counts are checked, and the offsets that kernels use are computed from them.": "test_packed_format.py: test_a_round_trip_keeps_every_bit, test_damaged_headers_are_refused, test_wrong_contents_under_a_right_checksum_are_refused; test_packed_models.py: test_damaged_packed_files_are_found",
+    "Without secateur, a packed model fails to load. It never starts from random weights.": "test_packed_models.py: test_plain_transformers_fails_loudly",
     "Text from files is printed as it is: no markup, no control characters.": "test_hostile_files.py: test_names_from_files_are_printed_as_they_are",
     "No pickle is loaded and no code of a model runs, unless asked for.": "test_hostile_files.py: test_a_pickle_with_a_payload",
     "An error that nobody foresaw says so, leaves its traceback in a file, and exits with 70.": "test_hostile_files.py: test_an_unexpected_error_says_so_and_leaves_its_traceback",
@@ -31,7 +33,7 @@ def pages() -> dict[Path, str]:
 
 
 def _page() -> str:
-    faults, fuzz, verification = (read_result(name) for name in ("faults", "fuzz", "verification"))
+    faults, fuzz, verification, asan = map(read_result, ("faults", "fuzz", "verification", "fuzz_asan"))
     kinds = faults["cases"]
     injected = sum(number for kind, number in kinds.items() if kind not in ("damage", "power cut"))
     rows = [[promise, tests] for promise, tests in PROMISES.items()]
@@ -56,6 +58,7 @@ rename. `secateur.json` in OUT records size and SHA-256 of every file, and its o
 - **{fuzz["inputs"]:,} mutated files** ({", ".join(f"{found['inputs']:,} {name}" for name, found in fuzz["targets"].items())}). The slowest took {slowest:.1f} s. {broken} broke a promise.
 
       python benchmarks/fuzz.py --out benchmarks/results/fuzz.json
+- **{asan["inputs"]:,} mutated packed files** with the kernels under AddressSanitizer. {sum(len(found["broken"]) for found in asan["targets"].values())} broke a promise.
 
 - **What digests cost**: {run["hashing"]:.2f} s of hashing in a run of {run["seconds"]:.0f} s on SmolLM2-135M, {run["hashing"] / run["seconds"]:.1%} (recipe `fast`, 32 x 512 tokens). To resume a finished run hashes {resumed["hashed_bytes"] / 1e6:,.0f} MB in {resumed["hashing"]:.2f} s.
 

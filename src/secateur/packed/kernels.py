@@ -80,7 +80,7 @@ def multiply(
     x: BFloat16[Tensor, "... columns"],
     masks: Int[Tensor, "panels blocks"],
     values: Tensor,
-    offsets: Int[Tensor, " panels+1"],
+    offsets: Int[Tensor, " offsets"],
     rows: int,
     bias: BFloat16[Tensor, " rows"] | None = None,
     scales: Float[Tensor, " rows"] | None = None,
@@ -121,7 +121,7 @@ def multiply(
 def unpack_rows(
     masks: Int[Tensor, "panels blocks"],
     values: Tensor,
-    offsets: Int[Tensor, " panels+1"],
+    offsets: Int[Tensor, " offsets"],
     columns: int,
     start: int,
     stop: int,

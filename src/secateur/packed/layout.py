@@ -71,7 +71,7 @@ class PackedTensor:
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.masks.nbytes + self.values.nbytes + scales + 8 * (len(self.masks) + 1)
 
-    def offsets(self) -> Int[Tensor, " panels+1"]:
+    def offsets(self) -> Int[Tensor, " offsets"]:
         """Index of the first value of each panel, and the number of values."""
         counts = _popcounts(self.masks)
         return torch.from_numpy(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
