@@ -3,7 +3,8 @@
     python benchmarks/packed.py --name N --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out JSON
 
 Packs the two pruned models to scratch folders, and measures every model by `secateur bench` and `secateur eval`. Run it
-on a quiet machine. The dense int8 model is torchao's int8 weights (`pip install torchao`); without it, it is left out.
+on a quiet machine. The dense int8 model is torchao's, the dense int4 one optimum-quanto's (`pip install torchao
+optimum-quanto`); without them they are left out.
 Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names.
 """
 
@@ -27,7 +28,8 @@ PROMPT, NEW = 128, 64
 def main() -> None:
     """Measure the models of one name."""
     args = arguments_of(__doc__, "text", name="", dense="", half="", most="", rounds=2, threads=2, max_tokens=8192)
-    results = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
+    earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results, others = earlier.get("models", {}), earlier.get("perplexity_alone", {})
     with tempfile.TemporaryDirectory() as scratch:
         folders = variants(args, Path(scratch))
         perplexities = {name: perplexity(folder, args) for name, folder in folders.items()}
@@ -36,6 +38,8 @@ def main() -> None:
             for name, folder in folders.items():
                 speeds[name] += secateur.bench([folder], prompt_tokens=PROMPT, new_tokens=NEW, threads=args.threads)
                 print(name, speeds[name][-1], flush=True)
+        if (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
+            others[args.name] = {"dense int4 (optimum-quanto)": int4}
         results[args.name] = {
             name: fastest(found).to_dict() | {"model": name, "perplexity": perplexities[name]}
             for name, found in speeds.items()
@@ -46,7 +50,7 @@ def main() -> None:
             "text": Path(args.text).name,
             "max_tokens": args.max_tokens,
         }
-        write_result(args.out, {"models": results, "settings": settings})
+        write_result(args.out, {"models": results, "settings": settings, "perplexity_alone": others})
 
 
 def variants(args: Any, scratch: Path) -> dict[str, Path]:
@@ -74,6 +78,21 @@ def dense_int8(dense: Path, target: Path) -> Path | None:
     AutoModelForCausalLM.from_pretrained(dense, dtype="auto", quantization_config=config).save_pretrained(target)
     AutoTokenizer.from_pretrained(dense).save_pretrained(target)
     return target
+
+
+def perplexity_of_int4(dense: Path, args: Any) -> float | None:
+    """Perplexity of the dense model with optimum-quanto's int4 weights, which has no fast product on a CPU."""
+    try:
+        from optimum.quanto import freeze, qint4, quantize  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    quantize(model, weights=qint4, exclude="lm_head")
+    freeze(model)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    return secateur.evaluate(model, args.text, max_tokens=args.max_tokens, tokenizer=tokenizer)["perplexity"]
 
 
 def perplexity(folder: Path, args: Any) -> float:

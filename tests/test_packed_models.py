@@ -294,6 +294,11 @@ def test_bad_input_is_refused_and_leaves_nothing(pruned, tmp_path, saved):
     with pytest.raises(secateur.SecateurError, match="secateur unpack"):
         secateur.pack(tmp_path / "packed", tmp_path / "out")
 
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.checkpoints.packing.available_bytes", lambda: 1000)
+        with pytest.raises(secateur.SecateurError, match="takes 0.0 GB of memory, and 0.0 GB are free"):
+            secateur.pack(pruned, tmp_path / "out")
+
     config = tmp_path / "packed" / "config.json"
     content = config.read_text()
     config.write_text(content.replace('"version": 1', '"version": 2'))

@@ -47,6 +47,13 @@ def measured_line() -> str:
     )
 
 
+def int4_line() -> str:
+    found = read_result("packed").get("perplexity_alone", {})
+    return " ".join(
+        f"{model}, {name}: perplexity {value:.2f}." for model, each in found.items() for name, value in each.items()
+    )
+
+
 def kernel_rows(threads: int) -> list[dict[str, Any]]:
     return [row for row in read_result("kernels")["rows"] if row["threads"] == threads]
 
@@ -131,7 +138,7 @@ with any model. [The format](format.md) is open and small.
 
 {models_table()}
 
-{measured_line()}
+{measured_line()} {int4_line()}
 
     python benchmarks/packed.py --name NAME --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out benchmarks/results/packed.json
 

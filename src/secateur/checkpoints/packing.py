@@ -20,6 +20,7 @@ from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
 from secateur.pruning.report import METADATA, Report, read_metadata
+from secateur.runtime.memory import available_bytes
 from secateur.sources.unpacked import (
     NOT_SMALLER,
     USAGE,
@@ -31,6 +32,8 @@ from secateur.sources.unpacked import (
 )
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.json_files import read_json
+
+COPIES = 5  # of a matrix in memory, while it is packed
 
 
 def pack_folder(
@@ -63,6 +66,7 @@ def pack_folder(
     count = sum(entry.is_packed for entries in by_file.values() for entry in entries)
     if not count:
         raise SecateurError(_why_not_worth(folder, files))
+    _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed))
 
     def write(target: Path) -> None:
         written = {}
@@ -150,6 +154,15 @@ def _read_packed(path: Path, name: str, is_transposed: bool, values: Values) -> 
 def packed_card(text: str) -> str:
     """A model card that says how to load packed weights."""
     return text.replace(NOT_SMALLER, USAGE) if NOT_SMALLER in text else f"{text.rstrip()}\n\n{USAGE}"
+
+
+def _check_memory(largest: int) -> None:
+    needed, there = COPIES * largest, available_bytes()
+    if needed > there:
+        raise SecateurError(
+            f"packing the largest matrix takes {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free: end "
+            f"other programs, or pack on a larger machine"
+        )
 
 
 def _why_not_worth(folder: Path, files: list[Path]) -> str:

@@ -105,3 +105,8 @@ class Workspace:
 def resident_bytes() -> int:
     """Memory of this process that is in RAM, mapped files included."""
     return psutil.Process().memory_info().rss
+
+
+def available_bytes() -> int:
+    """Memory of this machine that processes can still take."""
+    return psutil.virtual_memory().available
