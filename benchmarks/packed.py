@@ -4,7 +4,7 @@
 
 Packs the two pruned models to scratch folders, and measures every model by `secateur bench` and `secateur eval`. Run it
 on a quiet machine. The dense int8 model is torchao's, the dense int4 one optimum-quanto's (`pip install torchao
-optimum-quanto`); without them they are left out.
+optimum-quanto`); without them, or with `--fewer`, they are left out.
 Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names.
 """
 
@@ -27,7 +27,9 @@ PROMPT, NEW = 128, 64
 
 def main() -> None:
     """Measure the models of one name."""
-    args = arguments_of(__doc__, "text", name="", dense="", half="", most="", rounds=2, threads=2, max_tokens=8192)
+    args = arguments_of(
+        __doc__, "text", name="", dense="", half="", most="", rounds=2, threads=2, max_tokens=8192, fewer=False
+    )
     earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
     results, others = earlier.get("models", {}), earlier.get("perplexity_alone", {})
     with tempfile.TemporaryDirectory() as scratch:
@@ -38,7 +40,7 @@ def main() -> None:
             for name, folder in folders.items():
                 speeds[name] += secateur.bench([folder], prompt_tokens=PROMPT, new_tokens=NEW, threads=args.threads)
                 print(name, speeds[name][-1], flush=True)
-        if (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
+        if not args.fewer and (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
             others[args.name] = {"dense int4 (optimum-quanto)": int4}
         results[args.name] = {
             name: fastest(found).to_dict() | {"model": name, "perplexity": perplexities[name]}
@@ -57,19 +59,21 @@ def variants(args: Any, scratch: Path) -> dict[str, Path]:
     """Every model to measure, by its name."""
     dense = resolve(args.dense)
     found = {"dense bf16": dense}
-    if (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
+    if not args.fewer and (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
         found["dense int8 (torchao)"] = int8
     for share, folder in (("50%", args.half), ("70%", args.most)):
-        found[f"packed {share}"], found[f"packed {share}, int8"] = scratch / share, scratch / f"{share}-int8"
-        secateur.pack(folder, scratch / share)
-        secateur.pack(folder, scratch / f"{share}-int8", values="int8")
+        for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")):
+            if not args.fewer or name != "packed 70%, int8":
+                found[name] = scratch / name
+                options: Any = {"values": values}
+                secateur.pack(folder, found[name], **options)
     return found
 
 
 def dense_int8(dense: Path, target: Path) -> Path | None:
     """The dense model with torchao's int8 weights."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     except ImportError:
         return None
     from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -83,7 +87,7 @@ def dense_int8(dense: Path, target: Path) -> Path | None:
 def perplexity_of_int4(dense: Path, args: Any) -> float | None:
     """Perplexity of the dense model with optimum-quanto's int4 weights, which has no fast product on a CPU."""
     try:
-        from optimum.quanto import freeze, qint4, quantize  # pyright: ignore[reportMissingImports]
+        from optimum.quanto import freeze, qint4, quantize  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     except ImportError:
         return None
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pages import DOCS, read_result, table
+from pages import DOCS, RESULTS, read_result, table
+
+
+def measured() -> list[Any]:
+    """What benchmarks/packed.py wrote, a JSON for each model and its settings."""
+    return [read_result(path.stem) for path in sorted(RESULTS.glob("packed*.json"))]
 
 
 def models_table() -> str:
     """Every model's variants: size, memory, speed, perplexity, with ratios to the dense one."""
     rows = []
-    for model, variants in read_result("packed")["models"].items():
+    for model, variants in [pair for found in measured() for pair in found["models"].items()]:
         dense = variants["dense bf16"]
         for name, found in variants.items():
             rows.append(
@@ -38,19 +43,23 @@ def speed_cell(found: dict[str, Any], dense: dict[str, Any], key: str) -> str:
 
 
 def measured_line() -> str:
-    found = read_result("packed")
-    where, settings = found["environment"], found["settings"]
+    where, settings = measured()[0]["environment"], measured()[0]["settings"]
+    tokens = ", ".join(
+        f"{found['settings']['max_tokens']} tokens for {model}" for found in measured() for model in found["models"]
+    )
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['max_tokens']} tokens of {settings['text']}."
+        f"{settings['text']} ({tokens})."
     )
 
 
 def int4_line() -> str:
-    found = read_result("packed").get("perplexity_alone", {})
     return " ".join(
-        f"{model}, {name}: perplexity {value:.2f}." for model, each in found.items() for name, value in each.items()
+        f"{model}, {name}: perplexity {value:.2f}."
+        for found in measured()
+        for model, each in found.get("perplexity_alone", {}).items()
+        for name, value in each.items()
     )
 
 
