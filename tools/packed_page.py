@@ -137,7 +137,7 @@ import secateur  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PACKED")  # weights stay packed
-dense = secateur.load("PACKED", dense=True)             # the ordinary model
+dense = secateur.load("PACKED", dense=True)  # the ordinary model
 ```
 
 `pipeline`, `generate`, `lm_eval` with `model="hf"`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed again) work as
@@ -202,10 +202,10 @@ there is a C compiler; installing never needs one. `secateur env` says what is u
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("PRUNED")
-with secateur.keep_zeros(model):   # any torch optimizer
-    train(model)                   # or: merged = peft_model.merge_and_unload()
+with secateur.keep_zeros(model):  # any torch optimizer
+    train(model)  # or: merged = peft_model.merge_and_unload()
 model.save_pretrained("TUNED")
-secateur.Report.load("PRUNED").save("TUNED")   # lets `secateur inspect TUNED` check every zero
+secateur.Report.load("PRUNED").save("TUNED")  # lets `secateur inspect TUNED` check every zero
 ```
 
 With `transformers.Trainer`: `callbacks=[secateur.KeepZerosCallback()]`. Then pack TUNED.
