@@ -77,7 +77,7 @@ def _multiply_part(
     first = tl.load(offsets + panel * tl.num_programs(1) + part)
     bit = tl.arange(0, ROWS * COLUMNS)
     row = tl.arange(0, ROWS)
-    for i in tl.static_range(BATCH):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in tl.static_range(BATCH):
         start = first
         total = tl.zeros((ROWS,), dtype=tl.float32)
         for step in range(0, SPLIT, STEP):
