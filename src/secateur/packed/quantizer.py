@@ -231,9 +231,9 @@ def _let_go_of_files(model: nn.Module) -> None:
     The coded bytes in a file would else stay in memory for as long as any part of it is used.
     """
     for module in model.modules():
-        if not isinstance(module, PackedLinear):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.clone()
+        buffers = () if isinstance(module, PackedLinear) else module.buffers(recurse=False)
+        for tensor in (*module.parameters(recurse=False), *buffers):
+            tensor.data = tensor.data.clone()
 
 
 def _why_dense(dtype: Any) -> str:
