@@ -101,7 +101,7 @@ def words(packed: PackedTensor) -> Tensor:
 
 def product(x: Tensor, packed: PackedTensor) -> Tensor:
     """One product."""
-    return kernels.multiply(x, packed.masks, packed.values, OFFSETS[packed.kept], SIZE, None, packed.scales)
+    return kernels.multiply(x, packed.masks, packed.values, OFFSETS[packed.kept], SIZE, SIZE, None, packed.scales)
 
 
 OFFSETS: dict[int, Tensor] = {}

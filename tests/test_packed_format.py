@@ -90,7 +90,7 @@ def test_products_agree_with_float64(monkeypatch, level, threads):
             x, bias = sparse((batch, columns), 0, seed=1), sparse((1, rows), 0, seed=2)[0]
             packed = pack(W)
             for added in (None, bias):
-                y = kernels.multiply(x, packed.masks, packed.values, packed.offsets(), rows, added)
+                y = kernels.multiply(x, packed.masks, packed.values, packed.offsets(), rows, packed.columns, added)
                 exact = x.double() @ W.double().T + (0 if added is None else added.double())
                 sums = x.double().abs() @ W.double().abs().T + bias.double().abs()
                 error = (y.double() - exact).abs()
@@ -109,7 +109,9 @@ def test_products_of_int8_values_agree_with_float64(monkeypatch, level, threads)
             x, bias = sparse((batch, columns), 0, seed=1), sparse((1, rows), 0, seed=2)[0]
             packed = pack_int8(sparse((rows, columns), 0.5, seed=batch))
             W = layout._unpack_by_numpy(replace(packed, dtype=torch.float32))[0].double()
-            y = kernels.multiply(x, packed.masks, packed.values, packed.offsets(), rows, bias, packed.scales)
+            y = kernels.multiply(
+                x, packed.masks, packed.values, packed.offsets(), rows, packed.columns, bias, packed.scales
+            )
             exact = x.double() @ W.T + bias.double()
             of_x = x.double().abs().amax(1, keepdim=True) * W.abs().sum(1) / 65534
             of_sums = (x.double().abs() @ W.abs().T + bias.double().abs()) * 2**-16
@@ -125,14 +127,18 @@ def test_int8_sums_do_not_overflow(monkeypatch, level):
     W, x = torch.ones(16, 8192).bfloat16(), torch.ones(8, 8192).bfloat16()
     packed = pack_int8(W)
     for batch in (1, 2, 4, 8):
-        y = kernels.multiply(x[:batch], packed.masks, packed.values, packed.offsets(), 16, None, packed.scales)
+        y = kernels.multiply(
+            x[:batch], packed.masks, packed.values, packed.offsets(), 16, packed.columns, None, packed.scales
+        )
         assert (y == 8192).all()
     x[1, 3] = float("nan")
     x[0, 3] = float("inf")
-    y = kernels.multiply(x[:4], packed.masks, packed.values, packed.offsets(), 16, None, packed.scales)
+    y = kernels.multiply(x[:4], packed.masks, packed.values, packed.offsets(), 16, packed.columns, None, packed.scales)
     assert not y[:2].isfinite().any()
     assert (y[2:] == 8192).all()
-    y = kernels.multiply(x[:1] * 0, packed.masks, packed.values, packed.offsets(), 16, None, packed.scales)
+    y = kernels.multiply(
+        x[:1] * 0, packed.masks, packed.values, packed.offsets(), 16, packed.columns, None, packed.scales
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,6 +167,14 @@ def decoded_exactly(packed):
 
 
 @needs_kernels
+def test_inputs_of_another_width_are_refused():
+    packed = pack(sparse((48, 32), 0.5))
+    for width in (16, 31, 33, 64, 4096):
+        with pytest.raises(SecateurError, match=f"have {width} columns, and the packed matrix has 32"):
+            kernels.multiply(torch.ones(2, width).bfloat16(), packed.masks, packed.values, packed.offsets(), 48, 32)
+
+
+@needs_kernels
 def test_a_product_reads_nothing_but_its_own_input():
     """Inputs that lie before and after, and are not finite, change nothing, also where columns are padded."""
     for columns in (3, 5, 30, 34, 64):
@@ -170,7 +184,7 @@ def test_a_product_reads_nothing_but_its_own_input():
         for batch in (1, 4):
             inputs = around[32 : 32 + batch * columns].view(batch, columns)
             inputs.copy_(sparse((batch, columns), 0))
-            y = kernels.multiply(inputs, packed.masks, packed.values, packed.offsets(), 20)
+            y = kernels.multiply(inputs, packed.masks, packed.values, packed.offsets(), 20, packed.columns)
             assert y.isfinite().all()
             around.fill_(float("nan"))
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_every_family_packs_unpacks_loads_and_saves_again(saved, tmp_path, famil
     model.save_pretrained(tmp_path / "again")
     secateur.unpack(tmp_path / "again", tmp_path / "unpacked-again")
     assert_same_weights(weights_of(tmp_path / "unpacked-again"), weights_of(folder))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases, and with
+def test_a_loaded_model_lets_go_of_coded_files(saved, family):
+    _, packed = saved(family)
+    model = secateur.load(packed)
+    assert str(packed) not in Path("/proc/self/maps").read_text()
+    assert model is not None
 
 
 @needs_kernels
@@ -221,7 +231,7 @@ def test_torch_compile_keeps_the_product():
         assert torch.equal(compiled(x), packed(x))
     torch.library.opcheck(
         torch.ops.secateur.packed_linear.default,
-        (x, packed.masks, packed.values, packed.offsets, packed.bias.detach(), packed.scales, 48),
+        (x, packed.masks, packed.values, packed.offsets, packed.bias.detach(), packed.scales, 32, 48),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -77,11 +77,12 @@ def description() -> str:
 
 
 def multiply(
-    x: BFloat16[Tensor, "... columns"],
+    x: BFloat16[Tensor, "... width"],
     masks: Int[Tensor, "panels blocks"],
     values: Tensor,
     offsets: Int[Tensor, " offsets"],
     rows: int,
+    columns: int,
     bias: BFloat16[Tensor, " rows"] | None = None,
     scales: Float[Tensor, " rows"] | None = None,
 ) -> BFloat16[Tensor, "... rows"]:
@@ -93,12 +94,17 @@ def multiply(
         values: its kept values, bfloat16 or int8, with padding.
         offsets: its `offsets()`.
         rows: outputs.
+        columns: inputs.
         bias: added before the sums are rounded.
         scales: of the rows of int8 values.
 
+    Raises:
+        SecateurError: inputs of another width, which would be read beyond their end.
+
     Cost: one read of W for a small batch; above `MAX_BATCH`, W is unpacked in tiles.
     """
-    columns = x.shape[-1]
+    if x.shape[-1] != columns:
+        raise SecateurError(f"the inputs have {x.shape[-1]} columns, and the packed matrix has {columns}")
     inputs = x.reshape(-1, columns).contiguous()
     batch = len(inputs)
     out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16)

@@ -71,7 +71,9 @@ class PackedLinear(nn.Module):
         if not self.is_packed or x.dtype != torch.bfloat16 or not x.is_cpu:
             return nn.functional.linear(x, self.weight.T if self.is_transposed else self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return packed_linear(x, self.masks, self.values, self.offsets, self.bias, self.scales, self.out_features)
+            return packed_linear(
+                x, self.masks, self.values, self.offsets, self.bias, self.scales, self.in_features, self.out_features
+            )
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithGradient.apply(x, self)  # pyright: ignore[reportReturnType]
         return self._multiply(x)
@@ -79,7 +81,8 @@ class PackedLinear(nn.Module):
     def _multiply(self, x: Tensor) -> Tensor:
         scales = self._scales()
         values = self.values.view(torch.bfloat16) if scales is None else self.values
-        return kernels.multiply(x, self.masks, values, self.offsets, self.out_features, self.bias, scales)
+        sizes = (self.out_features, self.in_features)
+        return kernels.multiply(x, self.masks, values, self.offsets, *sizes, self.bias, scales)
 
     def become_dense(self) -> None:
         """Unpack the weight, as it is stored, and let go of the packed one."""
@@ -131,6 +134,7 @@ def packed_linear(
     offsets: Tensor,
     bias: Tensor | None,
     scales: Tensor | None,
+    columns: int,
     rows: int,
 ) -> Tensor:
     """The product as an operator that `torch.compile` keeps whole.
@@ -138,8 +142,8 @@ def packed_linear(
     `values` holds bfloat16 as int16, or is int8; `scales` holds float32 as int32.
     """
     if scales is None:
-        return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, bias)
-    return kernels.multiply(x, masks, values, offsets, rows, bias, scales.view(torch.float32))
+        return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, columns, bias)
+    return kernels.multiply(x, masks, values, offsets, rows, columns, bias, scales.view(torch.float32))
 
 
 @packed_linear.register_fake
