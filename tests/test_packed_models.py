@@ -292,8 +292,10 @@ def test_bad_input_is_refused_and_leaves_nothing(pruned, tmp_path, saved):
     dense = tmp_path / "model"
     with pytest.raises(secateur.SecateurError, match=r"packed, the model would take 1\.0\d of its"):
         secateur.pack(dense, tmp_path / "out")
-    with pytest.raises(secateur.SecateurError, match="not an empty folder"):
-        secateur.pack(pruned, dense)
+    with pytest.MonkeyPatch.context() as patched:  # before any work
+        patched.setattr("secateur.checkpoints.packing.inspect_folder", pytest.fail)
+        with pytest.raises(secateur.SecateurError, match="not an empty folder"):
+            secateur.pack(pruned, dense)
     with pytest.raises(secateur.SecateurError, match="which is read"):
         secateur.pack(pruned, pruned / "inside")
     with pytest.raises(secateur.SecateurError, match="is not packed"):

@@ -24,7 +24,7 @@ from secateur.runtime.memory import available_bytes
 from secateur.sources.unpacked import (
     NOT_SMALLER,
     USAGE,
-    check_outside,
+    check_new_folder,
     is_packed,
     publish_folder,
     read_tensor,
@@ -56,10 +56,10 @@ def pack_folder(
 
     Cost: four reads of the weights.
     """
+    check_new_folder(folder, out)
     _, shards = check_folder(folder)
     if (folder / METADATA).is_file() and (problems := inspect_folder(folder).problems):
         raise SecateurError(f"{folder} is not what was saved, so it is not packed: {problems[0]}")
-    check_outside(folder, out)
     files = sorted(set(shards.values()))
     transposed = transposed_matrices(read_metadata(folder)) if (folder / METADATA).is_file() else set()
     by_file = {path: entries_of(path, transposed, values) for path in files}
@@ -69,13 +69,12 @@ def pack_folder(
     _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed))
 
     def write(target: Path) -> None:
-        written = {}
-        for number, (path, entries) in enumerate(by_file.items()):
-            name = path.name.replace("model", "packed", 1) if len(files) > 1 else WEIGHTS
-            written[name] = write_weights(target / name, entries, compression)
-            progress("pack", number + 1, len(files))
+        names = [path.name.replace("model", "packed", 1) for path in files] if len(files) > 1 else [WEIGHTS]
+        for number, (name, entries) in enumerate(zip(names, by_file.values(), strict=True), 1):
+            write_weights(target / name, entries, compression)
+            progress("pack", number, len(files))
         if len(files) > 1:
-            write_index(target / INDEX, written)
+            write_index(target / INDEX, names)
         config = read_json(folder / "config.json")
         config["quantization_config"] = packing_config(len(files))
         write_rest(folder, target, config, packed_card)

@@ -24,7 +24,7 @@ from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
 from secateur.models.matrices import parameter_of
 from secateur.packed.files import INDEX as PACKED_INDEX
-from secateur.packed.files import write_weights
+from secateur.packed.files import write_index, write_weights
 from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
 from secateur.resume.publish import Publisher, read_outcome
@@ -81,7 +81,7 @@ def write_checkpoint(
         progress("save", number + 1, len(outcome["shards"]))
     weights = publisher.name_shards()
     if len(weights) > 1:
-        _write_index(folder / (PACKED_INDEX if is_packed else INDEX), list(weights), report.model_parameters)
+        write_index(folder / (PACKED_INDEX if is_packed else INDEX), weights, report.model_parameters)
     _write_config(checkpoint, folder, packing_config(len(weights)) if is_packed else None)
     copy_other_files(checkpoint.folder, folder)
     card = model_card(checkpoint, report, title)
@@ -137,20 +137,6 @@ def _pack_files(folder: Path, report: Report) -> None:
         packed = path.with_name(path.name.replace("model", "packed", 1))
         write_weights(packed, entries_of(path, transposed), "zstd")
         path.unlink()
-
-
-def _write_index(path: Path, weights: list[str], parameters: int) -> None:
-    """Write the index of shards, as transformers does."""
-    folder = path.parent
-    size, weight_map = 0, {}
-    for name in weights:
-        with safe_open(folder / name, framework="pt") as shard:
-            weight_map |= dict.fromkeys(shard.keys(), name)
-        with (folder / name).open("rb") as file:
-            header = 8 + int.from_bytes(file.read(8), "little")
-        size += (folder / name).stat().st_size - header
-    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[str]) -> dict[str, Tensor]:

@@ -299,7 +299,7 @@ def demo(
     asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}
     with progress_shown() as progress:
         models, report = run_demo(out, asked, eval_tokens, device, progress)
-        speeds = dense_against_packed(out, progress)
+        speeds = dense_against_packed(out, report, progress)
     if as_json:
         print_json({"models": models, "speed": [each.to_dict() for each in speeds], "report": report.to_dict()})
         return

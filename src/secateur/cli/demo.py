@@ -21,10 +21,12 @@ from secateur.resume.manifest import unfinished
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device
 from secateur.sources.demo_model import DEMO_NAME
+from secateur.sources.unpacked import is_packed
 from secateur.storage.paths import real_path, user_path
 
 PROMPT = "Photosynthesis is the process by which"
 NEW_TOKENS = 40
+LEAST_TO_PACK = 0.2  # share of zeros
 DEFAULT_TOKENS = {"samples": 32, "seq_len": 512}
 
 
@@ -53,13 +55,19 @@ def run_demo(
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
 
 
-def dense_against_packed(out: Path, progress: Progress) -> list[Speed]:
-    """Size, memory and speed of the dense demo model, and of the pruned one packed to a scratch folder."""
+def dense_against_packed(out: Path, report: Report, progress: Progress) -> list[Speed]:
+    """Size, memory and speed of the dense demo model, and of the pruned one packed to a scratch folder.
+
+    What has too few zeros to be packed, or is packed already, is measured as it is.
+    """
     with TemporaryDirectory() as scratch:
-        packed = Path(scratch) / "packed"
-        pack(out, packed)
-        dense, ours = bench([DEMO_NAME, packed], progress=progress)
-    return [replace(dense, model="dense"), replace(ours, model="pruned and packed")]
+        ours, name = Path(scratch) / "packed", "pruned and packed"
+        if is_packed(out) or report.sparsity < LEAST_TO_PACK:
+            ours, name = out, "pruned"
+        else:
+            pack(out, ours)
+        speeds = bench([DEMO_NAME, ours], progress=progress)
+    return [replace(speeds[0], model="dense"), replace(speeds[1], model=name)]
 
 
 def few_tokens(asked: Mapping[str, Any]) -> dict[str, Any]:

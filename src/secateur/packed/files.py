@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class Entry:
     read: Callable[[], Tensor | PackedTensor]
 
 
-def write_weights(path: Path, entries: Iterable[Entry], compression: Compression) -> list[str]:
-    """Write one file, with one tensor in memory at a time; returns the names of its tensors.
+def write_weights(path: Path, entries: Iterable[Entry], compression: Compression) -> None:
+    """Write one file, with one tensor in memory at a time.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -61,14 +61,28 @@ def write_weights(path: Path, entries: Iterable[Entry], compression: Compression
                 writer.write_encoded(entry.name, encode(content, compression))
             else:
                 writer.write_dense(entry.name, content)
-    return [entry.name for entry in in_order]
 
 
-def write_index(path: Path, shards: Mapping[str, list[str]]) -> None:
-    """Write the index of several files: names of tensors by file."""
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    size = sum(path.with_name(file).stat().st_size for file in shards)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+def write_index(path: Path, files: Iterable[str], parameters: int | None = None) -> None:
+    """Write the index of several safetensors files next to it, as transformers does.
+
+    Args:
+        path: of the index.
+        files: their names.
+        parameters: weights of the model, where they are known.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    size, weight_map = 0, {}
+    for name in files:
+        file = path.with_name(name)
+        with safe_open(file, framework="pt") as shard:
+            weight_map |= dict.fromkeys(shard.keys(), name)
+        with file.open("rb") as content:
+            size += file.stat().st_size - 8 - int.from_bytes(content.read(8), "little")
+    metadata = {"total_size": size} | ({} if parameters is None else {"total_parameters": parameters})
+    index = {"metadata": metadata, "weight_map": weight_map}
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -49,10 +49,11 @@ def save_packed(
     for path in folder.iterdir():
         if _ANY_WEIGHTS.fullmatch(path.name):
             path.unlink()
-    written = {name: write_weights(folder / name, entries, compression) for name, entries in shards.items()}
-    if len(written) > 1:
-        write_index(folder / INDEX, written)
-    model.config.quantization_config.sharded = len(written) > 1
+    for name, entries in shards.items():
+        write_weights(folder / name, entries, compression)
+    if len(shards) > 1:
+        write_index(folder / INDEX, shards)
+    model.config.quantization_config.sharded = len(shards) > 1
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -54,7 +54,7 @@ def unpack_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]
     Raises:
         SecateurError: it is not packed, or damaged, or a folder that can't be written.
     """
-    check_outside(folder, out)
+    check_new_folder(folder, out)
     files = sorted(set(check_packed(folder).values()))
 
     def write(target: Path) -> None:
@@ -82,13 +82,16 @@ def is_packed(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
-def check_outside(folder: Path, out: Path) -> None:
-    """Check that `out` is not in a folder that is read.
+def check_new_folder(folder: Path, out: Path) -> None:
+    """Check that `out` is a new or empty folder, and not in one that is read.
 
     Raises:
-        SecateurError: it is.
+        SecateurError: it is not.
     """
-    if real_path(folder) in (real_path(out), *real_path(out).parents):
+    place = real_path(out)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise SecateurError(f"{out} exists and is not an empty folder: choose another one")
+    if real_path(folder) in (place, *place.parents):
         raise SecateurError(f"{out} lies in {folder}, which is read: choose another folder")
 
 
@@ -96,11 +99,9 @@ def publish_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder next to `out`, and put it there when it is whole.
 
     Raises:
-        SecateurError: `out` holds something, or can't be written.
+        SecateurError: `out` can't be written, or something came to it meanwhile.
     """
     place = real_path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise SecateurError(f"{out} exists and is not an empty folder: choose another one")
     try:
         make_folders(place.parent)
         with HeldFolder(place.parent) as parent:
@@ -131,14 +132,12 @@ def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callabl
 
 
 def _write_dense(folder: Path, files: list[Path], target: Path, progress: Progress) -> None:
-    written = {}
-    for number, path in enumerate(files):
-        name = path.name.replace("packed", "model", 1)
-        entries = _dense_entries(path)
-        written[name] = write_weights(target / name, entries, "none")
-        progress("unpack", number + 1, len(files))
+    names = [path.name.replace("packed", "model", 1) for path in files]
+    for number, (path, name) in enumerate(zip(files, names, strict=True), 1):
+        write_weights(target / name, _dense_entries(path), "none")
+        progress("unpack", number, len(files))
     if len(files) > 1:
-        write_index(target / DENSE_INDEX, written)
+        write_index(target / DENSE_INDEX, names)
     config = read_json(folder / "config.json")
     del config["quantization_config"]
     write_rest(folder, target, config, _dense_card)
