@@ -8,7 +8,7 @@ why.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -215,12 +215,6 @@ def _unpack_by_numpy(packed: PackedTensor) -> Tensor:
     if packed.scales is None:
         return matrices.view(packed.dtype)
     return (matrices.float() * packed.scales.view(packed.stack, packed.rows, 1)).to(packed.dtype)
-
-
-def copied(packed: PackedTensor) -> PackedTensor:
-    """The same in new memory, for tensors that are mapped from a file."""
-    scales = None if packed.scales is None else packed.scales.clone()
-    return replace(packed, masks=packed.masks.clone(), values=packed.values.clone(), scales=scales)
 
 
 def is_mapped(encoded: Tensor, packed: PackedTensor) -> bool:

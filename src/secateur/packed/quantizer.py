@@ -21,10 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import SecateurError
 from secateur.packed import kernels
-from secateur.packed.encoding import ZSTD, Header, decode
+from secateur.packed.encoding import Header, decode, is_encoded
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, dense, read_headers
-from secateur.packed.layout import copied, is_mapped
+from secateur.packed.layout import is_mapped
 from secateur.packed.linear import PackedLinear, say_once
+from secateur.packed.mapped import drop_pages
 from secateur.packed.saving import save_packed
 
 
@@ -91,7 +92,6 @@ class PackedQuantizer(HfQuantizer):
         """Give each layer that a kernel will serve a weight of encoded bytes."""
         self._layers: dict[str, nn.Module] = {}
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
-        self._is_coded = any(header.coding == ZSTD for header, _ in headers.values())
         if self.quantization_config.dequantize or kernels.level() == "none" or self._dtype != torch.bfloat16:
             if not self.quantization_config.dequantize:
                 say_once(f"the packed model is unpacked to a dense one: {_why_dense(self._dtype)}")
@@ -135,9 +135,7 @@ class PackedQuantizer(HfQuantizer):
         while self._layers:
             name, module = self._layers.popitem()
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _packed_layer(name, module, self._is_coded))
-        if self._is_coded:
-            _let_go_of_files(model)
+            setattr(model.get_submodule(parent), child, _packed_layer(name, module))
         if not self.quantization_config.dequantize:
             model._weight_conversions = [each for each in model._weight_conversions if each is not self._others]
             model.save_pretrained = partial(save_packed, model)
@@ -170,7 +168,7 @@ class _Decode(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *_: Any, full_layer_name: str, **__: Any) -> Any:
         """Decode every tensor of `input_dict` (pattern -> tensors)."""
-        return {pattern: [dense(each, full_layer_name) for each in tensors] for pattern, tensors in input_dict.items()}
+        return {pattern: [_dense(each, full_layer_name) for each in tensors] for pattern, tensors in input_dict.items()}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -194,7 +192,7 @@ class _DecodeOne(ConversionOps):
         ((found, *_rest),) = input_dict.values()
         target = model.get_parameter_or_buffer(full_layer_name)
         if target.dtype != torch.uint8:
-            found = dense(found, full_layer_name)
+            found = _dense(found, full_layer_name)
             found = found.to(target.dtype) if found.is_floating_point() else found
         return {full_layer_name: found}
 
@@ -213,27 +211,23 @@ def _is_served(header: Header) -> bool:
     return header.dtype == torch.bfloat16 and len(header.shape) == 2
 
 
-def _packed_layer(name: str, module: nn.Module, is_coded: bool) -> PackedLinear:
+def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
     weight: Tensor = module.weight.data  # pyright: ignore[reportAssignmentType]
     bias: Any = module.bias
     try:
         packed = decode(weight)
     except SecateurError as error:
         raise SecateurError(f"{name}.weight: {error.raw}") from error
-    if is_coded and is_mapped(weight, packed):
-        packed = copied(packed)
+    if not is_mapped(weight, packed):
+        drop_pages(weight)
     return PackedLinear(packed, None if bias is None else bias.data)
 
 
-def _let_go_of_files(model: nn.Module) -> None:
-    """Copy the dense tensors that are mapped from the files.
-
-    The coded bytes in a file would else stay in memory for as long as any part of it is used.
-    """
-    for module in model.modules():
-        buffers = () if isinstance(module, PackedLinear) else module.buffers(recurse=False)
-        for tensor in (*module.parameters(recurse=False), *buffers):
-            tensor.data = tensor.data.clone()
+def _dense(tensor: Tensor, name: str) -> Tensor:
+    found = dense(tensor, name)
+    if is_encoded(tensor):
+        drop_pages(tensor)
+    return found
 
 
 def _why_dense(dtype: Any) -> str:
