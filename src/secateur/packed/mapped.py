@@ -14,7 +14,7 @@ def drop_pages(tensor: Tensor) -> None:
     """Give back the memory of a tensor that is mapped from a file and was read for the last time.
 
     transformers maps a file as a whole, so the bytes that were decoded would stay in memory for as long as another
-    tensor of the file is used. A tensor with a storage of its own does not come from a file, and stays as it is.
+    tensor of the file is used. A tensor that is not a part of a larger storage comes from elsewhere, and stays as it is.
     """
     if tensor.untyped_storage().nbytes() <= tensor.nbytes:
         return
