@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import secateur
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.texts import cut_windows, encode, read_documents
+from secateur.calibration.documents import read_documents
+from secateur.calibration.texts import cut_windows, encode
 from secateur.recipe.recipe import CalibrationText
 
 SOLVERS = ("magnitude", "wanda", "sparsegpt", "mrp", "admm")

@@ -19,7 +19,7 @@ from typing import Any
 from common import arguments_of, write_result
 
 import secateur
-from secateur.evaluation.speed import Speed
+from secateur.reporting.figures import Speed
 from secateur.sources.resolve import resolve
 
 PROMPT, NEW = 128, 64

@@ -12,7 +12,8 @@ from models import character_tokenizer, tiny_model
 import secateur
 from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.texts import encode, opening, read_documents, shipped_text
+from secateur.calibration.documents import Conversation, read_documents, shipped_text
+from secateur.calibration.texts import encode, opening
 from secateur.recipe.recipe import CalibrationText
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(200))
@@ -105,7 +106,7 @@ def test_json_lines_end_at_line_feeds_only(tmp_path):
 def test_a_bos_of_the_chat_template_is_not_doubled():
     tokenizer = character_tokenizer(bos=True, chat=True)
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    ids = encode([[{"role": "user", "content": "hi"}]], tokenizer)
+    ids = encode([Conversation([{"role": "user", "content": "hi"}])], tokenizer)
     assert 0 not in ids
 
 
@@ -113,7 +114,7 @@ def test_a_conversation_that_the_chat_template_refuses_is_named():
     tokenizer = character_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SecateurError, match=r"refuses a conversation \(roles must alternate; roles: user, user\)"):
-        encode([[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]], tokenizer)
+        encode([Conversation([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])], tokenizer)
 
 
 def test_a_text_without_a_name_is_refused():
@@ -190,7 +191,7 @@ def test_texts_that_cannot_serve_are_refused(tmp_path, content, options, message
     ("name", "content", "message"),
     [
         ("a.jsonl", b"{", "line 1: not JSON"),
-        ("a.jsonl", b'{"body": 1}', "line 1: neither a `text` nor a `messages` field"),
+        ("a.jsonl", b'{"body": 1}', "line 1: neither of the fields `text`, `messages` .* only `body`: name the one"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
@@ -204,7 +205,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
 def test_missing_text_and_empty_folder(tmp_path):
     with pytest.raises(ValueError, match=r"is not a file, folder or data set name \(short names: c4, wikitext2, ptb\)"):
         list(read_documents(tmp_path / "no.txt"))
-    with pytest.raises(ValueError, match="holds no .txt or .jsonl"):
+    with pytest.raises(ValueError, match="holds no text: no file ends in .txt, .jsonl"):
         list(read_documents(tmp_path))
 
 
@@ -243,7 +244,7 @@ def test_a_text_in_place_of_its_name_is_told(text):
 def test_messages_without_content_or_in_parts_are_read(tmp_path, content, text):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
-    assert list(read_documents(path)) == [[{"role": "user", "content": text}]]
+    assert list(read_documents(path)) == [Conversation([{"role": "user", "content": text}])]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from models import save_checkpoint
 
 from secateur.cli import app as cli
 from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.page import to_html
 from secateur.comparison.results import Comparison
-from secateur.comparison.table import tables, to_csv, to_html
+from secateur.comparison.table import tables, to_csv
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 

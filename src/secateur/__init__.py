@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from secateur.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from secateur.api.models import bench, env, evaluate, inspect, load, pack, unpack
+    from secateur.api.models import bench, env, evaluate, inspect, load, pack, push, unpack, write_report
     from secateur.api.pruning import coverage_of, dry_run, prune, solve
     from secateur.errors import SecateurError
-    from secateur.pruning.report import Report
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.recipe.recipe import CalibrationText, Recipe, Rule
     from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+    from secateur.reporting.report import Report
     from secateur.solvers import Solved
     from secateur.training.keep_zeros import keep_zeros
     from secateur.training.trainer import KeepZerosCallback
@@ -33,7 +33,7 @@ _HOME = {
     "NM": "secateur.recipe.patterns",
     "Pattern": "secateur.recipe.patterns",
     "Recipe": "secateur.recipe.recipe",
-    "Report": "secateur.pruning.report",
+    "Report": "secateur.reporting.report",
     "Rule": "secateur.recipe.recipe",
     "SecateurError": "secateur.errors",
     "Solved": "secateur.solvers",
@@ -51,8 +51,10 @@ _HOME = {
     "pack": "secateur.api.models",
     "parse_pattern": "secateur.recipe.patterns",
     "prune": "secateur.api.pruning",
+    "push": "secateur.api.models",
     "solve": "secateur.api.pruning",
     "unpack": "secateur.api.models",
+    "write_report": "secateur.api.models",
 }
 
 __all__ = [
@@ -81,8 +83,10 @@ __all__ = [
     "pack",
     "parse_pattern",
     "prune",
+    "push",
     "solve",
     "unpack",
+    "write_report",
 ]
 
 register_with_transformers()

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
-from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
+from secateur.checkpoints.model_card import facts_of_source
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
@@ -23,8 +23,9 @@ from secateur.models.placement import OffloadedWeights
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import prune_model
-from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.recipe import OWN_BATCHES, Recipe
+from secateur.reporting.report import METADATA, Report, read_metadata
+from secateur.reporting.stages import StageClock
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
 from secateur.resume.manifest import Manifest, RunManifest, journal_of
@@ -75,13 +76,13 @@ class Request:
         recipe: what to do.
         texts: what to calibrate on: the recipe's source, or tensors.
         offload_dir: folder for hidden states.
-        progress: called with the stage, what is done, and the total.
+        progress: called with the stage, what is done, and the total; it takes the time.
     """
 
     recipe: Recipe
     texts: Texts
     offload_dir: str | Path | None
-    progress: Progress
+    progress: StageClock
 
     def calibration(self, tokenizer: Any, config: Any) -> CalibrationBatches:
         """Batches of the size that the recipe works best with."""
@@ -204,6 +205,7 @@ def _report_of(
     report = _prune(checkpoint.model, checkpoint.name, data, request, where, blocks, blocks.storage_of, memory)
     return replace(
         report,
+        source=facts_of_source(checkpoint),
         identity=manifest.state.identity,
         seconds=manifest.seconds,
         notices=[*checkpoint.notices, *report.notices, *manifest.state.notices],
@@ -231,6 +233,9 @@ def _prune(
         calibration=data.origin,
         matrices=outcome.matrices,
         blocks=outcome.blocks,
+        depth=outcome.depth,
+        prices=outcome.prices,
+        stages=request.progress.stages(),
         dense=outcome.dense,
         model_parameters=all_parameters(model),
         layer_parameters=outcome.layer_weights,

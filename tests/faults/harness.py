@@ -460,7 +460,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def same_model(out: Path, reference: Path) -> bool:
     """Whether a folder is a whole model with the bits of another; times may differ."""
-    from secateur.pruning.report import METADATA, read_metadata
+    from secateur.reporting.report import METADATA, read_metadata
     from secateur.storage.file_records import first_damage
 
     ours, theirs = bytes_of(out), bytes_of(reference)

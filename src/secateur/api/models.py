@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import nn
 
 from secateur.api.pruning import no_progress, several
 from secateur.calibration.stream import Progress
+from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
 from secateur.checkpoints.load import load_config_and_tokenizer
+from secateur.checkpoints.measured import record_perplexity, record_speed, write_page
 from secateur.checkpoints.packing import load_model, pack_folder
 from secateur.errors import SecateurError
-from secateur.evaluation.perplexity import divergence, perplexity
-from secateur.evaluation.speed import Speed, measure_models
+from secateur.evaluation.perplexity import EvaluationText, divergence, perplexity
+from secateur.evaluation.speed import measure_models
 from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.models.blocks import config_of
 from secateur.models.determinism import evaluation_mode
@@ -26,6 +29,8 @@ from secateur.packed import kernels
 from secateur.packed.encoding import Compression
 from secateur.packed.layout import Values
 from secateur.recipe.settings import checks_names
+from secateur.reporting.figures import Speed
+from secateur.reporting.report import METADATA, read_metadata
 from secateur.runtime.environment import check_device, default_device, devices, environment
 from secateur.sources.model_cache import cache_folder
 from secateur.sources.resolve import resolve
@@ -38,12 +43,14 @@ def evaluate(
     model: nn.Module | str | Path,
     text: str | Path | None = None,
     *,
+    text_field: str | None = None,
     seq_len: int | None = None,
     max_tokens: int | None = None,
     tasks: Sequence[str] = (),
     task_dir: str | Path | None = None,
     task_limit: int | None = None,
     against: nn.Module | str | Path | None = None,
+    record: bool = False,
     tokenizer: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -55,12 +62,14 @@ def evaluate(
     Args:
         model: a model, or what names one.
         text: file or data set name; None is the shipped evaluation text.
+        text_field: field or column that holds the text; None = found by the form of the records.
         seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
         max_tokens: cap on the tokens that are read.
         tasks: lm-evaluation-harness tasks (extra `eval`).
         task_dir: folder of local YAML tasks.
         task_limit: number of documents of each task.
-        against: the dense model; adds KL divergence and top-1 agreement on the same windows.
+        against: the dense model; adds its perplexity, KL divergence and top-1 agreement on the same windows.
+        record: add the figures to the report and the card of the pruned model's folder.
         tokenizer: needed for a model object.
         device: where to run a model by name.
         trust_remote_code: let the checkpoint's Python code run.
@@ -68,12 +77,14 @@ def evaluate(
         progress: called with (stage, done, total).
 
     Returns:
-        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against` (`kl`,
-        `top1_agreement`) where asked for.
+        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against`
+        (`perplexity`, `kl`, `top1_agreement`) where asked for.
 
     Raises:
         SecateurError: anything wrong with the request, the model or the text.
     """
+    if record:
+        _check_can_record([model])
     tasks = several(tasks)
     check_tasks(tasks, task_dir, task_limit)
     module: Any = model
@@ -89,13 +100,31 @@ def evaluate(
     config_of(module)
     if type(module).__module__.startswith("transformers.") and not module.can_generate():
         raise SecateurError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
+    what = EvaluationText(text, seq_len, max_tokens, text_field)
     with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
-        figures = perplexity(module, tokenizer, text, seq_len, max_tokens, progress)
+        figures = perplexity(module, tokenizer, what, progress)
         if dense is not None:
-            figures["against"] = divergence(module, dense, tokenizer, text, seq_len, max_tokens, progress)
+            figures["against"] = divergence(module, dense, tokenizer, what, progress)
         if tasks:
             figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
-        return figures
+    if record and isinstance(model, str | Path):
+        record_perplexity(user_path(model), figures)
+    return figures
+
+
+def _check_can_record(models: Sequence[Any]) -> list[Path]:
+    """Folders of those models whose report takes figures.
+
+    Raises:
+        SecateurError: none of them, or a damaged report.
+    """
+    folders = [user_path(model) for model in models if isinstance(model, str | Path)]
+    pruned = [folder for folder in folders if (folder / METADATA).is_file()]
+    if not pruned:
+        raise SecateurError(f"‹record› adds the figures to a pruned model's {METADATA}, and there is none here")
+    for folder in pruned:
+        read_metadata(folder)
+    return pruned
 
 
 def _load_to_evaluate(
@@ -205,6 +234,7 @@ def bench(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     threads: int | None = None,
+    record: bool = False,
     progress: Progress = no_progress,
 ) -> list[Speed]:
     """Size, memory, load time and speed of models on the CPU, each measured in a fresh process.
@@ -214,6 +244,7 @@ def bench(
         prompt_tokens: length of the prompt, of random tokens.
         new_tokens: tokens to decode, one at a time.
         threads: of torch; None = its default.
+        record: add the figures to the report and the card of every pruned model's folder in the list.
         progress: called with (stage, done, total).
 
     Raises:
@@ -225,7 +256,51 @@ def bench(
     folders = [path if (path := user_path(name)).is_dir() else resolve(str(name)) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
-    return measure_models(folders, prompt_tokens, new_tokens, threads, progress)
+    pruned = _check_can_record(models) if record else []
+    speeds = measure_models(folders, prompt_tokens, new_tokens, threads, progress)
+    named = [replace(speed, model=str(name)) for speed, name in zip(speeds, models, strict=True)]
+    for folder in pruned:
+        record_speed(folder, named)
+    return named
+
+
+@checks_names
+def write_report(folder: str | Path, other: str | Path | None = None, *, out: str | Path | None = None) -> Path:
+    """Write the page of a run from its `secateur.json`, or of two runs side by side.
+
+    Args:
+        folder: of a pruned model.
+        other: folder of a second one, for a comparison.
+        out: the page; None is `report.html` in the folder, and `comparison.html` here for two.
+
+    Returns:
+        where the page is.
+
+    Raises:
+        SecateurError: no report there, damaged files, or a place that can't be written.
+    """
+    second, target = (None if path is None else user_path(path) for path in (other, out))
+    return write_page(user_path(folder), second, target)
+
+
+@checks_names
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Publish a pruned model on the Hugging Face hub, in place of the model that the repository holds.
+
+    The recipe and the report name the model and the texts as they were named in the run.
+
+    Args:
+        folder: of the pruned model, packed or not.
+        repo: `owner/name`, or a name in your account; made where there is none.
+        private: whether a new repository is private.
+
+    Returns:
+        the address of the model.
+
+    Raises:
+        SecateurError: not a pruned model, files that were changed since, no token, a wrong one, or an offline hub.
+    """
+    return push_folder(user_path(folder), repo, private)
 
 
 def env() -> dict[str, Any]:

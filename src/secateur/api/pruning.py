@@ -13,6 +13,7 @@ from secateur.calibration.batches import Texts, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
 from secateur.calibration.stream import Progress
 from secateur.calibration.texts import max_positions
+from secateur.checkpoints.hub import check_can_push, push_folder
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.load import load as load_checkpoint
 from secateur.errors import SecateurError
@@ -21,13 +22,14 @@ from secateur.models.determinism import full_precision
 from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
 from secateur.numerics.problem import check_problem
 from secateur.pruning.dry_run import DryRun
-from secateur.pruning.report import Report
 from secateur.recipe.patterns import Pattern
 from secateur.recipe.recipe import CalibrationText, Recipe
 from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import checks_names
 from secateur.recipe.sizes import parse_size
 from secateur.recipe.steps import SwapRefinement
+from secateur.reporting.report import Report
+from secateur.reporting.stages import StageClock
 from secateur.run import ModelSource, Request, estimate_run, prune_in_memory, prune_to_folder, texts_of
 from secateur.runtime import distributed
 from secateur.runtime.environment import check_device, default_device
@@ -54,6 +56,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Texts = None,
+    text_field: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
@@ -61,6 +64,7 @@ def prune(
     overwrite: bool = False,
     resume: bool = False,
     max_shard_size: str | int | None = None,
+    push_to_hub: bool | str = False,
     max_memory: str | int | None = None,
     offload_dir: str | Path | None = None,
     device: str | None = None,
@@ -85,14 +89,16 @@ def prune(
             `{"name": "admm", "search_iterations": 12}`.
         settings: options of the recipe by dotted name, such as `{"refit.rate": 0.01}`; they win over the recipe.
         include, exclude: globs on matrix names, such as `*.mlp.*`: prune only these, leave these dense.
-        calibration: text file, folder, JSONL, data set name, token tensors or batches (an encoder-decoder's with its
-            `decoder_input_ids`); None is the shipped text.
+        calibration: file (text, JSON, JSONL, CSV, Parquet), folder, data set name, token tensors or batches (an
+            encoder-decoder's with its `decoder_input_ids`); None is the shipped text.
+        text_field: field or column that holds the text; None = found by the form of the records.
         samples, seq_len, seed: sequences drawn from a text (default 128 x 2048), and the seed of the draw.
         tokenizer: needed for a text with a model object.
         overwrite: replace an earlier model in `out`.
         resume: resume the unfinished run in `out` to the bits that it would have given; start where there is none, and
             change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
         max_shard_size: of a weight file, such as `5GB`.
+        push_to_hub: then publish `out` on the Hugging Face hub: a repository, or True for the folder's name.
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
             passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: next to `out`).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
@@ -107,7 +113,7 @@ def prune(
             are in `.OUT.secateur` next to it.
     """
     shortcuts = {"pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len, "seed": seed}
-    shortcuts["max_memory"] = max_memory
+    shortcuts |= {"max_memory": max_memory, "text_field": text_field}
     request = _request(recipe, settings, include, exclude, calibration, shortcuts, offload_dir, progress)
     if isinstance(model, nn.Module | Checkpoint):
         given = {
@@ -116,6 +122,7 @@ def prune(
             "overwrite": overwrite,
             "device": device,
             "max_shard_size": max_shard_size,
+            "push_to_hub": push_to_hub,
             "trust_remote_code": trust_remote_code,
             "allow_pickle": allow_pickle,
         }
@@ -136,8 +143,14 @@ def prune(
     source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
     if device is not None:
         check_device(device)
+    place, repo = user_path(out), push_to_hub if isinstance(push_to_hub, str) else Path(out).name
+    if push_to_hub:
+        check_can_push(repo)
     with distributed.process_group(device):
-        return prune_to_folder(source, user_path(out), request, overwrite, resume, shard_size)
+        report = prune_to_folder(source, place, request, overwrite, resume, shard_size)
+        if push_to_hub and distributed.is_main():
+            push_folder(place, repo, private=False)
+    return report
 
 
 @checks_names
@@ -152,6 +165,7 @@ def dry_run(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Texts = None,
+    text_field: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
@@ -173,7 +187,7 @@ def dry_run(
         model: folder, GGUF file or hub name.
         out: the folder that `prune` would write, which is checked; None = not checked.
         recipe, pattern, solver, settings, include, exclude: as for `prune`.
-        calibration, samples, seq_len, seed: as for `prune`.
+        calibration, text_field, samples, seq_len, seed: as for `prune`.
         max_memory, offload_dir, device, overwrite, resume, max_shard_size: as for `prune`.
         trust_remote_code, allow_pickle, progress: as for `prune`.
 
@@ -181,7 +195,7 @@ def dry_run(
         SecateurError: what a run would raise before the first block.
     """
     shortcuts = {"pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len, "seed": seed}
-    shortcuts["max_memory"] = max_memory
+    shortcuts |= {"max_memory": max_memory, "text_field": text_field}
     request = _request(recipe, settings, include, exclude, calibration, shortcuts, offload_dir, progress)
     if not isinstance(model, str | Path):
         raise SecateurError(
@@ -287,7 +301,7 @@ def _request(
     """What a run is asked for: its whole recipe, and its texts."""
     named = str(calibration) if isinstance(calibration, str | Path) else None
     chosen = resolve_recipe(recipe, settings, several(include), several(exclude), calibration=named, **shortcuts)
-    return Request(*texts_of(chosen, calibration), offload_dir, progress)
+    return Request(*texts_of(chosen, calibration), offload_dir, StageClock(progress))
 
 
 def several(names: str | Sequence[str] | None) -> list[str]:

@@ -11,17 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import check_is_name, is_dataset, name_of, read_documents
 from secateur.calibration.stream import Batch
-from secateur.calibration.texts import (
-    check_is_name,
-    cut_windows,
-    encode,
-    is_dataset,
-    max_positions,
-    name_of,
-    read_documents,
-    window_length,
-)
+from secateur.calibration.texts import cut_windows, encode, max_positions, window_length
 from secateur.errors import SecateurError
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
@@ -84,7 +76,7 @@ def calibration_batches(
         )
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
     limit = text.samples * length if is_dataset(source) else None
-    ids = encode(read_documents(source, seed), tokenizer, limit)
+    ids = encode(read_documents(source, seed, text_field=text.text_field), tokenizer, limit)
     windows = cut_windows(ids, length, tokenizer, what=name_of(source))
     check_ids(windows, config)
     drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: text.samples]]

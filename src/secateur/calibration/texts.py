@@ -7,62 +7,14 @@ as `<|endoftext|>` on a web page, stays ordinary text; in conversations the chat
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import Conversation, Document
 from secateur.errors import SecateurError
-from secateur.storage.json_files import parse_json
-from secateur.storage.paths import user_path
-
-Document = str | list[dict[str, Any]]  # a text, or a conversation for the chat template
-MAX_NAME = 255  # of a file, in all common file systems
-TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".md")
-
-# Short names of the data sets that the field uses: (path, configuration, split to evaluate on, text field).
-DATASETS: dict[str, tuple[str, str | None, str, str]] = {
-    "c4": ("allenai/c4", "en", "validation", "text"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
-}
-
-
-def shipped_text(name: str) -> str:
-    """A text that the package carries: `calibration` or `evaluation`."""
-    return (files("secateur") / "data" / f"{name}.txt").read_text(encoding="utf-8")
-
-
-def read_documents(source: str | Path | None, seed: int = 0, evaluation: bool = False) -> Iterator[Document]:
-    """Documents of a text file, a folder (its .txt and .jsonl files, by name), a JSONL file or a data set.
-
-    Args:
-        source: file, folder or data set name; None is the shipped text.
-        seed: of the order in which a data set's training split is streamed.
-        evaluation: the shipped evaluation text or a data set's test split, in order, instead of what to calibrate on.
-    """
-    if source is not None and not str(source).strip():
-        raise SecateurError("the text's name is empty: give a file, a folder or a data set")
-    if source is None:
-        yield shipped_text("evaluation" if evaluation else "calibration")
-        return
-    path = user_path(source)
-    if path.is_dir():
-        members = sorted(member for member in path.iterdir() if member.suffix in (".txt", ".jsonl"))
-        if not members:
-            raise SecateurError(f"{path} holds no .txt or .jsonl file")
-        for member in members:
-            yield from read_documents(member)
-    elif path.is_file():
-        yield from _read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else [_read_text(path)]
-    elif is_dataset(source):
-        yield from _stream_dataset(str(source), seed, evaluation)
-    else:
-        raise SecateurError(f"{source} is not a file, folder or data set name (short names: {', '.join(DATASETS)})")
 
 
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
@@ -74,7 +26,8 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
         else:
             if not getattr(tokenizer, "chat_template", None):
                 raise SecateurError(
-                    "the JSONL holds `messages`, but the tokenizer has no chat template: use a `text` field"
+                    "the texts are chats, but the tokenizer has no chat template: use a `text` field, or the tokenizer "
+                    "of a chat model"
                 )
             encoded = _encode_chat(document, tokenizer)
             prefix = opening(tokenizer)  # each window gets it anyway
@@ -99,7 +52,7 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
         raise SecateurError(f"the model's tokenizer can't encode the text ({error}): it is damaged") from error
 
 
-def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def _encode_chat(chat: Conversation, tokenizer: Any) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template.
 
     Raises:
@@ -108,9 +61,9 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        return tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=True, return_dict=False)
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages[:6])
+        roles = ", ".join(message["role"] for message in chat.messages[:6])
         raise SecateurError(
             f"the model's chat template refuses a conversation ({error}; roles: {roles}): change it, or use `text`"
         ) from error
@@ -169,93 +122,3 @@ def window_length(seq_len: int | None, default: int, config: Any) -> int:
     if positions is not None and seq_len > positions:
         raise SecateurError(f"‹seq_len› is {seq_len}, but the model has {positions} positions: lower ‹seq_len›")
     return seq_len
-
-
-def check_is_name(source: Any) -> None:
-    """Check that a source is a name, and not a text itself.
-
-    Raises:
-        SecateurError: it is a text.
-    """
-    if isinstance(source, str) and ("\n" in source or max(map(len, source.split("/"))) > MAX_NAME):
-        raise SecateurError(
-            f"a text itself was given ({source[:20]!r} ...): write it to a file, and give that file's name"
-        )
-
-
-def name_of(source: str | Path | None) -> str:
-    """What messages call a source."""
-    return "the shipped text" if source is None else str(source)
-
-
-def is_dataset(source: str | Path | None) -> bool:
-    """Whether a source names a data set: not a file, a short name or `owner/name` without a text file's suffix."""
-    if source is None or user_path(source).exists():
-        return False
-    name = str(source)
-    looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    return name in DATASETS or (
-        looks_like_one and Path(name).suffix not in TEXT_SUFFIXES and not Path(name).parent.is_dir()
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SecateurError(f"{path} can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise SecateurError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            raise SecateurError(f"{path}, line {number}: not JSON ({error})") from error
-        if isinstance(record, dict) and isinstance(record.get("messages"), list):
-            yield [_message(message, f"{path}, line {number}") for message in record["messages"]]
-        elif isinstance(record, dict) and isinstance(record.get("text"), str):
-            yield record["text"]
-        else:
-            raise SecateurError(f"{path}, line {number}: neither a `text` nor a `messages` field")
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    """A message of a conversation whose content is text; parts of content are joined, and what is empty is "".
-
-    Raises:
-        SecateurError: a message without a role, or content that is not text.
-    """
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise SecateurError(f"{place}: a message needs a `role` and a `content`")
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content or ""]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    found = [text for text in texts if isinstance(text, str)]
-    if len(found) < len(texts):
-        raise SecateurError(f"{place}: the content of a message must be text, or a list of parts with `text`")
-    return message | {"content": "".join(found)}
-
-
-def _stream_dataset(name: str, seed: int, evaluation: bool) -> Iterator[str]:
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra
-    except ImportError as error:
-        raise SecateurError(f"data set {name} needs the `data` extra: pip install 'secateur[data]'") from error
-    path, configuration, test_split, field_name = DATASETS.get(name, (name, None, "test", "text"))
-    try:
-        stream = load_dataset(path, configuration, split=test_split if evaluation else "train", streaming=True)
-        for record in stream if evaluation else stream.shuffle(seed=seed, buffer_size=1000):
-            if field_name not in record:
-                raise SecateurError(f"data set {name} has no field {field_name!r}, only {', '.join(record)}")
-            yield record[field_name]
-    except SecateurError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # network, not found; unknown configuration or split; a script
-        raise SecateurError(
-            f"data set {name} could not be read ({error}): check the name and the connection"
-        ) from error

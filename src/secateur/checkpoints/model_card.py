@@ -1,58 +1,131 @@
-"""The model card of a pruned model."""
+"""The model card of a pruned model, made from its report alone, so that it can be written again after a measurement."""
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from secateur.checkpoints.load import Checkpoint
-from secateur.pruning.report import METADATA, RECIPE_FILE, Report
+from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
 from secateur.sources.unpacked import NOT_SMALLER
+from secateur.storage.paths import user_path
 
 MAX_HEADER = 1 << 16  # characters
 
 
-def model_card(checkpoint: Checkpoint, report: Report, title: str) -> str:
-    """README.md of the pruned model: licence and base model from the source's card, recipe and figures from the run."""
-    source = _front_matter(checkpoint.folder / "README.md")
-    base = source.get("base_model") if checkpoint.name == DEMO_NAME else None
-    header = {
-        "license": source.get("license", "unknown"),
-        "base_model": base or checkpoint.name,
-        "tags": ["pruned", "sparse", "secateur"],
-        "library_name": "transformers",
-    }
-    gguf = checkpoint.name == DEMO_NAME or checkpoint.name.endswith(".gguf")
-    what = f"{one_line(base or checkpoint.name)}{' (dequantised from its GGUF file)' * gguf}"
-    recipe, calibration = report.the_recipe, report.calibration
+def facts_of_source(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a card says of the dense model: its licence, class, and hub id, if it has one.
+
+    A folder or a GGUF file has no hub id, and its path means nothing to anybody else.
+    """
+    card = _front_matter(checkpoint.folder / "README.md")
+    found = {"license": card.get("license", "unknown"), "architecture": type(checkpoint.model).__name__}
+    if checkpoint.name == DEMO_NAME:
+        found |= {"base_model": card["base_model"]} if "base_model" in card else {}
+    elif _is_hub_id(checkpoint.name):
+        found["base_model"] = checkpoint.name
+    return found
+
+
+def model_card(report: Report, title: str) -> str:
+    """README.md of a pruned model: hub metadata, what was done, what was measured, how to use it."""
+    base, recipe = report.source.get("base_model"), report.the_recipe
+    is_gguf = report.model == DEMO_NAME or report.model.endswith(".gguf")
+    what = one_line(base or Path(report.model).name or "a model")
+    share = report.pruned_parameters / max(1, report.model_parameters)
     lines = [
         "---",
-        _yaml(header),
+        _header(report, one_line(title)).to_yaml(),
         "---",
         f"# {one_line(title)}",
         "",
-        f"{what}, pruned to {recipe.pattern} in one shot, without retraining, by secateur.",
+        f"{what}{' (dequantised from its GGUF file)' * is_gguf}, pruned to {recipe.pattern} in one shot, without "
+        f"retraining, by [secateur](https://pypi.org/project/secateur).",
         "",
         "| | |",
         "|---|---|",
         f"| zeros in the pruned matrices | {report.sparsity:.2%} of {report.pruned_parameters:,} weights |",
-        f"| share of the model's weights in them | {report.pruned_parameters / max(1, report.model_parameters):.1%} |",
+        f"| share of the model's weights in them | {share:.1%} |",
         f"| mean relative layer error, before any block refit | {report.mean_relative_error:.4f} |",
         f"| recipe | {recipe.summary()} |",
-        f"| calibration | {_amount(calibration)} of {one_line(calibration['source'])} |",
+        f"| calibration | {_amount(report.calibration)} of {_file_name(report.calibration['source'])} |",
+        "",
+        *_quality(report),
+        *_speed(report),
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
+        "```",
         "",
         NOT_SMALLER,
-        f"The whole recipe is in `{RECIPE_FILE}`, figures of every matrix are in `{METADATA}`.",
+        f"The whole recipe is in `{RECIPE_FILE}`, figures of every matrix are in `{METADATA}`, and `{REPORT_FILE}` "
+        f"shows them. `secateur prune MODEL OUT --recipe {RECIPE_FILE}` gives the same weights again.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _header(report: Report, title: str) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=_file_name(each.text),
+            metric_type="perplexity",
+            metric_name="perplexity",
+            metric_value=round(each.perplexity, 4),
+        )
+        for each in report.perplexities
+    ]
+    return ModelCardData(
+        license=report.source.get("license", "unknown"),
+        base_model=report.source.get("base_model"),
+        tags=["pruned", "sparse", "secateur"],
+        library_name="transformers",
+        pipeline_tag="text-generation" if "CausalLM" in report.source.get("architecture", "") else None,
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def _quality(report: Report) -> list[str]:
+    rows = [
+        f"| {_file_name(each.text)} | {each.targets:,} | {_figure(each.dense)} | {each.perplexity:.2f} "
+        f"| {_figure(each.kl, 3)} |"
+        for each in report.perplexities
+    ]
+    columns = ["| text | tokens | perplexity, dense | pruned | KL to dense |", "|---|---|---|---|---|"]
+    return ["## Quality", "", *columns, *rows, ""] if rows else []
+
+
+def _speed(report: Report) -> list[str]:
+    if not report.speeds:
+        return []
+    rows = [
+        f"| {one_line(each.model)} | {each.file_bytes / 1e6:,.0f} | {each.memory_bytes / 1e6:,.0f} "
+        f"| {each.prefill_tokens_per_second:,.0f} | {each.decode_tokens_per_second:.1f} |"
+        for each in report.speeds
+    ]
+    columns = ["| model | files, MB | memory, MB | prompt, tokens/s | decoding, tokens/s |", "|---|---|---|---|---|"]
+    threads = f"Batch 1 on a CPU, {report.speeds[0].threads} threads."
+    return ["## Size and speed", "", *columns, *rows, "", threads, ""]
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _amount(calibration: dict[str, Any]) -> str:
@@ -62,12 +135,20 @@ def _amount(calibration: dict[str, Any]) -> str:
     return f"{calibration['samples']} sequences"
 
 
-def _yaml(header: dict[str, Any]) -> str:
-    written = io.StringIO()
-    yaml = YAML()
-    yaml.width = 4096  # one line a key
-    yaml.dump(header, written)
-    return written.getvalue().rstrip("\n")
+def _file_name(source: str) -> str:
+    """A text's name without the folders that it was in here."""
+    return one_line(Path(source).name if user_path(source).is_absolute() else source)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a model came from the hub, by a name such as `owner/name`."""
+    if user_path(name).exists() or name.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

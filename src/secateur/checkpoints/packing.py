@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
-from secateur.pruning.report import METADATA, Report, read_metadata
+from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
 from secateur.sources.unpacked import (
     NOT_SMALLER,

@@ -25,17 +25,14 @@ from secateur.checkpoints.packing import entries_of, packed_card, packing_config
 from secateur.models.matrices import parameter_of
 from secateur.packed.files import INDEX as PACKED_INDEX
 from secateur.packed.files import write_index, write_weights
-from secateur.pruning.report import METADATA, RECIPE_FILE, Report
 from secateur.recipe.sizes import parse_size
+from secateur.reporting.report import Report
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.sources.other_files import copy_other_files
 from secateur.sources.validate import INDEX
 from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
-
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
-NOT_COPIED = {"README.md", "config.json", METADATA, RECIPE_FILE}
 
 
 def write_checkpoint(
@@ -84,7 +81,7 @@ def write_checkpoint(
         write_index(folder / (PACKED_INDEX if is_packed else INDEX), weights, report.model_parameters)
     _write_config(checkpoint, folder, packing_config(len(weights)) if is_packed else None)
     copy_other_files(checkpoint.folder, folder)
-    card = model_card(checkpoint, report, title)
+    card = model_card(report, title)
     (folder / "README.md").write_text(packed_card(card) if is_packed else card, encoding="utf-8")
     _make_readable(folder)
     return report.save(folder, weights)

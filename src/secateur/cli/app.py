@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +24,7 @@ from secateur.cli.console import (
     show,
     show_table,
 )
+from secateur.cli.process import prepare_process, run_explained
 from secateur.cli.progress import progress_shown
 from secateur.errors import SecateurError
 
@@ -67,12 +65,14 @@ def prune(
     include: flags.Include = None,
     exclude: flags.Exclude = None,
     calibration: flags.Calibration = None,
+    text_field: flags.TextField = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
     seed: flags.Seed = None,
     overwrite: flags.Overwrite = False,
     resume: flags.Resume = False,
     max_shard_size: flags.ShardSize = "5GB",
+    push_to_hub: flags.PushToHub = False,
     dry_run: flags.DryRun = False,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -91,9 +91,9 @@ def prune(
 
     asked: dict[str, Any] = {
         "recipe": recipe, "pattern": pattern, "solver": solver, "settings": parse_settings(settings or []),
-        "include": include or (), "exclude": exclude or (), "calibration": calibration, "samples": samples,
-        "seq_len": seq_len, "seed": seed, "max_memory": max_memory, "offload_dir": offload_dir, "device": device,
-        "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+        "include": include or (), "exclude": exclude or (), "calibration": calibration, "text_field": text_field,
+        "samples": samples, "seq_len": seq_len, "seed": seed, "max_memory": max_memory, "offload_dir": offload_dir,
+        "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
     }  # fmt: skip
     asked |= {"overwrite": overwrite, "resume": resume, "max_shard_size": max_shard_size}
     if dry_run:
@@ -104,7 +104,7 @@ def prune(
     with distributed.process_group(device):
         main_rank = distributed.is_main()
         with progress_shown(main_rank and not quiet) as progress, resume_hint(out, main_rank):
-            report = api.prune(model, out, progress=progress, **asked)
+            report = api.prune(model, out, progress=progress, push_to_hub=push_to_hub, **asked)
     if not main_rank:
         return
     print_notices([] if quiet else report.notices)
@@ -118,12 +118,14 @@ def prune(
 def evaluate(
     model: flags.Model,
     text: flags.Text = None,
+    text_field: flags.EvalTextField = None,
     seq_len: flags.EvalSeqLen = None,
     max_tokens: flags.MaxTokens = None,
     tasks: flags.Tasks = None,
     task_dir: flags.TaskDir = None,
     task_limit: flags.TaskLimit = None,
     against: flags.Against = None,
+    record: flags.Record = False,
     as_json: flags.Json = False,
     device: flags.Device = None,
     threads: flags.Threads = None,
@@ -138,12 +140,14 @@ def evaluate(
         figures = api.evaluate(
             model,
             text,
+            text_field=text_field,
             seq_len=seq_len,
             max_tokens=max_tokens,
             tasks=flags.split_list(tasks),
             task_dir=task_dir,
             task_limit=task_limit,
             against=against,
+            record=record,
             device=device,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
@@ -192,7 +196,8 @@ def compare(
     _use_threads(threads)
     from secateur.comparison.compare import DEFAULT_SAMPLES, ComparisonSettings
     from secateur.comparison.compare import compare as run
-    from secateur.comparison.table import tables, write_pages
+    from secateur.comparison.page import write_pages
+    from secateur.comparison.table import tables
 
     settings = ComparisonSettings(
         model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, tuple(text or ()), eval_seq_len,
@@ -314,7 +319,14 @@ def demo(
     show(f"smaller and faster on a CPU: secateur pack {out} {out}-packed")
 
 
-for command in (deployment.pack, deployment.unpack, deployment.bench, deployment.env):
+for command in (
+    deployment.report,
+    deployment.push,
+    deployment.pack,
+    deployment.unpack,
+    deployment.bench,
+    deployment.env,
+):
     app.command()(command)
 
 
@@ -334,61 +346,7 @@ def _use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _prepare_process() -> None:
-    """Settings of the process that have to be there before torch is imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers; ours show the same work
-    # OpenMP threads that wait by spinning make a run many times slower on a busy machine (docs/performance.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform != "win32":
-        signal.signal(signal.SIGTERM, _stop)
-
-
-def _stop(*_: object) -> None:
-    """End as Ctrl-C does: every context is left in order, and the command says how to resume."""
-    note("stopped by SIGTERM")
-    sys.exit(143)
-
-
 def main() -> None:
-    """Run a command. What a user can mend prints a message and exits with 2; a bug leaves a file, and exits with 70."""
-    _prepare_process()
-    try:
-        app()
-    except SecateurError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" in process {rank}"
-        note(f"error{where}: {error.for_command_line()}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        note("stopped")
-        sys.exit(130)
-    except MemoryError as error:
-        sys.exit(_out_of_memory(error))
-    except OSError as error:  # a disk that fails, or a file that went away
-        note(f"error: {error}: the machine could not do this. {_kept_traceback(error)}")
-        sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for --help
-            sys.exit(_out_of_memory(error))
-        note(f"error: {type(error).__name__}: {error}")
-        note(f"This is a bug in secateur. {_kept_traceback(error)}: please report it, with what you ran.")
-        sys.exit(70)
-
-
-def _out_of_memory(error: Exception) -> int:
-    advice = "use a shorter --seq-len, a larger device, or --device cpu; prune also has --max-memory"
-    note(f"error: out of memory ({error}): {advice}")
-    return 2
-
-
-def _kept_traceback(error: Exception) -> str:
-    """Where the traceback of an error is."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        handle, path = tempfile.mkstemp(prefix="secateur-error-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except OSError:  # no disk to write to: the terminal has to do
-        note(text)
-        return "The traceback is above"
-    return f"The traceback is in {path}"
+    """Run a command."""
+    prepare_process()
+    run_explained(app)

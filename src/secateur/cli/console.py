@@ -18,16 +18,16 @@ from secateur.runtime.messages import visible
 if TYPE_CHECKING:
     from secateur.calibration.coverage import Coverage
     from secateur.checkpoints.inspection import Inspection
-    from secateur.evaluation.speed import Speed
     from secateur.pruning.dry_run import DryRun
-    from secateur.pruning.report import Report
+    from secateur.reporting.figures import Speed
+    from secateur.reporting.report import Report
 
 _stdout, stderr = Console(), Console(stderr=True)
 
 
 def show(line: object) -> None:
     """Print text on stdout as it is: it may come from a file, so nothing in it is markup or control."""
-    _stdout.print(Text(visible(line)))
+    _stdout.print(Text(visible(line)), soft_wrap=True)
 
 
 def note(line: object) -> None:

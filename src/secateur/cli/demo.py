@@ -14,9 +14,9 @@ from secateur.api.models import bench, evaluate, pack
 from secateur.api.pruning import prune
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import load
-from secateur.evaluation.speed import Speed
-from secateur.pruning.report import METADATA, Report, read_metadata
 from secateur.recipe.presets import PRESETS
+from secateur.reporting.figures import Speed
+from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.resume.manifest import unfinished
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device

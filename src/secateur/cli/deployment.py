@@ -1,4 +1,4 @@
-"""Commands for what comes after pruning: pack, unpack, measure, and say what this machine has."""
+"""Commands for what comes after pruning: report, pack, unpack, measure, and say what this machine has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ import typer
 from secateur.cli import flags
 from secateur.cli.console import print_json, print_pairs, print_speeds, show
 from secateur.cli.progress import progress_shown
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
+    other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second one, to compare.")] = None,
+    out: Annotated[Path | None, flags.flag("The page (DIR/report.html; comparison.html).", flags.OUTPUT)] = None,
+) -> None:
+    """Write the page of a run again, or of two runs side by side: which layers suffered, and why."""
+    import secateur as api
+
+    show(f"open it in a browser: {api.write_report(folder, other, out=out)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, packed or not.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or a name in your account.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Publish DIR on the Hugging Face hub, with its card, recipe and report. Needs `hf auth login` or HF_TOKEN."""
+    import secateur as api
+
+    show(f"published: {api.push(folder, repo, private=private)}")
 
 
 def pack(
@@ -56,6 +78,7 @@ def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or names; packed ones too.")],
     prompt_tokens: Annotated[int, flags.flag("Tokens of the prompt.", flags.WHAT, "N")] = 128,
     new_tokens: Annotated[int, flags.flag("Tokens to decode.", flags.WHAT, "N")] = 64,
+    record: flags.Record = False,
     as_json: flags.Json = False,
     threads: flags.Threads = None,
 ) -> None:
@@ -67,7 +90,12 @@ def bench(
 
     with progress_shown() as progress:
         found = api.bench(
-            models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=progress
+            models,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            threads=threads,
+            record=record,
+            progress=progress,
         )
     print_json({"models": [each.to_dict() for each in found]}) if as_json else print_speeds(found)
 

@@ -47,6 +47,7 @@ Include = Annotated[list[str] | None, flag("Prune only these matrices.", WHAT, "
 Exclude = Annotated[list[str] | None, flag("Leave these matrices dense.", WHAT, "GLOB")]
 
 Calibration = Annotated[str | None, recipe_flag("calibration.source", CALIBRATION, "TEXT")]
+TextField = Annotated[str | None, recipe_flag("calibration.text_field", CALIBRATION, "NAME")]
 Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]
 SeqLen = Annotated[int | None, recipe_flag("calibration.seq_len", CALIBRATION, "N")]
 Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
@@ -55,6 +56,7 @@ Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, nam
 Resume = Annotated[bool, flag("Resume the unfinished run in OUT.", OUTPUT, name="--resume")]
 DryRun = Annotated[bool, flag("Say what would be done; write nothing.", OUTPUT, name="--dry-run")]
 ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
+PushToHub = Annotated[bool, flag("Then publish OUT on the hub under its name.", OUTPUT, name="--push-to-hub")]
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
 Quiet = Annotated[bool, flag("Print errors only.", OUTPUT, name="--quiet")]
 
@@ -67,12 +69,14 @@ Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, n
 
 Text = Annotated[str | None, flag("Text file or data set name; empty = the shipped text.", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
+EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
 EvalSeqLen = Annotated[int | None, flag("Tokens a window; empty = 1024 or the model's positions.", EVALUATION, "N")]
 MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]
 TaskLimit = Annotated[int | None, flag("Documents of each task.", EVALUATION, "N")]
-Against = Annotated[str | None, flag("The dense model: adds KL divergence and agreement.", EVALUATION, "DENSE")]
+Against = Annotated[str | None, flag("The dense model: adds its perplexity, KL and agreement.", EVALUATION, "DENSE")]
+Record = Annotated[bool, flag("Add the figures to the pruned model's report and card.", EVALUATION, name="--record")]
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

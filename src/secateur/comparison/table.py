@@ -6,31 +6,13 @@ Figures are means over seeds, with the sample standard deviation where there are
 from __future__ import annotations
 
 import csv
-import html
 import io
 import statistics
-from pathlib import Path
-from typing import Any
 
 from secateur.comparison.results import DENSE, Comparison
 from secateur.evaluation.tasks import headline
-from secateur.storage.held_folder import write_durably
 
-_HTML = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-</style>
-<h1>{title}</h1>
-{tables}
-<p>{settings}</p>
-<p>{environment}</p>
-<pre>{command}</pre>
-</html>
-"""
+LOWER_IS_BETTER = ("layer error", "seconds", "memory GB")  # and every perplexity
 
 
 def columns_of(comparison: Comparison) -> dict[str, dict[str, float]]:
@@ -63,7 +45,7 @@ def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[
     recipes = list(dict.fromkeys(recipe for recipe, _, _ in keys))
     every = [DENSE, *(" ".join(key) for key in keys)]
     columns = without_members(list(dict.fromkeys(name for key in every for name in figures.get(key, {}))))
-    columns.sort(key=lambda name: name in ("layer error", "seconds", "memory GB"))  # stable: these go last
+    columns.sort(key=lambda name: name in LOWER_IS_BETTER)  # stable: these go last
     rows = [["recipe", "seeds", *columns]]
     if DENSE in figures:
         rows.append(
@@ -104,37 +86,3 @@ def to_csv(comparison: Comparison) -> str:
         name = [DENSE, "", ""] if key == DENSE else key.rsplit(" ", 2)
         writer.writerow([*name, *(cell.get(column, "") for column in columns)])
     return text.getvalue()
-
-
-def to_html(comparison: Comparison) -> str:
-    """A page that stands alone."""
-    title = f"{comparison.settings['model']} after pruning"
-    parts = [
-        f"<h2>{html.escape(pattern)}</h2>\n<table>\n{_html_rows(rows)}</table>"
-        for pattern, rows in tables(comparison).items()
-    ]
-    return _HTML.format(
-        title=html.escape(title),
-        tables="\n".join(parts),
-        settings=html.escape(_listed(comparison.settings)),
-        environment=html.escape(_listed(comparison.environment)),
-        command=html.escape(comparison.command),
-    )
-
-
-def write_pages(comparison: Comparison, out: Path) -> None:
-    """Write `compare.csv` and `compare.html`."""
-    write_durably(out / "compare.csv", to_csv(comparison))
-    write_durably(out / "compare.html", to_html(comparison))
-
-
-def _html_rows(rows: list[list[str]]) -> str:
-    tags = ["th", *["td"] * (len(rows) - 1)]
-    return "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>\n"
-        for tag, row in zip(tags, rows, strict=True)
-    )
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in values.items() if value is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.calibration.batches import BATCH_TOKENS, check_ids
+from secateur.calibration.documents import check_is_name, read_documents
 from secateur.calibration.stream import Progress
-from secateur.calibration.texts import check_is_name, cut_windows, encode, read_documents, window_length
+from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
 
@@ -28,13 +30,28 @@ MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
 
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to evaluate on.
+
+    Args:
+        source: file or data set name; None is the shipped evaluation text.
+        seq_len: tokens a window; None = 1024, or the model's positions.
+        max_tokens: cap on the tokens that are read.
+        text_field: field or column that holds the text; None = found by the form of the records.
+    """
+
+    source: str | Path | None = None
+    seq_len: int | None = None
+    max_tokens: int | None = None
+    text_field: str | None = None
+
+
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
-    text: str | Path | None,
-    seq_len: int | None,
-    max_tokens: int | None,
+    text: EvaluationText,
     progress: Progress,
 ) -> dict[str, Any]:
     """`exp` of the mean loss of a target over the text's windows; None is the shipped evaluation text.
@@ -45,7 +62,7 @@ def perplexity(
     Raises:
         SecateurError: empty text, a text shorter than one window, or a window longer than the model's positions.
     """
-    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
+    windows, name = evaluation_windows(model, tokenizer, text)
     device = next(model.parameters()).device
     total, targets = 0.0, 0
     for part in torch.arange(len(windows)).split(max(1, BATCH_TOKENS // windows.shape[1])):
@@ -75,16 +92,15 @@ def divergence(
     model: Any,
     dense: Any,
     tokenizer: Any,
-    text: str | Path | None,
-    seq_len: int | None,
-    max_tokens: int | None,
+    text: EvaluationText,
     progress: Progress,
 ) -> dict[str, float]:
     """How far a model's predictions are from the dense model's, over the windows that `perplexity` would take.
 
     Returns:
-        `kl` (mean `KL(dense || model)` a position, nats) and `top1_agreement` (share of positions where both find the
-        same token most likely). Both are far more sensitive than task accuracy.
+        `perplexity` of the dense model, `kl` (mean `KL(dense || model)` a position, nats) and `top1_agreement` (share
+        of positions where both find the same token most likely). The last two are far more sensitive than task
+        accuracy.
 
     Raises:
         SecateurError: one model twice, models with different vocabularies, and what `perplexity` raises.
@@ -96,8 +112,8 @@ def divergence(
         raise SecateurError(
             f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
         )
-    windows, name = evaluation_windows(model, tokenizer, text, seq_len, max_tokens)
-    total, agreeing, positions = 0.0, 0, 0
+    windows, name = evaluation_windows(model, tokenizer, text)
+    total, agreeing, positions, loss = 0.0, 0, 0, 0.0
     for index, window in enumerate(windows):
         ids = window[None].to(next(model.parameters()).device)
         for chunk, ours, theirs in _both_logits(model, dense, ids):
@@ -106,31 +122,34 @@ def divergence(
             if not bool(torch.isfinite(kl).all()):
                 raise SecateurError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
             total += float(kl.cpu().double().sum())
+            loss -= float(log_p.gather(1, ids[0, chunk + 1][:, None]).cpu().double().sum())
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             positions += len(chunk)
         progress("against", index + 1, len(windows))
-    return {"kl": total / positions, "top1_agreement": agreeing / positions}
+    return {
+        "perplexity": math.exp(min(loss / positions, MAX_LOSS)),
+        "kl": total / positions,
+        "top1_agreement": agreeing / positions,
+    }
 
 
-def evaluation_windows(
-    model: Any, tokenizer: Any, text: str | Path | None, seq_len: int | None, max_tokens: int | None
-) -> tuple[Int[Tensor, "N T"], str]:
+def evaluation_windows(model: Any, tokenizer: Any, text: EvaluationText) -> tuple[Int[Tensor, "N T"], str]:
     """Disjoint windows of a text in order, and its name.
 
     Raises:
         SecateurError: empty text, a text shorter than one window, or a window longer than the model's positions.
     """
-    check_is_name(text)
-    length = window_length(seq_len, DEFAULT_WINDOW, model.config)
-    if max_tokens is not None and max_tokens < 1:
-        raise SecateurError(f"‹max_tokens› is {max_tokens}; it must be at least 1")
-    name = "the shipped evaluation text" if text is None else str(text)
-    limit = None if max_tokens is None else max(max_tokens, length)
-    windows = cut_windows(encode(read_documents(text, evaluation=True), tokenizer, limit), length, tokenizer, name)
+    check_is_name(text.source)
+    length, most = window_length(text.seq_len, DEFAULT_WINDOW, model.config), text.max_tokens
+    if most is not None and most < 1:
+        raise SecateurError(f"‹max_tokens› is {most}; it must be at least 1")
+    name = "the shipped evaluation text" if text.source is None else str(text.source)
+    documents = read_documents(text.source, evaluation=True, text_field=text.text_field)
+    windows = cut_windows(
+        encode(documents, tokenizer, None if most is None else max(most, length)), length, tokenizer, name
+    )
     check_ids(windows, model.config)
-    if max_tokens is not None:
-        windows = windows[: max(1, max_tokens // length)]
-    return windows, name
+    return windows if most is None else windows[: max(1, most // length)], name
 
 
 def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

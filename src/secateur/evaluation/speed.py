@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.reporting.figures import Speed
 from secateur.runtime.memory import resident_bytes
 from secateur.runtime.messages import one_line
 
@@ -20,33 +20,6 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 REPEATS = 3
 # Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What one model takes, and how fast it is.
-
-    Args:
-        model: its folder or name.
-        file_bytes: of its weight files.
-        memory_bytes: resident memory that the process gained by loading the model and running it.
-        load_seconds: until it is in memory.
-        prefill_tokens_per_second: of a prompt.
-        decode_tokens_per_second: of the tokens after it, one at a time; the prompt's time is subtracted.
-        threads: that torch used.
-    """
-
-    model: str
-    file_bytes: int
-    memory_bytes: int
-    load_seconds: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    threads: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def measure_models(

@@ -8,7 +8,7 @@ Shape legend: R output rows, C input columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from secateur.pruning.loss_curves import (
     exchange_levels,
     loss_curve,
     minimise_loss,
+    prices_of_zeros,
     sparsity_bounds,
 )
 from secateur.recipe.patterns import NM, Pattern, Unstructured
@@ -49,10 +50,12 @@ class LayerPatterns:
     Args:
         patterns: by matrix name.
         row_scales: by matrix name (R); rows of other matrices are not scaled.
+        prices: what one more zero costs in a matrix, relative to the median matrix, where that was measured.
     """
 
     patterns: dict[str, Pattern]
     row_scales: dict[str, Float[Tensor, " R"]] = field(default_factory=dict)
+    prices: dict[str, float] = field(default_factory=dict)
 
 
 def allocate(
@@ -87,7 +90,7 @@ def allocate(
     else:
         fisher = output_fisher_information(model, blocks, batches, windows, recipe.seed, context.store, stream.memory)
         allocated = _by_curves(blocks, first, free, fisher, allocation, context)
-    return LayerPatterns(fixed.patterns | allocated.patterns, allocated.row_scales)
+    return replace(allocated, patterns=fixed.patterns | allocated.patterns)
 
 
 def _by_curves(
@@ -106,10 +109,11 @@ def _by_curves(
         return loss_curve(W, hessian, fisher[name], levels)
 
     curves = _over_dense_blocks(blocks, stream, free, measure, context)
+    prices = prices_of_zeros(curves, pattern)
     if isinstance(pattern, NM):
-        return LayerPatterns(exchange_levels(curves, pattern, allocation.spread))
+        return LayerPatterns(exchange_levels(curves, pattern, allocation.spread), prices=prices)
     scales = {name: _row_scale(squares) for name, squares in fisher.items() if name in free}
-    return LayerPatterns(minimise_loss(curves, pattern, allocation.spread), scales)
+    return LayerPatterns(minimise_loss(curves, pattern, allocation.spread), scales, prices)
 
 
 def _row_scale(fisher: Float[Tensor, " R"]) -> Float[Tensor, " R"]:

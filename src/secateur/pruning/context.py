@@ -11,8 +11,8 @@ import torch
 from secateur.calibration.stream import Progress
 from secateur.models.blocks import Block
 from secateur.models.placement import InMemory, WeightPlacement
-from secateur.pruning.report import BlockFigures
 from secateur.recipe.recipe import Recipe
+from secateur.reporting.figures import BlockFigures
 from secateur.runtime.memory import MemoryBudget, Workspace
 
 StorageOf = Callable[[str, torch.dtype], torch.dtype]  # parameter's name and own dtype -> dtype that it is saved in

@@ -28,9 +28,10 @@ from secateur.pruning.allocation import LayerPatterns, allocate
 from secateur.pruning.block_refit import check_batches, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
+from secateur.pruning.depth import DepthMeter
 from secateur.pruning.matrix_step import prune_matrix
-from secateur.pruning.report import BlockFigures, BlockReport, MatrixReport
 from secateur.recipe.rules import matrix_recipe
+from secateur.reporting.figures import BlockFigures, BlockReport, DepthReport, MatrixReport
 from secateur.runtime import distributed
 from secateur.solvers.swaps import check_columns
 
@@ -44,6 +45,8 @@ class Outcome:
         dense: why each matrix stayed dense, by name.
         matrices: figures of each pruned matrix.
         blocks: figures of each refit block.
+        depth: distance from the dense model behind each block.
+        prices: of a zero, see `LayerPatterns`.
         notices: what the user should know.
     """
 
@@ -51,6 +54,8 @@ class Outcome:
     dense: dict[str, str]
     matrices: list[MatrixReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    depth: list[DepthReport] = field(default_factory=list)
+    prices: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -93,6 +98,7 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
             if chain is not first:
                 dense = checked_dense_pass(model, chain, batches, context)
             patterns = allocate(model, dense.blocks, dense.stream, batches, context)
+            outcome.prices |= patterns.prices
             _prune_chain(dense, patterns, done, total, outcome, context)
             done += len(chain.blocks)
     outcome.notices += _few_tokens(outcome.matrices)
@@ -129,11 +135,13 @@ def _prune_chain(
         assert isinstance(stream.hidden, HiddenStates)
         stream.dense = stream.hidden.copy()
     context.workspace.limit = context.memory.chunk_bytes
+    meter = DepthMeter(stream)
     for number, block in enumerate(dense.blocks, done):
         # A few models draw random numbers in evaluation (hashes of an attention): the same, resumed or not.
         torch.manual_seed(recipe.seed + number)
         with context.store.onload_block(block):
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
+            meter.advance_dense(block, dense_outputs)
             figures = context.store.finished(block)
             if figures is None:
                 figures = _prune_and_refit(block, stream, dense_outputs, patterns, recipe.seed + number, context)
@@ -142,11 +150,12 @@ def _prune_chain(
         outcome.matrices += figures.matrices
         outcome.blocks += [figures.refit] if figures.refit is not None else []
         outcome.dense |= block.dense
-        if block is not dense.blocks[-1]:
-            torch.manual_seed(recipe.seed + number)
-            with context.store.onload_block(block):
+        torch.manual_seed(recipe.seed + number)
+        with context.store.onload_block(block):
+            if block is not dense.blocks[-1]:
                 stream.advance(block)
-            stream.dense = dense_outputs
+                stream.dense = dense_outputs
+            outcome.depth += meter.measure(block)
         context.progress("prune", number + 1, total)
 
 

@@ -105,6 +105,15 @@ def minimise_loss(curves: dict[str, LossCurve], pattern: Pattern, spread: float)
     return exact_patterns(dict(zip(names, at(dear).tolist(), strict=True)), curves, pattern, low, high)
 
 
+def prices_of_zeros(curves: dict[str, LossCurve], pattern: Pattern) -> dict[str, float]:
+    """What one more zero costs in each matrix at the global sparsity, relative to the median matrix."""
+    step = 0.01
+    around = torch.tensor([pattern.sparsity - step, pattern.sparsity + step], dtype=torch.float64)
+    rises = {name: _interpolated(curve, around).diff() / curve.weights for name, curve in curves.items()}
+    median = float(torch.cat(list(rises.values())).median())
+    return {name: float(rise) / max(median, 1e-30) for name, rise in rises.items()}
+
+
 def sparsity_bounds(pattern: Pattern, spread: float) -> tuple[float, float]:
     """Lowest and highest sparsity that a matrix may get."""
     return max(0.0, pattern.sparsity - spread), max(pattern.sparsity, min(MAX_SPARSITY, pattern.sparsity + spread))

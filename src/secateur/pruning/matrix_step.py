@@ -18,9 +18,9 @@ from secateur.models.matrices import Matrix
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import Moments, dense_target_weights
-from secateur.pruning.report import MatrixReport
 from secateur.recipe.patterns import Pattern
 from secateur.recipe.rules import matrix_recipe
+from secateur.reporting.figures import MatrixReport
 from secateur.runtime.chunking import max_chunk_bytes
 from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import refine_by_swaps

@@ -77,8 +77,11 @@ class CalibrationText:
 
     source: str | None = Field(
         default=None,
-        description="Text file, folder, JSONL or data set; empty = the shipped text. Data sets: c4, wikitext2, ptb, or "
-        "any on the hub.",
+        description="Text, JSON, JSONL, CSV or Parquet file, folder, or data set; empty = the shipped text. Data sets: "
+        "c4, wikitext2, ptb, or any on the hub.",
+    )
+    text_field: str | None = Field(
+        default=None, description="Field or column that holds the text; empty = found by the form of the records."
     )
     samples: Whole = Field(default=128, ge=1, description="Calibration sequences.")
     seq_len: Whole | None = Field(

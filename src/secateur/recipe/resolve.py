@@ -19,6 +19,7 @@ SHORTCUTS = {  # keyword and flag -> option of the recipe
     "pattern": "pattern",
     "solver": "solver",
     "calibration": "calibration.source",
+    "text_field": "calibration.text_field",
     "samples": "calibration.samples",
     "seq_len": "calibration.seq_len",
     "seed": "seed",

@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.models.blocks import Block
 from secateur.models.placement import WeightPlacement
 from secateur.pruning.context import StorageOf
-from secateur.pruning.report import BlockFigures, BlockReport, MatrixReport
+from secateur.reporting.figures import BlockFigures, BlockReport, MatrixReport
 from secateur.resume.block_files import check_digest, map_from_file, open_block
 from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed

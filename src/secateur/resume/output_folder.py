@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.pruning.report import METADATA, RECIPE_FILE, read_metadata
+from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, read_metadata
 from secateur.resume.manifest import journal_of
 from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
@@ -27,6 +27,7 @@ CHECKPOINT_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", ".gitattributes", METADATA, RECIPE_FILE,
+    REPORT_FILE,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,15 @@ class Workspace:
 def resident_bytes() -> int:
     """Memory of this process that is in RAM, mapped files included."""
     return psutil.Process().memory_info().rss
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had in RAM, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss would be the parent's, where that is more
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_bytes() -> int:

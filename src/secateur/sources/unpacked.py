@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.calibration.stream import Progress
 from secateur.errors import SecateurError
 from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, read_headers, write_index, write_weights
-from secateur.pruning.report import METADATA, read_metadata
+from secateur.reporting.report import METADATA, read_metadata
 from secateur.sources.model_cache import cached
 from secateur.sources.other_files import copy_other_files
 from secateur.sources.validate import INDEX as DENSE_INDEX

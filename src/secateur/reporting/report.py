@@ -1,94 +1,65 @@
-"""What a run did: figures of each matrix and block, and their summary, as plain data."""
+"""A whole run: its figures, what was asked for and where, as plain data that is saved with the model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from secateur.errors import SecateurError
 from secateur.recipe.recipe import Recipe
+from secateur.reporting.figures import (
+    BlockReport,
+    DepthReport,
+    MatrixReport,
+    MeasuredPerplexity,
+    Speed,
+    StageReport,
+)
 from secateur.storage.file_records import FileRecord, Records, is_plain_name, read_records, record_of
 from secateur.storage.json_files import is_sealed, read_json, sealed
 
 METADATA = "secateur.json"
 RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.html"
 
 
-@dataclass(frozen=True)
-class MatrixReport:
-    """One pruned matrix.
-
-    Args:
-        name: its path without `.weight`.
-        rows, columns: outputs and inputs.
-        input_dim: stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`).
-        pattern: its pattern.
-        zeros: zeros of the mask; weights that were zero before and stay outside it are not counted.
-        relative_error: `tr(D H D^T) / tr(W H W^T)` as the solver left it, H undamped; a block refit comes later.
-        target_error: the same against the weights of a dense target; None without one.
-        seconds: of the matrix: target, solver, exchanges, and these figures.
-        tokens: real tokens that it saw.
-        borrowed: share of H from tokens that a router sends to other experts.
-        solver: the solver's name.
-        figures: the solver's figures.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    input_dim: int
-    pattern: str
-    zeros: int
-    relative_error: float
-    target_error: float | None
+class _Summary(TypedDict):
+    model_parameters: int
+    layer_parameters: int
     seconds: float
-    tokens: int
-    borrowed: float
-    solver: str
-    figures: dict[str, Any]
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros."""
-        return self.zeros / (self.rows * self.columns)
+    out: str | None
 
 
-@dataclass(frozen=True)
-class BlockReport:
-    """One block's refit.
+class _Saved(TypedDict):
+    """The content of `secateur.json`, as it is checked when it is read."""
 
-    Args:
-        name: the block's path.
-        val_loss_before, val_loss_after: loss on the validation batches.
-        best_epoch: epoch whose weights are kept; 0 = as solved.
-        rate: learning rate of that epoch, or of the last attempt.
-        seconds: of the refit.
-    """
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # pyright: ignore[reportGeneralTypeIssues]
 
-    name: str
-    val_loss_before: float
-    val_loss_after: float
-    best_epoch: int
-    rate: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class BlockFigures:
-    """What pruning one block gave.
-
-    Args:
-        matrices: figures of its matrices.
-        refit: figures of its refit, where there was one.
-        chunk: bytes that solvers' temporaries were limited to at its end; None = the default.
-    """
-
+    model: str
+    summary: _Summary
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    source: dict[str, str]
+    identity: dict[str, Any]
+    calibration: dict[str, Any]
+    notices: list[str]
+    dense: dict[str, str]
+    prices: dict[str, float]
+    perplexities: list[MeasuredPerplexity]
+    speeds: list[Speed]
+    stages: list[StageReport]
+    depth: list[DepthReport]
+    blocks: list[BlockReport]
     matrices: list[MatrixReport]
-    refit: BlockReport | None
-    chunk: int | None = None
+    files: Any
+
+
+_SAVED = TypeAdapter(_Saved)
 
 
 @dataclass
@@ -102,12 +73,18 @@ class Report:
         calibration: where the batches came from.
         matrices: figures of each pruned matrix.
         blocks: figures of each refit block.
+        depth: distance from the dense model behind each block.
+        prices: what one more zero costs in a matrix, relative to the median matrix, where an allocation measured it.
+        stages: time and memory of each stage; of the last process, where the run was resumed.
+        perplexities: measured of the finished model, by text.
+        speeds: measured of the finished model, with those that it was compared with; the first is the reference.
         dense: why each other matrix of the layers stayed dense.
         model_parameters: weights of the model.
         layer_parameters: weights of the layers' matrices.
         seconds: of the whole run.
         notices: what the user should know.
         out: the folder, for a run that wrote one.
+        source: facts of the dense model, as its card gives them.
         identity: what decides the bits, for a run from files.
         files: the record of each file that was saved with the model, except that of `secateur.json`.
     """
@@ -118,12 +95,18 @@ class Report:
     calibration: dict[str, Any]
     matrices: list[MatrixReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    depth: list[DepthReport] = field(default_factory=list)
+    prices: dict[str, float] = field(default_factory=dict)
+    stages: list[StageReport] = field(default_factory=list)
+    perplexities: list[MeasuredPerplexity] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     model_parameters: int = 0
     layer_parameters: int = 0
     seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
     out: str | None = None
+    source: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
 
@@ -153,10 +136,15 @@ class Report:
             f"mean layer error {self.mean_relative_error:.4f}, {self.seconds:.0f} s)"
         )
 
-    def save(self, folder: str | Path, known: Records | None = None) -> dict[str, FileRecord]:
-        """Write `secateur.json` and `recipe.yaml` next to a model that `save_pretrained` wrote.
+    def _repr_html_(self) -> str:
+        from secateur.reporting.page import notebook_form
 
-        `secateur inspect FOLDER` then checks every matrix, and every file that was there.
+        return notebook_form(self)
+
+    def save(self, folder: str | Path, known: Records | None = None) -> dict[str, FileRecord]:
+        """Write `secateur.json`, `recipe.yaml` and `report.html` next to a model that `save_pretrained` wrote.
+
+        `secateur inspect FOLDER` then checks every matrix, and every file that was there except the page.
 
         Args:
             folder: of the model.
@@ -165,17 +153,18 @@ class Report:
         Returns:
             the record of each file of the folder.
         """
+        from secateur.reporting.page import run_page
+
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.the_recipe.save(target / RECIPE_FILE)
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
         names = [path.name for path in files if is_plain_name(path.name)]
-        found = {
-            name: (known or {}).get(name) or record_of(target / name) for name in sorted(names) if name != METADATA
-        }
-        self.files = found
+        recorded = sorted({*names} - {METADATA, REPORT_FILE})  # the page may be written again
+        self.files = {name: (known or {}).get(name) or record_of(target / name) for name in recorded}
         (target / METADATA).write_text(self.to_json(), encoding="utf-8")
-        return found | {METADATA: record_of(target / METADATA)}
+        (target / REPORT_FILE).write_text(run_page(self, target), encoding="utf-8")
+        return self.files | {name: record_of(target / name) for name in (METADATA, REPORT_FILE)}
 
     def to_json(self) -> str:
         """The content of `secateur.json`."""
@@ -195,21 +184,10 @@ class Report:
         """The report that `to_dict` made into plain data.
 
         Raises:
-            KeyError, TypeError, AttributeError, ValueError: data of another form.
+            SecateurError, ValueError: data of another form.
         """
-        own = {field.name for field in fields(MatrixReport)}
-        summary = data["summary"]
-        names = ("model", "recipe", "environment", "calibration", "notices", "dense", "identity")
-        return cls(
-            **{name: data[name] for name in names},
-            matrices=[MatrixReport(**{name: matrix[name] for name in own}) for matrix in data["matrices"]],
-            blocks=[BlockReport(**block) for block in data["blocks"]],
-            model_parameters=summary["model_parameters"],
-            layer_parameters=summary["layer_parameters"],
-            seconds=summary["seconds"],
-            out=summary["out"],
-            files=read_records(data["files"]),
-        )
+        found: dict[str, Any] = {**_SAVED.validate_python(data)}
+        return cls(**found.pop("summary"), files=read_records(found.pop("files")), **found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the summary first."""
@@ -229,10 +207,16 @@ class Report:
             },
             "recipe": self.recipe,
             "environment": self.environment,
+            "source": self.source,
             "identity": self.identity,
             "calibration": self.calibration,
             "notices": self.notices,
             "dense": self.dense,
+            "perplexities": [asdict(each) for each in self.perplexities],
+            "speeds": [asdict(each) for each in self.speeds],
+            "prices": self.prices,
+            "stages": [asdict(stage) for stage in self.stages],
+            "depth": [asdict(each) for each in self.depth],
             "blocks": [asdict(block) for block in self.blocks],
             "matrices": [asdict(matrix) | {"sparsity": matrix.sparsity} for matrix in self.matrices],
             "files": {name: asdict(record) for name, record in self.files.items()},
@@ -251,23 +235,11 @@ def read_metadata(folder: Path) -> Report:
         raise SecateurError(f"{path} is damaged, or was changed: its content does not match its digest")
     try:
         found = Report.from_dict(data)
-        for matrix in found.matrices:
-            _check_types(matrix, ("name", "pattern", "solver"), str)
-            _check_types(matrix, ("rows", "columns", "input_dim", "zeros"), int)
-            _check_types(matrix, ("relative_error", "seconds"), (int, float))
-            _check_types(matrix, ("figures",), dict)
-        for name in ("recipe", "environment", "calibration", "dense", "identity"):
-            if not isinstance(getattr(found, name), dict):
-                raise TypeError(f"its {name} is not a mapping")
         Recipe.from_dict(found.recipe)
         return found
     except SecateurError as error:
         raise error.within(str(path)) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SecateurError(f"{path} is not a report of a run ({error})") from error
-
-
-def _check_types(matrix: MatrixReport, names: Sequence[str], kind: type | tuple[type, ...]) -> None:
-    for name in names:
-        if not isinstance(getattr(matrix, name), kind):
-            raise TypeError(f"{name} of a matrix is {getattr(matrix, name)!r}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SecateurError(f"{path} is not a report of a run ({place}: {first['msg']})") from error

@@ -1,0 +1,99 @@
+"""Figures that were measured of a finished model, kept with it: in its report, its page and its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from secateur.checkpoints.model_card import model_card
+from secateur.checkpoints.packing import packed_card
+from secateur.errors import SecateurError
+from secateur.reporting.figures import MeasuredPerplexity, Speed
+from secateur.reporting.page import run_page, two_runs_page
+from secateur.reporting.report import METADATA, REPORT_FILE, Report, read_metadata
+from secateur.sources.unpacked import is_packed
+from secateur.storage.file_records import record_of
+from secateur.storage.held_folder import write_durably
+
+CARD = "README.md"
+
+
+def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
+    """Add the figures of an evaluation; those of the same text are replaced.
+
+    Args:
+        folder: of the pruned model.
+        figures: what `evaluate` returns.
+    """
+    report, against = read_metadata(folder), figures.get("against", {})
+    own = {name: figures[name] for name in ("text", "perplexity", "targets", "seq_len")}
+    new = MeasuredPerplexity(
+        **own,
+        dense=against.get("perplexity"),
+        kl=against.get("kl"),
+        top1_agreement=against.get("top1_agreement"),
+    )
+    report.perplexities = [*(each for each in report.perplexities if each.text != new.text), new]
+    _write(folder, report)
+
+
+def record_speed(folder: Path, speeds: Sequence[Speed]) -> None:
+    """Keep the figures of `bench`, in place of earlier ones. Models go by the last part of their name."""
+    report = read_metadata(folder)
+    report.speeds = [replace(speed, model=Path(speed.model).name) for speed in speeds]
+    _write(folder, report)
+
+
+def write_page(folder: Path, other: Path | None, out: Path | None) -> Path:
+    """Write the page of one run, or of two.
+
+    Args:
+        folder: of a pruned model.
+        other: of a second one.
+        out: the page; None = `report.html` in the folder, or `comparison.html` in the working folder.
+
+    Returns:
+        where it is.
+
+    Raises:
+        SecateurError: no report there, damaged files, or a place that can't be written.
+    """
+    report = _report_in(folder)
+    target = out or (folder / REPORT_FILE if other is None else Path("comparison.html"))
+    try:
+        if other is None:
+            page = run_page(report, folder)
+        else:
+            page = two_runs_page(report, _report_in(other), names_of(folder, other))
+        write_durably(target, page)
+    except SafetensorError as error:
+        raise SecateurError(f"the weight files of {folder} are damaged ({error})") from error
+    except OSError as error:
+        raise SecateurError(f"{target} can't be written ({error.strerror or error})") from error
+    return target
+
+
+def _report_in(folder: Path) -> Report:
+    if not folder.is_dir():
+        raise SecateurError(f"there is no folder {folder}")
+    if not (folder / METADATA).is_file():
+        raise SecateurError(f"{folder} has no {METADATA}: it is not a model that secateur pruned")
+    return read_metadata(folder)
+
+
+def names_of(first: Path, second: Path) -> tuple[str, str]:
+    """What to call two folders: their names, or their paths where the names are the same."""
+    return (str(first), str(second)) if first.name == second.name else (first.name, second.name)
+
+
+def _write(folder: Path, report: Report) -> None:
+    """Write card, report and page; the records of all other files stay."""
+    card = model_card(report, folder.name)
+    write_durably(folder / CARD, packed_card(card) if is_packed(folder) else card)
+    report.files = {**report.files, CARD: record_of(folder / CARD)}
+    write_durably(folder / METADATA, report.to_json())
+    write_durably(folder / REPORT_FILE, run_page(report, folder))

@@ -1,0 +1,300 @@
+"""The pages: a run's report, two runs side by side, and the short form for a notebook."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from secateur.recipe.files import to_yaml
+from secateur.reporting.charts import Series, bars, chart
+from secateur.reporting.figures import MatrixReport, MeasuredPerplexity, Speed
+from secateur.reporting.heat_map import HeatMap, heat_map
+from secateur.reporting.reasons import extremes, reason
+from secateur.reporting.report import Report
+from secateur.reporting.weight_files import WeightFiles, read_weight_files
+from secateur.runtime.messages import visible
+
+REPORT_FILE = "report.html"
+
+
+def run_page(report: Report, folder: Path | None = None) -> str:
+    """The report of a run, as one HTML file.
+
+    Args:
+        report: of the run.
+        folder: where its model is, for sizes and pictures of masks; None = without them.
+
+    Raises:
+        SafetensorError, SecateurError: damaged weight files.
+
+    Cost: about a second.
+    """
+    files = None if folder is None else read_weight_files(folder, report.matrices)
+    return render(
+        "run.html.j2",
+        title=f"{report.model}, pruned to {report.the_recipe.pattern}",
+        report=report,
+        recipe=to_yaml(report.the_recipe),
+        headline=headline(report, files),
+        perplexity=_perplexity_rows(report),
+        speed=_speed_rows(report),
+        maps=heat_maps(report),
+        extremes=extremes(report),
+        depth=depth_chart([("", report)]),
+        refit=refit_chart(report),
+        pictures=[] if files is None else files.pictures,
+        stages=_stages_chart(report),
+        calibration={name: value for name, value in report.calibration.items() if name != "sha256"},
+        environment=report.environment,
+        dense=_by_reason(report.dense),
+    )
+
+
+def two_runs_page(first: Report, second: Report, names: tuple[str, str]) -> str:
+    """Two runs side by side, as one HTML file.
+
+    Args:
+        first: a run.
+        second: the other.
+        names: what to call them.
+    """
+    texts = [to_yaml(run.the_recipe).splitlines() for run in (first, second)]
+    lines = difflib.unified_diff(texts[0], texts[1], names[0], names[1], lineterm="", n=1)
+    return render(
+        "two_runs.html.j2",
+        title=f"{names[0]} and {names[1]}",
+        names=names,
+        rows=_side_by_side(first, second),
+        maps=[("", _difference_map(first, second)), *_error_maps(names[0], first), *_error_maps(names[1], second)],
+        depth=depth_chart([(names[0], first), (names[1], second)]),
+        changes=[line for line in lines if not line.startswith("@@")],
+    )
+
+
+def notebook_form(report: Report) -> str:
+    """Headline and heat map, for a notebook's output cell."""
+    return render("notebook.html.j2", report=report, headline=headline(report, None), maps=heat_maps(report)[:1])
+
+
+def headline(report: Report, files: WeightFiles | None) -> list[tuple[str, str, str]]:
+    """What to see first: figure, what it is, and a line of detail."""
+    share = report.pruned_parameters / max(1, report.model_parameters)
+    detail = f"of the weights in {len(report.matrices)} matrices, which hold {share:.0%} of the model's"
+    found = [(f"{report.sparsity:.1%}", "zeros", detail)]
+    if files is not None:
+        found.append(_size(files))
+    if report.speeds:
+        found.append(_speed(report.speeds))
+    found.append(_perplexity(report.perplexities))
+    refit = ", before the block refit" if report.blocks else ""
+    found.append((f"{report.mean_relative_error:.4f}", "mean layer error", f"relative, squared{refit}"))
+    found.append((duration(report.seconds), "of pruning", report.the_recipe.summary()))
+    return found
+
+
+def _size(files: WeightFiles) -> tuple[str, str, str]:
+    if files.packed_bytes is None:
+        return f"{files.bytes / 1e6:,.0f} MB", "weight files", "packed"
+    share = files.packed_bytes / max(1, files.bytes)
+    packed = f"packed about {files.packed_bytes / 1e6:,.0f} MB ({share:.2f}x)"
+    return f"{files.bytes / 1e6:,.0f} MB", "weight files", packed
+
+
+def _speed(speeds: Sequence[Speed]) -> tuple[str, str, str]:
+    last = speeds[-1]
+    detail = f"{last.model}: {last.decode_tokens_per_second:.1f} tokens/s on {last.threads} threads"
+    return _ratio(last.decode_tokens_per_second, speeds[0].decode_tokens_per_second), "decoding speed", detail
+
+
+def _perplexity(measured: Sequence[MeasuredPerplexity]) -> tuple[str, str, str]:
+    if not measured:
+        return "?", "perplexity", "not measured: secateur eval OUT --against MODEL --record"
+    last = measured[-1]
+    dense = "" if last.dense is None else f", dense {last.dense:.2f}"
+    return f"{last.perplexity:.2f}", "perplexity", f"on {last.text}{dense}"
+
+
+def _ratio(value: float, reference: float) -> str:
+    return f"{value / reference:.2f}x" if reference else ""
+
+
+def heat_maps(report: Report) -> list[HeatMap]:
+    """Zeros and layer error of every block and kind of matrix."""
+    if not report.matrices:
+        return []
+    zeros = heat_map(
+        "Zeros",
+        report.matrices,
+        lambda each: each.sparsity,
+        lambda value: f"{value:.0%}",
+        partial(reason, report),
+    )
+    error = heat_map(
+        "Layer error", report.matrices, lambda each: each.relative_error, _short,
+        lambda each: f"{each.sparsity:.1%} zeros",
+    )  # fmt: skip
+    return [zeros, error]
+
+
+def _error_maps(name: str, report: Report) -> list[tuple[str, HeatMap]]:
+    return [(name, each) for each in heat_maps(report)[1:]]
+
+
+def _difference_map(first: Report, second: Report) -> HeatMap:
+    other = {matrix.name: matrix for matrix in first.matrices}
+
+    def change(matrix: MatrixReport) -> float:
+        return matrix.sparsity - other[matrix.name].sparsity
+
+    both = [matrix for matrix in second.matrices if matrix.name in other]
+    title = "Change of zeros"
+    return heat_map(title, both, change, lambda value: f"{value:+.0%}", lambda each: f"{each.sparsity:.1%} now")
+
+
+def depth_chart(runs: Sequence[tuple[str, Report]]) -> Markup | None:
+    """Distance from the dense model behind each block."""
+    series = []
+    for name, run in runs:
+        prefix, blocks = f"{name}: " * bool(name), range(1, len(run.depth) + 1)
+        series += [
+            Series(f"{prefix}relative error", list(blocks), [each.relative_error for each in run.depth]),
+            Series(f"{prefix}1 - cosine", list(blocks), [1 - each.cosine for each in run.depth]),
+        ]
+    if not any(each.x for each in series):
+        return None
+    return chart(
+        series,
+        "block",
+        "distance from the dense model",
+        alt="Distance from the dense model by block",
+    )
+
+
+def refit_chart(report: Report) -> Markup | None:
+    """Validation loss of each block before and after its refit."""
+    if not report.blocks:
+        return None
+    numbers = list(range(1, len(report.blocks) + 1))
+    series = [
+        Series("as solved", numbers, [block.val_loss_before for block in report.blocks]),
+        Series("after the refit", numbers, [block.val_loss_after for block in report.blocks]),
+    ]
+    return chart(series, "block", "validation loss", is_log=True, alt="Validation loss by block")
+
+
+def _stages_chart(report: Report) -> Markup | None:
+    if not report.stages:
+        return None
+    solving = sum(matrix.seconds for matrix in report.matrices)
+    refit = sum(block.seconds for block in report.blocks)
+    rows = []
+    for stage in report.stages:
+        if stage.name == "prune" and solving + refit < stage.seconds:
+            rows += [("solve", solving), ("refit", refit), ("Hessians, replay", stage.seconds - solving - refit)]
+        else:
+            rows.append((stage.name, stage.seconds))
+    rows = [(name, seconds) for name, seconds in rows if seconds]
+    return bars([name for name, _ in rows], [seconds for _, seconds in rows], "seconds", alt="Seconds of each stage")
+
+
+def _perplexity_rows(report: Report) -> list[list[str]]:
+    return [
+        [
+            each.text,
+            f"{each.targets:,}",
+            _shown(each.dense, ".2f"),
+            f"{each.perplexity:.2f}",
+            _shown(each.kl, ".3f"),
+            _shown(each.top1_agreement, ".1%"),
+        ]
+        for each in report.perplexities
+    ]
+
+
+def _speed_rows(report: Report) -> list[list[str]]:
+    rows = []
+    for each in report.speeds:
+        first, decoding = report.speeds[0], each.decode_tokens_per_second
+        rows.append([
+            each.model,
+            f"{each.file_bytes / 1e6:,.0f} ({_ratio(each.file_bytes, first.file_bytes)})",
+            f"{each.memory_bytes / 1e6:,.0f} ({_ratio(each.memory_bytes, first.memory_bytes)})",
+            f"{each.prefill_tokens_per_second:,.0f}",
+            f"{decoding:.1f} ({_ratio(decoding, first.decode_tokens_per_second)})",
+        ])  # fmt: skip
+    return rows
+
+
+def _side_by_side(first: Report, second: Report) -> list[tuple[str, str, str, str]]:
+    """Figure, both values, and the change in words."""
+    rows: list[tuple[str, float | None, float | None, str]] = [
+        ("zeros", first.sparsity, second.sparsity, ".2%"),
+        ("mean layer error", first.mean_relative_error, second.mean_relative_error, ".4f"),
+        ("seconds", first.seconds, second.seconds, ",.0f"),
+    ]
+    for name in ("relative_error", "cosine"):
+        last = [getattr(run.depth[-1], name) if run.depth else None for run in (first, second)]
+        rows.append((f"{name.replace('_', ' ')} behind the last block", last[0], last[1], ".4f"))
+    texts = {each.text for run in (first, second) for each in run.perplexities}
+    for text in sorted(texts):
+        values = [_last_perplexity(run, text) for run in (first, second)]
+        rows.append((f"perplexity on {text}", values[0], values[1], ".2f"))
+    return [(name, _shown(a, form), _shown(b, form), _change(a, b)) for name, a, b, form in rows]
+
+
+def _last_perplexity(report: Report, text: str) -> float | None:
+    found = [each.perplexity for each in report.perplexities if each.text == text]
+    return found[-1] if found else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _change(first: float | None, second: float | None) -> str:
+    return "" if first is None or second is None or not first else f"{second / first - 1:+.1%}"
+
+
+def _short(value: float) -> str:
+    return f"{100 * value:.2g}%" if value < 1 else f"{value:.1f}"
+
+
+def _by_reason(dense: dict[str, str]) -> list[tuple[str, int, str]]:
+    """Reason, number of matrices, and the first of them."""
+    names: dict[str, list[str]] = {}
+    for name, why in dense.items():
+        names.setdefault(why, []).append(name)
+    return [(why, len(members), members[0]) for why, members in names.items()]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("secateur.reporting"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_clean,
+    )  # fmt: skip
+    environment.filters["duration"] = duration
+    return environment
+
+
+def _clean(value: Any) -> Any:
+    """Text without control characters, which a page can't hold."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; every value is escaped."""
+    return _templates().get_template(template).render(**values)

@@ -1,0 +1,38 @@
+"""Why a matrix got the pattern that it has, in words."""
+
+from __future__ import annotations
+
+from secateur.recipe.rules import matrix_recipe, rule_for
+from secateur.reporting.figures import MatrixReport
+from secateur.reporting.report import Report
+
+MOST_SHOWN = 3
+
+
+def reason(report: Report, matrix: MatrixReport) -> str:
+    """One sentence: the rule, the allocation's measurement, or the recipe's pattern for all."""
+    recipe = report.the_recipe
+    own = matrix_recipe(recipe, matrix.name)
+    if own.own_pattern:
+        rule = rule_for(recipe, matrix.name)
+        return f"The rule for {', '.join(rule.match) if rule else matrix.name} says {own.pattern}."
+    price = report.prices.get(matrix.name)
+    if price is not None:
+        return f"One more zero here costs the model's output {_times(price)} the median matrix."
+    if recipe.allocation is not None:
+        return f"The {recipe.allocation.rule} allocation gave it {matrix.sparsity:.1%}."
+    return "Every matrix gets the recipe's pattern."
+
+
+def extremes(report: Report) -> list[str]:
+    """Sentences on the matrices with the most and the fewest zeros; one where all have the same."""
+    matrices = sorted(report.matrices, key=lambda matrix: matrix.sparsity)
+    if not matrices or matrices[-1].sparsity - matrices[0].sparsity < 0.005:
+        return ["Every matrix has the same share of zeros: the recipe asks for no allocation, and no rule differs."]
+    shown = min(MOST_SHOWN, len(matrices) // 2)
+    picked = [*reversed(matrices[-shown:]), *reversed(matrices[:shown])]
+    return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(report, each)}" for each in picked]
+
+
+def _times(price: float) -> str:
+    return f"{price:.1f} times as much as" if price >= 1 else f"only {price:.2f} times as much as"
