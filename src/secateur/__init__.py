@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.recipe.recipe import CalibrationText, Recipe, Rule
+    from secateur.recipe.solvers import ADMM, MRP, Magnitude, SparseGPT, Wanda
     from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
     from secateur.reporting.report import Report
     from secateur.solvers import Solved
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ADMM": "secateur.recipe.solvers",
+    "MRP": "secateur.recipe.solvers",
+    "Magnitude": "secateur.recipe.solvers",
+    "SparseGPT": "secateur.recipe.solvers",
+    "Wanda": "secateur.recipe.solvers",
     "Allocation": "secateur.recipe.steps",
     "BlockRefit": "secateur.recipe.steps",
     "CalibrationText": "secateur.recipe.recipe",
@@ -58,20 +64,25 @@ _HOME = {
 }
 
 __all__ = [
+    "ADMM",
+    "MRP",
     "NM",
     "Allocation",
     "BlockRefit",
     "CalibrationText",
     "DenseTarget",
     "KeepZerosCallback",
+    "Magnitude",
     "Pattern",
     "Recipe",
     "Report",
     "Rule",
     "SecateurError",
     "Solved",
+    "SparseGPT",
     "SwapRefinement",
     "Unstructured",
+    "Wanda",
     "bench",
     "coverage_of",
     "dry_run",

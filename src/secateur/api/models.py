@@ -150,6 +150,8 @@ def inspect(folder: str | Path) -> Inspection:
             f"inspect() takes the folder of a checkpoint, not a {type(folder).__name__}: save the model first, or use "
             f"coverage_of(model)"
         )
+    if not user_path(folder).is_dir():
+        raise SecateurError(f"there is no folder {folder}: inspect reads the folder of a checkpoint")
     return inspect_folder(user_path(folder))
 
 

@@ -228,6 +228,7 @@ def inspect(
     coverage: Annotated[
         bool, typer.Option("--coverage", help="Run the model on a few tokens and list what would be pruned.")
     ] = False,
+    matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix, not only every kind.")] = False,
     include: flags.Include = None,
     exclude: flags.Exclude = None,
     as_json: flags.Json = False,
@@ -235,7 +236,7 @@ def inspect(
     trust_remote_code: flags.RemoteCode = False,
     allow_pickle: flags.Pickle = False,
 ) -> None:
-    """Zeros of every matrix in MODEL; exit code 1 if the checkpoint breaks its recorded patterns.
+    """Zeros of MODEL's matrices; exit code 1 if the checkpoint breaks its recorded patterns.
 
     With --coverage: every matrix of the layers, pruned, dense by a rule, or missed; exit code 1 if any is missed.
     """
@@ -247,7 +248,7 @@ def inspect(
         raise SecateurError(f"{', '.join(given)} runs the model, which only --coverage does")
     if not coverage:
         inspection = api.inspect(model)
-        print_json(inspection.to_dict()) if as_json else print_inspection(inspection)
+        print_json(inspection.to_dict()) if as_json else print_inspection(inspection, matrices)
         raise typer.Exit(1 if inspection.problems else 0)
     found = api.coverage_of(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,9 +90,7 @@ def print_report(report: Report) -> None:
     """Print a run's table: one row for each kind of matrix, averaged over the blocks."""
     kinds: dict[str, list[Any]] = {}
     for matrix in report.matrices:
-        kinds.setdefault(".".join(part for part in matrix.name.split(".")[-2:] if not part.isdigit()), []).append(
-            matrix
-        )
+        kinds.setdefault(_kind(matrix.name), []).append(matrix)
     rows = []
     for kind, matrices in kinds.items():
         weights = sum(matrix.rows * matrix.columns for matrix in matrices)
@@ -120,16 +119,51 @@ def print_report(report: Report) -> None:
         note(f"note: the damping was raised for {len(raised)} matrices ({raised[0]} ...); see secateur.json")
 
 
-def print_inspection(inspection: Inspection) -> None:
-    """Print every matrix of a checkpoint."""
-    rows = []
-    for matrix in inspection.matrices:
-        verdict = {True: "ok", False: "broken", None: inspection.dense.get(matrix.name, "")}[matrix.ok]
-        shape = " x ".join(map(str, matrix.shape))
-        rows.append((matrix.name, shape, f"{matrix.sparsity:.2%}", matrix.pattern or "dense", verdict))
-    show_table((Column("matrix", overflow="fold"), "shape", "sparsity", "pattern", ""), rows, inspection.folder)
+def print_inspection(inspection: Inspection, is_whole: bool) -> None:
+    """Print a checkpoint's kinds of matrices, or every matrix, and what is broken."""
+    verdicts = {True: "ok", False: "broken", None: "dense"}
+    if is_whole:
+        rows = [
+            (
+                matrix.name,
+                " x ".join(map(str, matrix.shape)),
+                f"{matrix.sparsity:.2%}",
+                matrix.pattern or "dense",
+                inspection.dense.get(matrix.name, "") if matrix.ok is None else verdicts[matrix.ok],
+            )
+            for matrix in inspection.matrices
+        ]
+        show_table((Column("matrix", overflow="fold"), "shape", "zeros", "pattern", ""), rows, inspection.folder)
+    else:
+        kinds: dict[tuple[str, str], list[Any]] = {}
+        for matrix in inspection.matrices:
+            kinds.setdefault((_kind(matrix.name), verdicts[matrix.ok]), []).append(matrix)
+        rows = [
+            (
+                kind,
+                len(members),
+                f"{sum(each.zeros for each in members) / max(1, sum(math.prod(each.shape) for each in members)):.2%}",
+                f"{min(each.sparsity for each in members):.2%} to {max(each.sparsity for each in members):.2%}",
+                verdict,
+            )
+            for (kind, verdict), members in kinds.items()
+        ]
+        columns = (Column("matrix", overflow="fold"), "number", "zeros", "from, to", "")
+        show_table(columns, rows, inspection.folder)
+    pruned = [matrix for matrix in inspection.matrices if matrix.ok is not None]
+    weights = sum(math.prod(matrix.shape) for matrix in pruned)
+    zeros = sum(matrix.zeros for matrix in pruned) / max(1, weights)
+    recorded = f"{len(pruned)} pruned matrices with {zeros:.2%} zeros" if pruned else "nothing is recorded as pruned"
+    show(f"{recorded}; {len(inspection.matrices) - len(pruned)} dense; {len(inspection.problems)} problems")
+    if not is_whole:
+        show("every matrix: --matrices")
     for problem in inspection.problems:
         note(f"broken: {problem}")
+
+
+def _kind(name: str) -> str:
+    """The last two parts of a matrix's name: what it has in common with those of other blocks."""
+    return ".".join([part for part in name.partition("[")[0].split(".") if not part.isdigit()][-2:])
 
 
 def print_speeds(speeds: Sequence[Speed]) -> None:

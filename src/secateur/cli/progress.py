@@ -53,7 +53,7 @@ def _bars() -> Iterator[Show]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks or done == 1:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, completed=done - 1)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
@@ -71,6 +71,7 @@ class LogLines:
     clock: Callable[[], float] = time.monotonic
     write: Callable[[str], object] = field(default=say)
     _stage: str = ""
+    _first: int = 0
     _started: float = 0.0
     _written: float = 0.0
 
@@ -78,12 +79,13 @@ class LogLines:
         """Take note of progress."""
         now = self.clock()
         if stage != self._stage or done <= 1:
-            self._stage, self._started, self._written = stage, now, float("-inf")
+            self._stage, self._started, self._written, self._first = stage, now, float("-inf"), done
         if done < total and now - self._written < SECONDS_A_LINE:
             return
         self._written = now
         passed = now - self._started
-        left = "" if done <= 1 or done >= total else f", {_duration(passed / (done - 1) * (total - done))} left"
+        timed = done - self._first
+        left = "" if timed < 1 or done >= total else f", {_duration(passed / timed * (total - done))} left"
         self.write(f"{stage}: {done} of {total}{left}")
 
 

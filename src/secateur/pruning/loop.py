@@ -143,6 +143,7 @@ def _prune_chain(
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
             meter.advance_dense(block, dense_outputs)
             figures = context.store.finished(block)
+            stage = "prune" if figures is None else "replay"  # of what an earlier process pruned, which is faster
             if figures is None:
                 figures = _prune_and_refit(block, stream, dense_outputs, patterns, recipe.seed + number, context)
                 context.store.commit(block, figures)
@@ -156,7 +157,7 @@ def _prune_chain(
                 stream.advance(block)
                 stream.dense = dense_outputs
             outcome.depth += meter.measure(block)
-        context.progress("prune", number + 1, total)
+        context.progress(stage, number + 1, total)
 
 
 def _prune_and_refit(

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from secateur.errors import SecateurError
 
@@ -79,6 +80,25 @@ class NM:
 
 
 Pattern = Unstructured | NM
+
+
+def check_asked_pattern(text: Any) -> None:
+    """Refuse a pattern of a user that most likely means another one.
+
+    Raises:
+        SecateurError: `1` and `0`, which would remove every weight or none, and shares below 1% written with a %.
+    """
+    spelled = str(text).strip() if isinstance(text, int | str) else ""
+    if re.fullmatch(r"[01](\.0*)?", spelled):
+        raise SecateurError(
+            f"pattern {text} removes {'every' if spelled[0] == '1' else 'no'} weight: write 50% or 0.5 for half of the "
+            f"weights, or 100% or 0% if you mean it"
+        )
+    if share := re.fullmatch(r"(0?\.\d+)\s*%", spelled):
+        raise SecateurError(
+            f"pattern {text} is {float(share[1]) / 100:g} of the weights. For {100 * float(share[1]):g}% write "
+            f"{100 * float(share[1]):g}%, and for {text} write {float(share[1]) / 100:g}"
+        )
 
 
 def parse_pattern(text: str | float | Pattern) -> Pattern:

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.recipe.declare import RecipeError, plain
 from secateur.recipe.files import RecipeFile, read_recipe
-from secateur.recipe.patterns import parse_pattern
+from secateur.recipe.patterns import check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
@@ -48,6 +48,7 @@ def resolve_recipe(
     Raises:
         RecipeError: an unknown name or option, a wrong value, or a shortcut that contradicts the recipe.
     """
+    check_asked_pattern(shortcuts.get("pattern"))
     given = {SHORTCUTS[name]: value for name, value in shortcuts.items() if value is not None}
     settings = dict(settings or {})
     data, file = _stated(recipe, given, settings)

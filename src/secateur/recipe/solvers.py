@@ -107,7 +107,7 @@ SOLVERS: dict[str, type[SolverOptions]] = {kind.name: kind for kind in (Magnitud
 
 
 def read_solver(value: Any) -> Any:
-    """A solver's options from its name, or from a mapping with `name`; options themselves pass.
+    """A solver's options from its name, or from a mapping with `name`; options and solver objects pass.
 
     Raises:
         RecipeError: an unknown solver, a plug-in that can't be loaded, or an option it does not have.
@@ -117,7 +117,7 @@ def read_solver(value: Any) -> Any:
     if not isinstance(value, Mapping):
         if isinstance(value, type) or not (isinstance(value, SolverOptions) or dataclasses.is_dataclass(value)):
             raise RecipeError(f"the solver is {value!r}: give its name, its options or a mapping with `name`")
-        return value
+        return value if isinstance(value, SolverOptions) else _given(value)
     values = dict(value)
     if "name" not in values:
         raise RecipeError("the solver's name is missing (for example `solver: {name: mrp}`)")
@@ -135,6 +135,21 @@ def read_solver(value: Any) -> Any:
         raise RecipeError(f"solver.{error.raw}" if error.raw[0].islower() else error.raw, error.location) from None
 
 
+_GIVEN: dict[str, type] = {}  # solvers whose objects were passed, so that a report of this process knows them
+
+
+def _given(solver: Any) -> Any:
+    """A solver object of the caller's, which needs no plug-in; its name is known from then on."""
+    name = getattr(solver, "name", None)
+    if not callable(solver) or not isinstance(name, str) or name in SOLVERS:
+        raise RecipeError(
+            f"the solver {type(solver).__name__} must be a dataclass with __call__(W, hessian, pattern), and with a "
+            f"`name` that is none of {', '.join(SOLVERS)}"
+        )
+    _GIVEN[name] = type(solver)
+    return solver
+
+
 def _unknown(solver: str, option: str, known: list[str]) -> str:
     others = [name for name, kind in SOLVERS.items() if option in fields_of(kind)]
     hint = f" ({option} belongs to {', '.join(others)})" if others else nearest(option, known)
@@ -144,6 +159,8 @@ def _unknown(solver: str, option: str, known: list[str]) -> str:
 
 def _plugin_options(name: str, values: dict[str, Any]) -> Any:
     """Options of a plug-in's solver; no other plug-in is loaded, so that a broken one stops nobody else."""
+    if name in _GIVEN:
+        return _GIVEN[name](**values)
     points = {point.name: point for point in entry_points(group="secateur.solvers")}
     if name not in points:
         known = sorted({*points, *SOLVERS})

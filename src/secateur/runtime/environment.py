@@ -47,7 +47,8 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SecateurError(f"‹device› is {device!r}, which can't be used here: {reason}") from error
+        hint = f" (a GPU is {device.lower().replace('gpu', 'cuda', 1)!r})" if device.lower().startswith("gpu") else ""
+        raise SecateurError(f"‹device› is {device!r}, which can't be used here{hint}: {reason}") from error
 
 
 def processor_name(device: str) -> str:

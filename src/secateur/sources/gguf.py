@@ -10,6 +10,8 @@ from secateur.sources.gguf_header import check_gguf
 from secateur.sources.model_cache import cached
 from secateur.storage.file_records import sha256
 
+WEIGHTS_A_SECOND = 6e6  # converted, on two cores
+
 
 def convert_gguf(path: Path) -> Path:
     """The folder of a GGUF file dequantised to bf16; converted once for each content.
@@ -36,8 +38,11 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    check_gguf(gguf)
-    say(f"secateur: converting {gguf.name} to safetensors (once, about half a minute)")
+    weights = check_gguf(gguf)
+    say(
+        f"secateur: converting {gguf.name} to bf16 safetensors in {folder.parent}: once, about "
+        f"{2 * weights / 1e6:,.0f} MB and {max(10, weights / WEIGHTS_A_SECOND):.0f} s"
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -20,15 +20,18 @@ MAX_DIMENSIONS = 4
 SMALLEST_TENSOR, SMALLEST_PAIR = 24, 13  # bytes of their entries
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(path: Path) -> int:
     """Check that everything that a GGUF file announces is in it. Cost: one read of its header.
+
+    Returns:
+        the number of its weights.
 
     Raises:
         SecateurError: it is not, or this is no GGUF file of version 2 or 3.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _Header(content).check()
+            return _Header(content).check()
     except OSError as error:
         raise SecateurError(f"{path} can't be read ({error.strerror})") from error
     except (ValueError, struct.error) as error:
@@ -41,7 +44,7 @@ class _Header:
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.elements = content, 0, 0
 
-    def check(self) -> None:
+    def check(self) -> int:
         magic, version, tensors, pairs = self.take("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise SecateurError("it does not begin as a little-endian GGUF file of version 2 or 3")
@@ -53,6 +56,7 @@ class _Header:
         found = [self.tensor() for _ in range(tensors)]
         self.check_tensors(found, values.get("general.alignment", 32))
         _check_counts(values, len(found))
+        return sum(elements for _, elements, _, _ in found)
 
     def take(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{layout}", self.content, self.at)

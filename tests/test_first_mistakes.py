@@ -1,0 +1,136 @@
+"""What a new user gets wrong first is refused before any work, with a message that says what to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from models import save_checkpoint, save_gguf, tiny_model, tokens
+
+import secateur
+from secateur.cli.progress import LogLines
+from secateur.solvers import Solved
+
+SMALL = ("--samples", 4, "--seq-len", 32, "--solver", "magnitude")
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pattern", "0.5%"), "For 50% write 50%, and for 0.5% write 0.005"),
+        (("--pattern", "1"), "pattern 1 removes every weight"),
+        (("--pattern", "0"), "pattern 0 removes no weight"),
+        (("--max-memory", "8"), "write 8GB"),
+        (("--device", "gpu"), "a GPU is 'cuda'"),
+        (("--device", "GPU:1"), "a GPU is 'cuda:1'"),
+    ],
+)
+def test_ambiguous_values_are_refused(main, model, tmp_path, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", tmp_path / "text.txt", *SMALL, *arguments)
+    assert code == 2
+    assert message in " ".join(errors.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("pattern", [1, 0, "1.0", "0.5%"])
+def test_the_same_in_python(pattern):
+    with pytest.raises(secateur.SecateurError, match="write"):
+        secateur.prune(tiny_model("llama"), pattern=pattern, solver="magnitude", calibration=tokens())
+
+
+@pytest.mark.parametrize("pattern", ["100%", "0.005", 0.5, "2:4"])
+def test_what_is_meant_is_taken(pattern):
+    report = secateur.prune(tiny_model("llama"), pattern=pattern, solver="magnitude", calibration=tokens())
+    assert report.sparsity == pytest.approx(secateur.parse_pattern(pattern).sparsity, abs=1e-2)
+
+
+def test_out_in_the_models_folder_is_refused(main, model, tmp_path):
+    code, _, errors = main("prune", model, model / "pruned", "--calibration", tmp_path / "text.txt", *SMALL)
+    assert code == 2
+    assert "lies in the model's folder" in " ".join(errors.split())
+    assert not (model / "pruned").exists()
+
+
+def test_a_missing_folder_is_named(main):
+    code, _, errors = main("inspect", "nosuch")
+    assert code == 2
+    assert "there is no folder nosuch" in errors
+
+
+def test_a_conversion_says_what_it_writes_where_and_for_how_long(main, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    save_gguf(tmp_path / "model.gguf")
+    code, _, errors = main("eval", tmp_path / "model.gguf", "--max-tokens", 64, "--seq-len", 32)
+    assert code == 0, errors
+    line = next(line for line in errors.splitlines() if "converting" in line)
+    assert str(tmp_path / "cache" / "models") in line
+    assert "0 MB and 10 s" in line
+
+
+def test_inspect_prints_a_summary_first(main, model, tmp_path):
+    main("prune", model, tmp_path / "out", "--calibration", tmp_path / "text.txt", *SMALL)
+    code, out, _ = main("inspect", tmp_path / "out")
+    assert code == 0
+    assert "14 pruned matrices with 50.00% zeros" in out
+    assert "layers.1" not in out
+    assert "mlp.up_proj" in out
+    _, every, _ = main("inspect", tmp_path / "out", "--matrices")
+    assert "layers.1" in every
+
+
+def test_the_time_left_after_a_resume_counts_only_what_was_pruned_now():
+    """Eight blocks are replayed in 8 s, then each takes 100 s: the first estimate is of those."""
+    now, lines = [0.0], []
+    show = LogLines(lambda: now[0], lines.append)
+    for done in range(1, 9):
+        now[0] += 1
+        show("replay", done, 30)
+    for done in range(9, 12):
+        now[0] += 100
+        show("prune", done, 30)
+    assert lines[-1] == "prune: 11 of 30, 31 min 40 s left"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """Keeps the first weights of each row."""
+
+    name: ClassVar[str] = "mine"
+    scale: float = 1.0
+
+    def __call__(self, W, hessian, pattern):
+        keep = torch.ones_like(W, dtype=torch.bool)
+        keep.view(-1)[-pattern.num_pruned(*W.shape) :] = False
+        return Solved(W * keep * self.scale, keep, {})
+
+
+def test_a_solver_object_is_taken_as_it_is():
+    model = tiny_model("llama")
+    report = secateur.prune(model, pattern="50%", solver=Mine(scale=2.0), calibration=tokens())
+    assert {matrix.solver for matrix in report.matrices} == {"mine"}
+    assert report.the_recipe.solver == Mine(scale=2.0)
+    one = secateur.prune(tiny_model("llama"), pattern="2:4", solver=secateur.MRP(mask="M"), calibration=tokens())
+    other = secateur.prune(
+        tiny_model("llama"), pattern="2:4", solver={"name": "mrp", "mask": "M"}, calibration=tokens()
+    )
+    assert one.mean_relative_error == other.mean_relative_error
+
+
+def test_a_solver_object_without_a_name_is_refused():
+    @dataclasses.dataclass
+    class Nameless:
+        def __call__(self, W, hessian, pattern):
+            raise AssertionError
+
+    with pytest.raises(secateur.SecateurError, match="`name`"):
+        secateur.prune(tiny_model("llama"), solver=Nameless(), calibration=tokens())

@@ -1,0 +1,146 @@
+"""Models on the hub, against a local server that stands in for it."""
+
+from __future__ import annotations
+
+import pytest
+from hub_stand_in import TOKEN, Hub
+from models import save_checkpoint
+from ruamel.yaml import YAML
+
+import secateur
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
+SMALL = {"pattern": "50%", "solver": "magnitude", "samples": 4, "seq_len": 32}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub() as found:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    secateur.prune(tmp_path / "model", tmp_path / "pruned", calibration=tmp_path / "text.txt", **SMALL)
+    return tmp_path / "pruned"
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_hub_holds_the_same_bytes(hub, main, pruned, tmp_path, packed):
+    folder = pruned
+    if packed:
+        folder = tmp_path / "packed"
+        secateur.pack(pruned, folder)
+    code, out, errors = main("push", folder, "somebody/small", "--private")
+    assert code == 0, errors
+    assert f"{hub.url}/somebody/small" in out
+    assert hub.repos["somebody/small"] == files_of(folder)
+    assert hub.private == {"somebody/small"}
+    assert hub.blobs, "the weights went the way of large files"
+    assert len(hub.commits) == 1
+
+
+def test_the_card_has_valid_metadata(hub, pruned):
+    secateur.push(pruned, "somebody/small")
+    card = hub.repos["somebody/small"]["README.md"].decode()
+    header = YAML(typ="safe", pure=True).load(card.split("---\n")[1])
+    assert header["license"] == "mit"
+    assert header["library_name"] == "transformers"
+    assert header["pipeline_tag"] == "text-generation"
+    assert {"pruned", "secateur"} <= {*header["tags"]}
+    assert "base_model" not in header
+    assert str(pruned.parent) not in card
+
+
+def test_a_second_push_replaces_the_model_and_nothing_else(hub, pruned, tmp_path):
+    secateur.push(pruned, "small")
+    repo = hub.repos["somebody/small"]
+    repo["picture.png"] = b"theirs"
+    repo[".gitattributes"] = b"the hub's"
+    secateur.pack(pruned, tmp_path / "packed")
+    secateur.push(tmp_path / "packed", "small")
+    assert repo == files_of(tmp_path / "packed") | {"picture.png": b"theirs", ".gitattributes": b"the hub's"}
+    assert "model.safetensors" not in repo
+
+
+def test_push_to_hub_after_a_run(hub, main, pruned, tmp_path):
+    out = tmp_path / "my-model"
+    options = ["--pattern", "2:4", "--solver", "magnitude", "--samples", 4, "--seq-len", 32]
+    code, _, errors = main(
+        "prune", tmp_path / "model", out, "--calibration", tmp_path / "text.txt", *options, "--push-to-hub"
+    )
+    assert code == 0, errors
+    assert hub.repos["somebody/my-model"] == files_of(out)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "bad name", "-x", "a--b"])
+def test_a_name_that_is_no_repository(hub, main, pruned, name):
+    code, _, errors = main("push", pruned, "--", name)
+    assert code == 2
+    assert "can't be a repository's name" in " ".join(errors.split())
+    assert not hub.repos
+
+
+def test_a_wrong_token(hub, main, pruned, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, _, errors = main("push", pruned, "small")
+    assert code == 2
+    assert "refused the token" in " ".join(errors.split())
+    assert not hub.repos
+
+
+def test_no_token(hub, main, pruned, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    code, _, errors = main("push", pruned, "small")
+    assert code == 2
+    assert "hf auth login" in errors
+
+
+def test_a_token_is_checked_before_any_work(hub, main, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, _, _ = main("prune", tmp_path / "model", tmp_path / "new", "--push-to-hub")
+    assert code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_that_is_offline(hub, main, pruned, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    code, _, errors = main("push", pruned, "small")
+    assert code == 2
+    assert "could not be reached" in " ".join(errors.split())
+
+
+def test_a_hub_that_is_out_of_order(hub, main, pruned):
+    hub.status = 418
+    code, _, errors = main("push", pruned, "small")
+    assert code == 2
+    assert "could not do this" in " ".join(errors.split())
+
+
+def test_what_is_not_as_it_was_saved_is_not_published(hub, main, pruned, tmp_path):
+    (pruned / "config.json").write_text((pruned / "config.json").read_text() + " ")
+    code, _, errors = main("push", pruned, "small")
+    assert code == 2
+    assert "is not what was saved" in " ".join(errors.split())
+    for folder, message in ((tmp_path / "model", "secateur.json"), (tmp_path / "nosuch", "there is no folder")):
+        code, _, errors = main("push", folder, "small")
+        assert code == 2
+        assert message in " ".join(errors.split())
+    assert not hub.repos
+
+
+def test_files_that_are_not_of_the_model_stay_here(hub, pruned):
+    (pruned / "secrets.txt").write_text("mine")
+    secateur.push(pruned, "small")
+    assert "secrets.txt" not in hub.repos["somebody/small"]
