@@ -153,12 +153,12 @@ def test_what_is_no_model_of_layers_is_refused():
 
 def test_an_encoder_given_to_the_commands_is_named(tmp_path):
     model, _, _ = bert()
-    model.save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "bert")
+    character_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(
         ValueError, match=r"holds a BertModel, which is not a causal .*secateur.prune\(model, calibration"
     ):
-        secateur.prune(tmp_path, tmp_path / "out", pattern="2:4")
+        secateur.prune(tmp_path / "bert", tmp_path / "out", pattern="2:4")
     assert not (tmp_path / "out").exists()
 
 

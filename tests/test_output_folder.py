@@ -323,13 +323,6 @@ def test_a_journal_that_is_a_link_is_refused(source, out, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_out_in_the_models_folder_is_resumed(source, tmp_path, monkeypatch):
-    model = shutil.copytree(source / "model", tmp_path / "model")
-    stopped_before_its_place(source, model / "out", monkeypatch, model=model)
-    prune(source, model / "out", model=model, resume=True)
-    assert content(model / "out").keys() == content(source / "pruned").keys()
-
-
 def test_a_name_that_can_not_be_recorded_is_not_copied(source, tmp_path):
     model = shutil.copytree(source / "model", tmp_path / "model")
     (model / "a\u202fb.txt").write_text("x")

@@ -10,6 +10,7 @@ from typing import Any
 
 from packed_page import measured_line, models_table
 from pages import DOCS, RESULTS, ROOT, Picture, table
+from scale_page import scale_table
 
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, without_members
@@ -19,6 +20,7 @@ COMPARISONS, README = RESULTS / "compare", ROOT / "README.md"
 NOTES = Path(__file__).with_name("benchmarks-notes.md")
 BEGIN, END = "<!-- results: written by tools/make_pages.py -->", "<!-- end of results -->"
 BEGIN_SIZES, END_SIZES = "<!-- sizes: written by tools/make_pages.py -->", "<!-- end of sizes -->"
+BEGIN_SCALE, END_SCALE = "<!-- scale: written by tools/make_pages.py -->", "<!-- end of scale -->"
 MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
 MODELS = {
     "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
@@ -256,7 +258,9 @@ def readme() -> str:
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
     sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"
-    return re.sub(f"{BEGIN_SIZES}.*?{END_SIZES}", lambda _: sizes, text, flags=re.DOTALL)
+    text = re.sub(f"{BEGIN_SIZES}.*?{END_SIZES}", lambda _: sizes, text, flags=re.DOTALL)
+    scale = f"{BEGIN_SCALE}\n{scale_table()}\n{END_SCALE}"
+    return re.sub(f"{BEGIN_SCALE}.*?{END_SCALE}", lambda _: scale, text, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from secateur.recipe.solvers import ADMM, MRP, Magnitude, SparseGPT, Wanda
     from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
     from secateur.reporting.report import Report
+    from secateur.runtime.progress_bars import ProgressBars
     from secateur.solvers import Solved
     from secateur.training.keep_zeros import keep_zeros
     from secateur.training.trainer import KeepZerosCallback
@@ -38,6 +39,7 @@ _HOME = {
     "DenseTarget": "secateur.recipe.steps",
     "NM": "secateur.recipe.patterns",
     "Pattern": "secateur.recipe.patterns",
+    "ProgressBars": "secateur.runtime.progress_bars",
     "Recipe": "secateur.recipe.recipe",
     "Report": "secateur.reporting.report",
     "Rule": "secateur.recipe.recipe",
@@ -74,6 +76,7 @@ __all__ = [
     "KeepZerosCallback",
     "Magnitude",
     "Pattern",
+    "ProgressBars",
     "Recipe",
     "Report",
     "Rule",

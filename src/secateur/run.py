@@ -329,10 +329,10 @@ def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], w
 def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
     """Check that `out` can be written, and holds nothing that the run reads."""
     named = [user_path(item) for item in (model, texts) if isinstance(item, str | Path)]
-    if (place := real_path(named[0])).is_dir() and place in out.parents:
-        raise SecateurError(f"{out} lies in the model's folder {named[0]}: write to a folder outside of it")
     check_place(out)
     check_apart(out, [folder, *(item for item in named if item.exists())])
+    if (place := real_path(named[0])).is_dir() and place in out.parents:
+        raise SecateurError(f"{out} lies in the model's folder {named[0]}: write to a folder outside of it")
 
 
 def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:

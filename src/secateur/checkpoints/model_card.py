@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from secateur.checkpoints.load import Checkpoint
+from secateur.reporting.page import file_name
 from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
@@ -136,8 +137,7 @@ def _amount(calibration: dict[str, Any]) -> str:
 
 
 def _file_name(source: str) -> str:
-    """A text's name without the folders that it was in here."""
-    return one_line(Path(source).name if user_path(source).is_absolute() else source)
+    return one_line(file_name(source))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -163,7 +164,8 @@ def print_inspection(inspection: Inspection, is_whole: bool) -> None:
 
 def _kind(name: str) -> str:
     """The last two parts of a matrix's name: what it has in common with those of other blocks."""
-    return ".".join([part for part in name.partition("[")[0].split(".") if not part.isdigit()][-2:])
+    of_expert = re.sub(r"\[\d+\]$", "", name)
+    return ".".join([part for part in of_expert.split(".") if not part.isdigit()][-2:])
 
 
 def print_speeds(speeds: Sequence[Speed]) -> None:

@@ -29,7 +29,7 @@ def refit_rows(
     Minimises `tr((W' - W) Hd (W' - W)^T)` over W' supported on `keep`. That equals the closed form
     `W - lambda Hinv_P,:` with `lambda = w_P [Hinv_PP]^-1`, the Multiple Removal Problem of arXiv 2410.15567. All rows
     advance together from the pruned original weights. Each row has its preconditioner: the low-rank-plus-diagonal model
-    of Hd on the row's kept set, inverted by Woodbury (docs/solvers.md compares it with others).
+    of Hd on the row's kept set, inverted by Woodbury (docs/results.md compares it with others).
 
     The stop is certified: with r the residual on the kept set, zero elsewhere, the gap to the optimum is at most
     `r Hinv r^T = ||r U^T||^2`, the duality gap. It costs a product, so it is computed only when the last decreases

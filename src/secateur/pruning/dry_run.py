@@ -46,6 +46,7 @@ class DryRun:
         num_blocks: blocks to prune.
         num_tokens, num_batches: of the calibration text.
         seconds: estimated time of the run.
+        solver_seconds: the part of it that does not grow with the text.
         memory_bytes: estimated peak of memory besides mapped files, for a run from files.
         disk_bytes: what OUT takes while it is saved: the model and one shard.
     """
@@ -55,6 +56,7 @@ class DryRun:
     num_tokens: int
     num_batches: int
     seconds: float
+    solver_seconds: float
     memory_bytes: int
     disk_bytes: int
 
@@ -87,7 +89,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
         dense = max((found for found, _ in passes), key=lambda found: len(found.blocks))
         block = next(block for block in dense.blocks if block.matrices)
-        by_block = _seconds_of_block(block, dense.stream, context, scale)
+        solving, rest = _seconds_of_block(block, dense.stream, context, scale)
         allocation = _seconds_of_allocation(model, dense, block, sample, context)
     num_blocks = len(structure.blocks)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -97,7 +99,8 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         num_blocks,
         _num_tokens(batches),
         len(batches),
-        dense_passes + num_blocks * by_block + allocation,
+        dense_passes + num_blocks * (solving + rest) + allocation,
+        num_blocks * solving,
         _memory(model, structure, block, dense.stream, scale, context),
         model_bytes + min(shard_bytes, model_bytes),
     )
@@ -128,8 +131,8 @@ def _dense_pass(model: nn.Module, chain: Any, sample: Sequence[Batch], context: 
     return _timed(lambda: checked_dense_pass(model, chain, sample, context))
 
 
-def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: float) -> float:
-    """Seconds of a block on all batches, from pruning it on a few."""
+def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: float) -> tuple[float, float]:
+    """Seconds of a block's solvers, and of all else on all batches, from pruning it on a few."""
     recipe, options = context.recipe, context.recipe.refit
     patterns = LayerPatterns({each.name: matrix_recipe(recipe, each.name).pattern for each in block.matrices})
     if recipe.refit is not None or recipe.target is not None:
@@ -145,7 +148,7 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
             _, refitting = _timed(lambda: refit_block(block, stream, targets, options, 0, context.storage_of))
             refit = aiming + refitting
     context.progress("one block", 1, 1)
-    return solving + scale * (step - solving + passes * forward + refit)
+    return solving, scale * (step - solving + passes * forward + refit)
 
 
 def _seconds_of_allocation(

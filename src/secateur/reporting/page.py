@@ -107,9 +107,9 @@ def _size(files: WeightFiles) -> tuple[str, str, str]:
 
 
 def _speed(speeds: Sequence[Speed]) -> tuple[str, str, str]:
-    last = speeds[-1]
-    detail = f"{last.model}: {last.decode_tokens_per_second:.1f} tokens/s on {last.threads} threads"
-    return _ratio(last.decode_tokens_per_second, speeds[0].decode_tokens_per_second), "decoding speed", detail
+    best = max(speeds, key=lambda speed: speed.decode_tokens_per_second)
+    detail = f"{best.model}: {best.decode_tokens_per_second:.1f} tokens/s on {best.threads} threads"
+    return _ratio(best.decode_tokens_per_second, speeds[0].decode_tokens_per_second), "decoding speed", detail
 
 
 def _perplexity(measured: Sequence[MeasuredPerplexity]) -> tuple[str, str, str]:
@@ -117,7 +117,7 @@ def _perplexity(measured: Sequence[MeasuredPerplexity]) -> tuple[str, str, str]:
         return "?", "perplexity", "not measured: secateur eval OUT --against MODEL --record"
     last = measured[-1]
     dense = "" if last.dense is None else f", dense {last.dense:.2f}"
-    return f"{last.perplexity:.2f}", "perplexity", f"on {last.text}{dense}"
+    return f"{last.perplexity:.2f}", "perplexity", f"on {file_name(last.text)}{dense}"
 
 
 def _ratio(value: float, reference: float) -> str:
@@ -206,7 +206,7 @@ def _stages_chart(report: Report) -> Markup | None:
 def _perplexity_rows(report: Report) -> list[list[str]]:
     return [
         [
-            each.text,
+            file_name(each.text),
             f"{each.targets:,}",
             _shown(each.dense, ".2f"),
             f"{each.perplexity:.2f}",
@@ -262,6 +262,8 @@ def _change(first: float | None, second: float | None) -> str:
 
 
 def _short(value: float) -> str:
+    if value < 1e-4:
+        return "<.01%"
     return f"{100 * value:.2g}%" if value < 1 else f"{value:.1f}"
 
 
@@ -271,6 +273,11 @@ def _by_reason(dense: dict[str, str]) -> list[tuple[str, int, str]]:
     for name, why in dense.items():
         names.setdefault(why, []).append(name)
     return [(why, len(members), members[0]) for why, members in names.items()]
+
+
+def file_name(source: str) -> str:
+    """A text's name without the folders that it was in on this machine."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def duration(seconds: float) -> str:

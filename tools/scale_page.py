@@ -1,0 +1,42 @@
+"""The README's table of time, memory and disk, from benchmarks/results/scale.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pages import read_result, table
+
+
+def scale_table() -> str:
+    """A row for each size of model."""
+    found = read_result("scale")
+    rows: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        rows.setdefault(row["model"], {})[row["recipe"]] = row
+    recipes = list(dict.fromkeys(row["recipe"] for row in found["rows"]))
+    lines = [
+        [name, *(hours(by_recipe[recipe]) for recipe in recipes), memory(by_recipe), disk(by_recipe[recipes[0]])]
+        for name, by_recipe in rows.items()
+    ]
+    where = found["environment"]
+    note = (
+        f"Estimated by the dry run's model from one pruned block of a random model of each shape (the last row: scaled from "
+        f"the row above), with {found['samples']} x {found['seq_len']} calibration tokens, on a CPU with {where['threads']} "
+        f"threads. `--samples 32 --seq-len 512` takes a sixteenth of what grows with the text."
+    )
+    head = ["estimated", *(f"`--recipe {recipe}`" for recipe in recipes), "memory", "disk"]
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def hours(row: dict[str, Any]) -> str:
+    seconds = row["seconds"]
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def memory(by_recipe: dict[str, Any]) -> str:
+    sizes = [row["memory_bytes"] for row in by_recipe.values() if row["memory_bytes"]]
+    return f"{max(sizes) / 1e9:.1f} GB" if sizes else ""
+
+
+def disk(row: dict[str, Any]) -> str:
+    return f"{row['disk_bytes'] / 1e9:.1f} GB"
