@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "troubleshooting.md", *so
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands that something else runs, or that install.
 ELSEWHERE = {
-    "pip install secateur": "installs",
+    "pip install -e .": "installs",
     "secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",

@@ -89,6 +89,13 @@ def test_columns_of_tables(tmp_path, name):
         list(read_documents(path, text_field="id"))
 
 
+def test_a_name_with_brackets_is_not_a_pattern(tmp_path):
+    pytest.importorskip("datasets", reason="tables need the `data` extra")
+    (tmp_path / "data[1].csv").write_text("text\nright\n\nNA\n")
+    (tmp_path / "data1.csv").write_text("text\nwrong\n")
+    assert list(read_documents(tmp_path / "data[1].csv")) == ["right", "NA"]
+
+
 def test_a_damaged_table_is_named(tmp_path):
     pytest.importorskip("datasets", reason="tables need the `data` extra")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
@@ -106,7 +113,7 @@ def test_a_field_of_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": 5}\n', "line 2: neither of the fields"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 5}\n', "line 2: `text` is 5, which is not text"),
         ("a.jsonl", '{"text": "x"}\n\nnot json\n', "line 3: not JSON"),
         ("a.jsonl", '"text"\n', "line 1: text is not a record"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": {"a": 1}}]}', "line 1: the content of a message"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -11,6 +13,7 @@ from models import save_checkpoint, save_gguf, tiny_model, tokens
 
 import secateur
 from secateur.cli.progress import LogLines
+from secateur.reporting.report import Report
 from secateur.solvers import Solved
 
 SMALL = ("--samples", 4, "--seq-len", 32, "--solver", "magnitude")
@@ -124,6 +127,17 @@ def test_a_solver_object_is_taken_as_it_is():
         tiny_model("llama"), pattern="2:4", solver={"name": "mrp", "mask": "M"}, calibration=tokens()
     )
     assert one.mean_relative_error == other.mean_relative_error
+
+
+def test_a_report_of_a_solver_that_is_not_installed_can_be_read(model, tmp_path):
+    """Another process than the one that had the object."""
+    secateur.prune(model, tmp_path / "out", solver=Mine(), calibration=tmp_path / "text.txt", samples=4, seq_len=32)
+    script = "import sys, secateur; sys.exit(len(secateur.inspect(sys.argv[1]).problems))"
+    for command in (["-c", script], ["-m", "secateur", "report"]):
+        done = subprocess.run([sys.executable, *command, tmp_path / "out"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    recipe = Report.load(tmp_path / "out").the_recipe
+    assert recipe.to_dict()["solver"] == {"name": "mine", "scale": 1.0}
 
 
 def test_a_solver_object_without_a_name_is_refused():

@@ -31,8 +31,10 @@ def pruned(tmp_path):
     return tmp_path / "pruned"
 
 
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def published(folder, repo):
+    """The files of a folder; the card has the model's name in it."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files | {"README.md": files["README.md"].replace(b"THIS_MODEL", repo.encode())}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -44,7 +46,7 @@ def test_the_hub_holds_the_same_bytes(hub, main, pruned, tmp_path, packed):
     code, out, errors = main("push", folder, "somebody/small", "--private")
     assert code == 0, errors
     assert f"{hub.url}/somebody/small" in out
-    assert hub.repos["somebody/small"] == files_of(folder)
+    assert hub.repos["somebody/small"] == published(folder, "somebody/small")
     assert hub.private == {"somebody/small"}
     assert hub.blobs, "the weights went the way of large files"
     assert len(hub.commits) == 1
@@ -69,7 +71,8 @@ def test_a_second_push_replaces_the_model_and_nothing_else(hub, pruned, tmp_path
     repo[".gitattributes"] = b"the hub's"
     secateur.pack(pruned, tmp_path / "packed")
     secateur.push(tmp_path / "packed", "small")
-    assert repo == files_of(tmp_path / "packed") | {"picture.png": b"theirs", ".gitattributes": b"the hub's"}
+    ours = published(tmp_path / "packed", "somebody/small")
+    assert repo == ours | {"picture.png": b"theirs", ".gitattributes": b"the hub's"}
     assert "model.safetensors" not in repo
 
 
@@ -80,7 +83,8 @@ def test_push_to_hub_after_a_run(hub, main, pruned, tmp_path):
         "prune", tmp_path / "model", out, "--calibration", tmp_path / "text.txt", *options, "--push-to-hub"
     )
     assert code == 0, errors
-    assert hub.repos["somebody/my-model"] == files_of(out)
+    assert hub.repos["somebody/my-model"] == published(out, "somebody/my-model")
+    assert hub.private == {"somebody/my-model"}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "bad name", "-x", "a--b"])
@@ -144,3 +148,31 @@ def test_files_that_are_not_of_the_model_stay_here(hub, pruned):
     (pruned / "secrets.txt").write_text("mine")
     secateur.push(pruned, "small")
     assert "secrets.txt" not in hub.repos["somebody/small"]
+
+
+def test_a_dense_model_is_not_replaced(hub, main, pruned):
+    """`prune me/model model --push-to-hub` would put the pruned model in the place of the dense one."""
+    hub.repos["somebody/dense"] = {"model.safetensors": b"dense", "config.json": b"{}"}
+    code, _, errors = main("push", pruned, "somebody/dense")
+    assert code == 2
+    assert "did not prune" in " ".join(errors.split())
+    assert hub.repos["somebody/dense"] == {"model.safetensors": b"dense", "config.json": b"{}"}
+
+
+def test_an_edited_card_is_published_and_kept(hub, main, pruned, tmp_path):
+    (pruned / "README.md").write_text("# my own words on THIS_MODEL\n")
+    secateur.push(pruned, "small")
+    assert hub.repos["somebody/small"]["README.md"] == b"# my own words on somebody/small\n"
+    code, _, errors = main("eval", pruned, "--text", tmp_path / "text.txt", "--seq-len", 32, "--record")
+    assert code == 0
+    assert "was edited" in errors
+    assert (pruned / "README.md").read_text() == "# my own words on THIS_MODEL\n"
+
+
+@pytest.mark.parametrize("name", ["report.html", "LICENSE", "secateur.json"])
+def test_nothing_is_published_through_a_link(hub, main, pruned, tmp_path, name):
+    (tmp_path / "secret").write_bytes((pruned / name).read_bytes() + b"secret")
+    (pruned / name).unlink()
+    (pruned / name).symlink_to(tmp_path / "secret")
+    main("push", pruned, "small")
+    assert not any(b"secret" in content[-6:] for content in hub.repos.get("somebody/small", {}).values())

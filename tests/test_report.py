@@ -12,10 +12,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import transformers
+from helpers import dense_pass
 from models import save_checkpoint, tiny_model, tokens
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 import secateur
+from secateur.pruning.depth import DepthMeter
 from secateur.pruning.loss_curves import LossCurve, prices_of_zeros
 from secateur.recipe.patterns import Unstructured
 from secateur.reporting.figures import BlockReport, DepthReport, MatrixReport, Speed, StageReport
@@ -23,6 +26,7 @@ from secateur.reporting.heat_map import heat_map, split_name
 from secateur.reporting.page import run_page, two_runs_page
 from secateur.reporting.report import Report
 from secateur.reporting.stages import StageClock
+from secateur.reporting.weight_files import read_weight_files
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 EVIL = '<img src=x onerror="alert(1)"></title><script>alert(2)</script>$x^2$\x1b[31m'
@@ -135,21 +139,87 @@ def _hidden_states(folder, ids):
     return found
 
 
-@pytest.mark.parametrize("recipe", ["fast", "balanced"])
-def test_depth_does_not_depend_on_whether_the_dense_stream_is_kept(prune, recipe):
-    """`balanced` keeps the dense hidden states for its refit, `fast` does not; both measure the same thing."""
-    report = prune(recipe, recipe=recipe, solver=None)
-    assert [each.block for each in report.depth] == ["model.layers.0", "model.layers.1"]
-    assert all(0 < each.relative_error < 1 and 0 < each.cosine <= 1 + 1e-6 for each in report.depth)
+def test_depth_does_not_depend_on_whether_the_dense_stream_is_kept():
+    """A run that refits has the dense outputs of every block; the meter makes the same ones where it has to."""
+    found = dense_pass(tiny_model("llama").eval(), tokens(6))
+    stream = found.stream
+    given, own = DepthMeter(stream), DepthMeter(stream)
+    with torch.no_grad():
+        stream.dense = stream.hidden.copy()
+        for block in found.blocks:
+            outputs = stream.outputs(block, of_dense=True)
+            given.advance_dense(block, outputs)
+            own.advance_dense(block, None)
+            assert torch.equal(given.dense, own.dense)
+            stream.dense = outputs
 
 
-def test_a_model_object_and_a_folder_have_the_same_depth(prune, model):
-    from_files = prune()
-    batches = tokens()
-    one = secateur.prune(tiny_model("llama"), pattern="50%", solver="magnitude", calibration=batches)
-    two = secateur.prune(tiny_model("llama"), pattern="50%", solver="magnitude", calibration=batches)
-    assert one.depth == two.depth
-    assert len(from_files.depth) == len(one.depth)
+def test_depth_is_nothing_where_nothing_is_pruned():
+    """Zeros that are there already: the pruned model is the dense one."""
+    model = tiny_model("llama")
+    secateur.prune(model, pattern="50%", solver="magnitude", calibration=tokens())
+    report = secateur.prune(model, pattern="50%", solver="magnitude", calibration=tokens())
+    assert all(each.relative_error == 0 and each.cosine == pytest.approx(1) for each in report.depth)
+
+
+def test_figures_of_other_weights_are_dropped(prune, main, tmp_path):
+    """After packing to int8 or fine-tuning, what was measured before is not this model's."""
+    prune()
+    folder, text = tmp_path / "pruned", tmp_path / "text.txt"
+    main("eval", folder, "--text", text, "--seq-len", 32, "--record")
+    assert Report.load(folder).perplexities
+    secateur.pack(folder, tmp_path / "packed", values="int8")
+    assert not Report.load(tmp_path / "packed").perplexities
+    assert "## Quality" in (folder / "README.md").read_text()
+    assert "## Quality" not in (tmp_path / "packed" / "README.md").read_text()
+    shutil.copytree(folder, tmp_path / "same")
+    Report.load(folder).save(tmp_path / "same")
+    assert Report.load(tmp_path / "same").perplexities
+
+
+def test_the_page_of_experts_knows_what_packing_gives(tmp_path):
+    """Experts are stored one by one or stacked, and recorded as `stack[3]`."""
+    weight = torch.randn(4, 64, 64).to(torch.bfloat16) * (torch.rand(4, 64, 64) > 0.5)
+    first = a_report(1).matrices[0]
+    matrices = [
+        replace(first, name=f"layers.0.experts.w[{index}]", rows=64, columns=64, zeros=int((part == 0).sum()))
+        for index, part in enumerate(weight)
+    ]
+    save_file({"layers.0.experts.w": weight}, tmp_path / "model.safetensors")
+    found = read_weight_files(tmp_path, matrices)
+    assert found.packed_bytes < 0.6 * found.bytes
+    assert {picture.name for picture in found.pictures} <= {matrix.name for matrix in matrices}
+    assert found.pictures
+
+
+def test_two_runs_without_a_common_matrix():
+    other = a_report(2)
+    other.matrices = [replace(each, name=each.name.replace("model.layers", "transformer.h")) for each in other.matrices]
+    assert "Change of zeros" not in two_runs_page(a_report(2), other, ("a", "b"))
+
+
+def test_a_report_does_not_write_through_a_link(prune, tmp_path):
+    report = prune()
+    (tmp_path / "other.txt").write_text("theirs")
+    for name in ("report.html", "secateur.json"):
+        (tmp_path / "pruned" / name).unlink()
+        (tmp_path / "pruned" / name).symlink_to(tmp_path / "other.txt")
+    report.save(tmp_path / "pruned")
+    assert (tmp_path / "other.txt").read_text() == "theirs"
+    assert not secateur.inspect(tmp_path / "pruned").problems
+
+
+def test_what_is_published_does_not_say_where_it_lay(prune, main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "customers").mkdir()
+    shutil.copy("text.txt", "customers/acme.txt")
+    options = ["--samples", 4, "--seq-len", 32, "--solver", "magnitude"]
+    code, _, errors = main("prune", "model", "out", "--calibration", "customers/acme.txt", *options)
+    assert code == 0, errors
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "acme.txt" in card
+    assert "customers" not in card
+    assert str(tmp_path) not in (tmp_path / "out" / "secateur.json").read_text()
 
 
 def test_prices_are_slopes_of_the_curves():
@@ -267,9 +337,9 @@ def test_measured_figures_are_kept_with_the_model(prune, main, model, tmp_path):
     assert result["dataset"]["name"] == "text.txt"  # not where it was on this machine
     assert f"{measured.perplexity:.2f}" in (folder / "report.html").read_text()
     assert not secateur.inspect(folder).problems
+    main("eval", folder, "--text", text, "--seq-len", 32, "--record")
     main("eval", folder, "--text", text, "--seq-len", 16, "--record")
-    (again,) = Report.load(folder).perplexities
-    assert again.seq_len == 16
+    assert [each.seq_len for each in Report.load(folder).perplexities] == [32, 16]
 
 
 def test_figures_are_recorded_only_with_a_pruned_model(main, model, tmp_path):

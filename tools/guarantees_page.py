@@ -22,6 +22,8 @@ PROMISES = {
     "A packed model unpacks to the same bits. A damaged one gives an error: its sizes, checksums, masks and counts are checked, and the offsets that kernels use are computed from them.": "test_packed_format.py: test_a_round_trip_keeps_every_bit, test_damaged_headers_are_refused, test_wrong_contents_under_a_right_checksum_are_refused; test_packed_models.py: test_damaged_packed_files_are_found",
     "Without secateur, a packed model fails to load. It never starts from random weights.": "test_packed_models.py: test_plain_transformers_fails_loudly",
     "Text from files is printed as it is: no markup, no control characters.": "test_hostile_files.py: test_names_from_files_are_printed_as_they_are",
+    "Names from models and files are text in a report's page: none is run, and the page's own policy forbids scripts and the network.": "test_report.py: test_hostile_names_stay_text, test_the_page_in_a_browser",
+    "Only the checkpoint's files are published, and only if they are what was saved. The token is checked before any work.": "test_hub.py: test_files_that_are_not_of_the_model_stay_here, test_what_is_not_as_it_was_saved_is_not_published, test_a_token_is_checked_before_any_work",
     "No pickle is loaded and no code of a model runs, unless asked for.": "test_hostile_files.py: test_a_pickle_with_a_payload",
     "An error that nobody foresaw says so, leaves its traceback in a file, and exits with 70.": "test_hostile_files.py: test_an_unexpected_error_says_so_and_leaves_its_traceback",
 }

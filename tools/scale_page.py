@@ -20,8 +20,8 @@ def scale_table() -> str:
     ]
     where = found["environment"]
     note = (
-        f"Estimated by the dry run's model from one pruned block of a random model of each shape (the last row: scaled from "
-        f"the row above), with {found['samples']} x {found['seq_len']} calibration tokens, on a CPU with {where['threads']} "
+        f"Estimated by the dry run's model from one pruned block of a random model of each shape (7B and 70B: scaled "
+        f"from 1.5B), with {found['samples']} x {found['seq_len']} calibration tokens, on a CPU with {where['threads']} "
         f"threads. `--samples 32 --seq-len 512` takes a sixteenth of what grows with the text."
     )
     head = ["estimated", *(f"`--recipe {recipe}`" for recipe in recipes), "memory", "disk"]

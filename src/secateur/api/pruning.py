@@ -98,7 +98,8 @@ def prune(
         resume: resume the unfinished run in `out` to the bits that it would have given; start where there is none, and
             change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
         max_shard_size: of a weight file, such as `5GB`.
-        push_to_hub: then publish `out` on the Hugging Face hub: a repository, or True for the folder's name.
+        push_to_hub: then upload `out` to the Hugging Face hub: a repository, or True for the folder's name. A new
+            repository is private.
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
             passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: next to `out`).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
@@ -149,7 +150,7 @@ def prune(
     with distributed.process_group(device):
         report = prune_to_folder(source, place, request, overwrite, resume, shard_size)
         if push_to_hub and distributed.is_main():
-            push_folder(place, repo, private=False)
+            push_folder(place, repo, private=True)
     return report
 
 

@@ -5,6 +5,7 @@ Nothing is guessed in silence: a file of records whose form is unknown is refuse
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.runtime.messages import first_line
 from secateur.storage.json_files import parse_json
 from secateur.storage.paths import user_path
 
@@ -127,6 +129,8 @@ def document_of(record: Any, place: str, text_field: str | None = None) -> Docum
         return _alpaca(record, place)
     if isinstance(record.get("text"), str):
         return record["text"]
+    if "text" in record:
+        raise SecateurError(f"{place}: `text` is {_shown(record['text'])}, which is not text")
     raise SecateurError(
         f"{place}: neither of the fields {FORMS} is there, only {_fields(record)}: name the one that holds "
         f"the text with ‹text_field›"
@@ -231,16 +235,19 @@ def _read_json(path: Path, text_field: str | None) -> Iterator[Document]:
 
 def _read_table(path: Path, text_field: str | None) -> Iterator[Document]:
     load_dataset = _datasets(str(path))
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     builder = RECORDS[path.suffix.lower()]
+    if builder == "csv":
+        options["keep_default_na"] = False  # "NA" and empty cells are text
+    named = glob.escape(str(path))  # the library takes a name for a pattern
     try:
-        rows = load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+        rows = load_dataset(builder, data_files=named, split="train", streaming=True, **options)
         for number, record in enumerate(rows, 1):
             yield document_of(record, f"{path}, row {number}", text_field)
     except SecateurError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise SecateurError(f"{path} can't be read as {builder} ({_first_line(error)})") from error
+        raise SecateurError(f"{path} can't be read as {builder} ({first_line(error)})") from error
 
 
 def _stream_dataset(name: str, seed: int, evaluation: bool, text_field: str | None) -> Iterator[Document]:
@@ -255,7 +262,7 @@ def _stream_dataset(name: str, seed: int, evaluation: bool, text_field: str | No
         raise
     except (OSError, ValueError, RuntimeError) as error:  # network, not found; unknown configuration or split; a script
         raise SecateurError(
-            f"data set {name} could not be read ({_first_line(error)}): check the name and the connection"
+            f"data set {name} could not be read ({first_line(error)}): check the name and the connection"
         ) from error
 
 
@@ -289,10 +296,6 @@ def _shown(value: Any) -> str:
     """The beginning of a value."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 40 else f"{text[:40]} ..."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_is_name(source: Any) -> None:

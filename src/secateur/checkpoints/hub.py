@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,14 +11,18 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from secateur.checkpoints.measured import CARD, report_in
 from secateur.errors import SecateurError
-from secateur.reporting.report import METADATA, REPORT_FILE, read_metadata
-from secateur.resume.output_folder import CHECKPOINT_FILES
+from secateur.reporting.page import run_page
+from secateur.reporting.report import METADATA, REPORT_FILE, Report
+from secateur.resume.output_folder import WEIGHTS
+from secateur.runtime.messages import first_line
 from secateur.sources.unpacked import is_packed
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import first_damage
 
 REFUSED = (401, 403)
+REPLACED = (*WEIGHTS, "*.safetensors.index.json", "pytorch_model.bin.index.json")  # of an earlier model
 # What the hub's HTTP client raises without a connection; the client's package has another name in each version.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -43,9 +47,10 @@ def check_can_push(repo: str) -> None:
 
 
 def push_folder(folder: Path, repo: str, private: bool) -> str:
-    """Upload a pruned model in one commit, in place of the model that the repository holds.
+    """Upload a pruned model in one commit, in place of the pruned model that the repository holds.
 
-    Only the files of the checkpoint are uploaded, and only such files are deleted there.
+    Only the files of the checkpoint are uploaded, and only weights of the earlier model are deleted there. The card may
+    have been edited; it gets the model's name where it says `THIS_MODEL`.
 
     Args:
         folder: of the pruned model, packed or not.
@@ -56,43 +61,55 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
         the address of the model.
 
     Raises:
-        SecateurError: not a pruned model, files that were changed since, or what `check_can_push` raises.
+        SecateurError: not a pruned model, files that were changed since, a repository that holds another model, or what
+            `check_can_push` raises.
     """
-    names = _files_to_push(folder)
+    report, names = _files_to_push(folder)
     check_can_push(repo)
+    contents: dict[str, str | bytes] = {name: str(folder / name) for name in names}
+    contents[REPORT_FILE] = run_page(report, folder).encode()
     api = HfApi()
     with _explained(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
         there = api.list_repo_files(url.repo_id)
-        stale = [name for name in there if name not in names and _is_of_checkpoint(name)]
-        adds = [CommitOperationAdd(name, str(folder / name)) for name in names]
-        operations = [*adds, *(CommitOperationDelete(name) for name in stale)]
-        api.create_commit(url.repo_id, operations, commit_message=f"{folder.name}, pruned by secateur")
+    _check_may_replace(url.repo_id, report, there)
+    contents[CARD] = (folder / CARD).read_text(encoding="utf-8").replace("THIS_MODEL", url.repo_id).encode()
+    stale = [name for name in there if name not in contents and any(fnmatchcase(name, each) for each in REPLACED)]
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    deletions = [CommitOperationDelete(name) for name in stale]
+    with _explained(repo):
+        api.create_commit(url.repo_id, [*operations, *deletions], commit_message=f"{folder.name}, pruned by secateur")
     return str(url)
 
 
-def _files_to_push(folder: Path) -> list[str]:
-    """Names of the checkpoint's files, which are what was saved.
+def _check_may_replace(repo: str, report: Report, there: Sequence[str]) -> None:
+    """Check that a repository is empty, or holds a model that secateur pruned.
+
+    Raises:
+        SecateurError: it holds another one, such as the dense model.
+    """
+    has_weights = any(fnmatchcase(name, each) for name in there for each in REPLACED)
+    if repo == report.source.get("base_model") or (has_weights and METADATA not in there):
+        raise SecateurError(f"{repo} holds a model that secateur did not prune, so it is not replaced: name another")
+
+
+def _files_to_push(folder: Path) -> tuple[Report, list[str]]:
+    """The report, and the names of the checkpoint's files, which are what was saved. The card may differ.
 
     Raises:
         SecateurError: they are not.
     """
-    if not folder.is_dir():
-        raise SecateurError(f"there is no folder {folder}")
-    if not (folder / METADATA).is_file():
-        raise SecateurError(f"{folder} has no {METADATA}: it is not a model that secateur pruned")
+    report = report_in(folder)
     _ = check_packed(folder) if is_packed(folder) else check_folder(folder)
-    files = read_metadata(folder).files
-    if found := first_damage(folder, files):
+    if found := first_damage(folder, {name: record for name, record in report.files.items() if name != CARD}):
         raise SecateurError(
             f"{found}: the folder is not what was saved. After fine-tuning, write the report again: "
             f"secateur.Report.load(PRUNED).save(TUNED)"
         )
-    return sorted({*files, METADATA, *([REPORT_FILE] if (folder / REPORT_FILE).is_file() else [])})
-
-
-def _is_of_checkpoint(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES if not pattern.startswith("."))
+    names = sorted({*report.files, CARD, METADATA})
+    if linked := [name for name in names if (folder / name).is_symlink() or not (folder / name).is_file()]:
+        raise SecateurError(f"{folder / linked[0]} is missing, or a link: what it leads to would be published")
+    return report, names
 
 
 @contextmanager
@@ -106,10 +123,6 @@ def _explained(repo: str) -> Iterator[None]:
                 f"the hub refused the token for {repo}: it is wrong, expired, or can't write there. `hf auth login` "
                 f"takes another one, and HF_TOKEN wins over it"
             ) from error
-        raise SecateurError(f"the hub could not do this for {repo}: {_first_line(error)}") from error
-    except (_HTTP_ERROR, OSError) as error:
-        raise SecateurError(f"the hub could not be reached ({_first_line(error)}): nothing was published") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SecateurError(f"the hub could not do this for {repo}: {first_line(error)}") from error
+    except (_HTTP_ERROR, ConnectionError, TimeoutError) as error:
+        raise SecateurError(f"the hub could not be reached ({first_line(error)}): nothing was published") from error

@@ -18,8 +18,9 @@ from secateur.calibration.texts import encode_text
 from secateur.checkpoints.fused_experts import is_converted, load_mapped
 from secateur.errors import SecateurError
 from secateur.runtime.environment import check_device
+from secateur.runtime.messages import first_line
 from secateur.sources.resolve import resolve
-from secateur.sources.validate import check_folder, compute_dtype, first_line, main_dtype
+from secateur.sources.validate import check_folder, compute_dtype, main_dtype
 from secateur.storage.json_files import read_json
 
 TOKENIZER_FILES = (

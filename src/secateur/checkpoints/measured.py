@@ -15,15 +15,16 @@ from secateur.errors import SecateurError
 from secateur.reporting.figures import MeasuredPerplexity, Speed
 from secateur.reporting.page import run_page, two_runs_page
 from secateur.reporting.report import METADATA, REPORT_FILE, Report, read_metadata
+from secateur.runtime.messages import say
 from secateur.sources.unpacked import is_packed
-from secateur.storage.file_records import record_of
+from secateur.storage.file_records import damage, record_of
 from secateur.storage.held_folder import write_durably
 
 CARD = "README.md"
 
 
 def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
-    """Add the figures of an evaluation; those of the same text are replaced.
+    """Add perplexity and divergence; those of the same text, window and number of tokens are replaced.
 
     Args:
         folder: of the pruned model.
@@ -37,7 +38,7 @@ def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
         kl=against.get("kl"),
         top1_agreement=against.get("top1_agreement"),
     )
-    report.perplexities = [*(each for each in report.perplexities if each.text != new.text), new]
+    report.perplexities = [*(each for each in report.perplexities if each.what != new.what), new]
     _write(folder, report)
 
 
@@ -62,13 +63,13 @@ def write_page(folder: Path, other: Path | None, out: Path | None) -> Path:
     Raises:
         SecateurError: no report there, damaged files, or a place that can't be written.
     """
-    report = _report_in(folder)
+    report = report_in(folder)
     target = out or (folder / REPORT_FILE if other is None else Path("comparison.html"))
     try:
         if other is None:
             page = run_page(report, folder)
         else:
-            page = two_runs_page(report, _report_in(other), names_of(folder, other))
+            page = two_runs_page(report, report_in(other), names_of(folder, other))
         write_durably(target, page)
     except SafetensorError as error:
         raise SecateurError(f"the weight files of {folder} are damaged ({error})") from error
@@ -77,7 +78,12 @@ def write_page(folder: Path, other: Path | None, out: Path | None) -> Path:
     return target
 
 
-def _report_in(folder: Path) -> Report:
+def report_in(folder: Path) -> Report:
+    """The report of a folder.
+
+    Raises:
+        SecateurError: no folder, or no report there, or a damaged one.
+    """
     if not folder.is_dir():
         raise SecateurError(f"there is no folder {folder}")
     if not (folder / METADATA).is_file():
@@ -91,9 +97,13 @@ def names_of(first: Path, second: Path) -> tuple[str, str]:
 
 
 def _write(folder: Path, report: Report) -> None:
-    """Write card, report and page; the records of all other files stay."""
-    card = model_card(report, folder.name)
-    write_durably(folder / CARD, packed_card(card) if is_packed(folder) else card)
-    report.files = {**report.files, CARD: record_of(folder / CARD)}
+    """Write report and page, and the card where nobody has edited it; the records of all other files stay."""
+    recorded = report.files.get(CARD)
+    if recorded is None or damage(folder, CARD, recorded) is None:
+        card = model_card(report, folder.name)
+        write_durably(folder / CARD, packed_card(card) if is_packed(folder) else card)
+        report.files = {**report.files, CARD: record_of(folder / CARD)}
+    else:
+        say(f"secateur: {CARD} was edited, so the figures are added to the report alone")
     write_durably(folder / METADATA, report.to_json())
     write_durably(folder / REPORT_FILE, run_page(report, folder))

@@ -24,12 +24,12 @@ MAX_HEADER = 1 << 16  # characters
 
 
 def facts_of_source(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a card says of the dense model: its licence, class, and hub id, if it has one.
+    """What a card says of the dense model: its licence, and its hub id, if it has one.
 
     A folder or a GGUF file has no hub id, and its path means nothing to anybody else.
     """
     card = _front_matter(checkpoint.folder / "README.md")
-    found = {"license": card.get("license", "unknown"), "architecture": type(checkpoint.model).__name__}
+    found = {"license": card.get("license", "unknown")}
     if checkpoint.name == DEMO_NAME:
         found |= {"base_model": card["base_model"]} if "base_model" in card else {}
     elif _is_hub_id(checkpoint.name):
@@ -96,7 +96,7 @@ def _header(report: Report, title: str) -> ModelCardData:
         base_model=report.source.get("base_model"),
         tags=["pruned", "sparse", "secateur"],
         library_name="transformers",
-        pipeline_tag="text-generation" if "CausalLM" in report.source.get("architecture", "") else None,
+        pipeline_tag="text-generation",
         model_name=title,
         eval_results=results or None,
     )

@@ -5,6 +5,7 @@ Every matrix with enough zeros is packed, whoever made them; everything else sta
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.inspection import inspect_folder
 from secateur.checkpoints.load import BROKEN
+from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
@@ -31,6 +33,7 @@ from secateur.sources.unpacked import (
     write_rest,
 )
 from secateur.sources.validate import check_folder, check_packed
+from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
 
 COPIES = 5  # of a matrix in memory, while it is packed
@@ -77,7 +80,7 @@ def pack_folder(
             write_index(target / INDEX, names)
         config = read_json(folder / "config.json")
         config["quantization_config"] = packing_config(len(files))
-        write_rest(folder, target, config, packed_card)
+        write_rest(folder, target, config, partial(_card_of_packed, folder))
 
     publish_folder(out, write)
     sizes = [sum(path.stat().st_size for path in paths) for paths in (files, out.glob("packed*.safetensors"))]
@@ -148,6 +151,16 @@ def entries_of(path: Path, transposed: set[str], values: Values = "same") -> lis
 def _read_packed(path: Path, name: str, is_transposed: bool, values: Values) -> PackedTensor:
     make = pack_int8 if values == "int8" else pack
     return make(read_tensor(path, name), is_transposed)
+
+
+def _card_of_packed(folder: Path, text: str) -> str:
+    """The card of a packed folder: the source's, without figures of its weights where nobody has edited it."""
+    if (folder / METADATA).is_file():
+        report = read_metadata(folder)
+        recorded = report.files.get("README.md")
+        if recorded is not None and damage(folder, "README.md", recorded) is None:
+            text = model_card(replace(report, perplexities=[], speeds=[]), folder.name)
+    return packed_card(text)
 
 
 def packed_card(text: str) -> str:

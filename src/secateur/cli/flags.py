@@ -56,7 +56,7 @@ Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, nam
 Resume = Annotated[bool, flag("Resume the unfinished run in OUT.", OUTPUT, name="--resume")]
 DryRun = Annotated[bool, flag("Say what would be done; write nothing.", OUTPUT, name="--dry-run")]
 ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
-PushToHub = Annotated[bool, flag("Then publish OUT on the hub under its name.", OUTPUT, name="--push-to-hub")]
+PushToHub = Annotated[bool, flag("Then upload OUT to the hub, private if new.", OUTPUT, name="--push-to-hub")]
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
 Quiet = Annotated[bool, flag("Print errors only.", OUTPUT, name="--quiet")]
 

@@ -73,8 +73,9 @@ def _best(name: str, means: dict[str, dict[str, float]]) -> float | None:
     values = [columns[name] for columns in means.values() if name in columns]
     if not values:
         return None
-    is_lower_better = name.startswith("ppl ") or name in LOWER_IS_BETTER
-    return min(values) if is_lower_better else max(values)
+    if name.startswith("ppl ") or name in LOWER_IS_BETTER:
+        return min(values)
+    return max(values) if max(values) <= 1 else None  # an accuracy; of another metric the better end is not known
 
 
 def _charts(comparison: Comparison, pattern: str) -> list[tuple[str, Markup]]:

@@ -17,6 +17,8 @@ from secateur.runtime import distributed
 class DepthMeter:
     """Follows the first batch of rank 0 through the dense blocks, and compares the pruned model's hidden states.
 
+    Each chain starts anew: a decoder's blocks are compared on what the pruned encoder gives.
+
     Cost: one forward of each block on one batch, and none where the stream carries the dense hidden states already.
     """
 
@@ -52,7 +54,8 @@ class DepthMeter:
         return [] if found is None else [found]
 
     def _replayed(self, block: Block, hidden: Tensor) -> Tensor:
-        with torch.random.fork_rng():  # a few models draw random numbers, and the run's must stay what they were
+        gpus = range(torch.cuda.device_count())
+        with torch.random.fork_rng(gpus):  # a few models draw random numbers, and the run's must stay what they were
             return self.stream.calls[block.name][0].replay(block, hidden.clone())
 
 

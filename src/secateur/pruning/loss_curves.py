@@ -106,12 +106,15 @@ def minimise_loss(curves: dict[str, LossCurve], pattern: Pattern, spread: float)
 
 
 def prices_of_zeros(curves: dict[str, LossCurve], pattern: Pattern) -> dict[str, float]:
-    """What one more zero costs in each matrix at the global sparsity, relative to the median matrix."""
+    """What one more zero costs in each matrix at the global sparsity, relative to the median matrix.
+
+    Nothing where the curves have no slope there, such as those of a single level.
+    """
     step = 0.01
     around = torch.tensor([pattern.sparsity - step, pattern.sparsity + step], dtype=torch.float64)
     rises = {name: _interpolated(curve, around).diff() / curve.weights for name, curve in curves.items()}
     median = float(torch.cat(list(rises.values())).median())
-    return {name: float(rise) / max(median, 1e-30) for name, rise in rises.items()}
+    return {name: float(rise) / median for name, rise in rises.items()} if median > 0 else {}
 
 
 def sparsity_bounds(pattern: Pattern, spread: float) -> tuple[float, float]:

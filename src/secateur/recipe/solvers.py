@@ -135,6 +135,33 @@ def read_solver(value: Any) -> Any:
         raise RecipeError(f"solver.{error.raw}" if error.raw[0].islower() else error.raw, error.location) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class UnknownSolver:
+    """A solver of a report that is not installed here: its name and options, to be shown and written again."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __call__(self, *_: Any) -> Any:
+        """Refuse to solve."""
+        raise RecipeError(f"solver {self.name} is not installed here: pass the object, or install its package")
+
+
+def with_unknown_solvers(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data in which solvers that are not installed are objects that can't solve."""
+    known = {*SOLVERS, *_GIVEN, *(point.name for point in entry_points(group="secateur.solvers"))}
+
+    def known_or_not(solver: Any) -> Any:
+        is_unknown = isinstance(solver, Mapping) and isinstance(solver.get("name"), str) and solver["name"] not in known
+        return UnknownSolver(solver["name"], {**solver}) if is_unknown else solver
+
+    rules = [
+        {**rule, "solver": known_or_not(rule["solver"])} if isinstance(rule, Mapping) and "solver" in rule else rule
+        for rule in (recipe.get("rules") or ())
+    ]
+    return {**recipe, "solver": known_or_not(recipe.get("solver")), **({"rules": rules} if rules else {})}
+
+
 _GIVEN: dict[str, type] = {}  # solvers whose objects were passed, so that a report of this process knows them
 
 
@@ -146,7 +173,8 @@ def _given(solver: Any) -> Any:
             f"the solver {type(solver).__name__} must be a dataclass with __call__(W, hessian, pattern), and with a "
             f"`name` that is none of {', '.join(SOLVERS)}"
         )
-    _GIVEN[name] = type(solver)
+    if not isinstance(solver, UnknownSolver):
+        _GIVEN[name] = type(solver)
     return solver
 
 
@@ -201,6 +229,8 @@ def _check_plugin_values(name: str, kind: type, values: dict[str, Any]) -> None:
 
 def plain_solver(solver: Any) -> dict[str, Any]:
     """A solver's options as plain data, with its name."""
+    if isinstance(solver, UnknownSolver):
+        return solver.options
     values = plain(solver) if isinstance(solver, SolverOptions) else dataclasses.asdict(solver)
     return {"name": solver.name, **values}
 

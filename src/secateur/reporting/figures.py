@@ -117,6 +117,11 @@ class MeasuredPerplexity:
     kl: float | None = None
     top1_agreement: float | None = None
 
+    @property
+    def what(self) -> tuple[str, int, int]:
+        """What was measured: only figures of the same text, window and number of tokens compare."""
+        return self.text, self.seq_len, self.targets
+
 
 @dataclass(frozen=True)
 class Speed:

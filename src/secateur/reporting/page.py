@@ -13,14 +13,12 @@ from markupsafe import Markup
 
 from secateur.recipe.files import to_yaml
 from secateur.reporting.charts import Series, bars, chart
-from secateur.reporting.figures import MatrixReport, MeasuredPerplexity, Speed
+from secateur.reporting.figures import DepthReport, MatrixReport, MeasuredPerplexity, Speed
 from secateur.reporting.heat_map import HeatMap, heat_map
 from secateur.reporting.reasons import extremes, reason
 from secateur.reporting.report import Report
 from secateur.reporting.weight_files import WeightFiles, read_weight_files
 from secateur.runtime.messages import visible
-
-REPORT_FILE = "report.html"
 
 
 def run_page(report: Report, folder: Path | None = None) -> str:
@@ -71,7 +69,7 @@ def two_runs_page(first: Report, second: Report, names: tuple[str, str]) -> str:
         title=f"{names[0]} and {names[1]}",
         names=names,
         rows=_side_by_side(first, second),
-        maps=[("", _difference_map(first, second)), *_error_maps(names[0], first), *_error_maps(names[1], second)],
+        maps=[*_difference_map(first, second), *_error_maps(names[0], first), *_error_maps(names[1], second)],
         depth=depth_chart([(names[0], first), (names[1], second)]),
         changes=[line for line in lines if not line.startswith("@@")],
     )
@@ -146,34 +144,37 @@ def _error_maps(name: str, report: Report) -> list[tuple[str, HeatMap]]:
     return [(name, each) for each in heat_maps(report)[1:]]
 
 
-def _difference_map(first: Report, second: Report) -> HeatMap:
+def _difference_map(first: Report, second: Report) -> list[tuple[str, HeatMap]]:
+    """Change of the zeros of the matrices that both runs pruned; nothing where there are none."""
     other = {matrix.name: matrix for matrix in first.matrices}
 
     def change(matrix: MatrixReport) -> float:
         return matrix.sparsity - other[matrix.name].sparsity
 
     both = [matrix for matrix in second.matrices if matrix.name in other]
+    if not both:
+        return []
     title = "Change of zeros"
-    return heat_map(title, both, change, lambda value: f"{value:+.0%}", lambda each: f"{each.sparsity:.1%} now")
+    return [("", heat_map(title, both, change, lambda value: f"{value:+.0%}", lambda each: f"{each.sparsity:.1%} now"))]
 
 
 def depth_chart(runs: Sequence[tuple[str, Report]]) -> Markup | None:
-    """Distance from the dense model behind each block."""
+    """Distance from the dense model behind each block, a line for each list of blocks and run."""
     series = []
-    for name, run in runs:
-        prefix, blocks = f"{name}: " * bool(name), range(1, len(run.depth) + 1)
-        series += [
-            Series(f"{prefix}relative error", list(blocks), [each.relative_error for each in run.depth]),
-            Series(f"{prefix}1 - cosine", list(blocks), [1 - each.cosine for each in run.depth]),
-        ]
-    if not any(each.x for each in series):
+    for run_name, run in runs:
+        chains: dict[str, list[DepthReport]] = {}
+        for each in run.depth:
+            chains.setdefault(each.block.rpartition(".")[0], []).append(each)
+        for stem, found in chains.items():
+            prefix = "".join(f"{name}: " for name in (run_name, stem if len(chains) > 1 else "") if name)
+            blocks = list(range(1, len(found) + 1))
+            series += [
+                Series(f"{prefix}relative error", blocks, [each.relative_error for each in found]),
+                Series(f"{prefix}1 - cosine", blocks, [1 - each.cosine for each in found]),
+            ]
+    if not series:
         return None
-    return chart(
-        series,
-        "block",
-        "distance from the dense model",
-        alt="Distance from the dense model by block",
-    )
+    return chart(series, "block", "distance from the dense model", alt="Distance from the dense model by block")
 
 
 def refit_chart(report: Report) -> Markup | None:
@@ -194,8 +195,10 @@ def _stages_chart(report: Report) -> Markup | None:
     solving = sum(matrix.seconds for matrix in report.matrices)
     refit = sum(block.seconds for block in report.blocks)
     rows = []
+    # Several processes solve at the same time, and a resumed run's figures are of several runs.
+    is_whole = report.environment.get("processes", 1) == 1 and all(each.name != "replay" for each in report.stages)
     for stage in report.stages:
-        if stage.name == "prune" and solving + refit < stage.seconds:
+        if stage.name == "prune" and is_whole and solving + refit < stage.seconds:
             rows += [("solve", solving), ("refit", refit), ("Hessians, replay", stage.seconds - solving - refit)]
         else:
             rows.append((stage.name, stage.seconds))
@@ -241,16 +244,11 @@ def _side_by_side(first: Report, second: Report) -> list[tuple[str, str, str, st
     for name in ("relative_error", "cosine"):
         last = [getattr(run.depth[-1], name) if run.depth else None for run in (first, second)]
         rows.append((f"{name.replace('_', ' ')} behind the last block", last[0], last[1], ".4f"))
-    texts = {each.text for run in (first, second) for each in run.perplexities}
-    for text in sorted(texts):
-        values = [_last_perplexity(run, text) for run in (first, second)]
-        rows.append((f"perplexity on {text}", values[0], values[1], ".2f"))
+    measured = [{each.what: each.perplexity for each in run.perplexities} for run in (first, second)]
+    for what in sorted(measured[0].keys() | measured[1].keys()):
+        name = f"perplexity on {file_name(what[0])} ({what[2]:,} tokens in windows of {what[1]:,})"
+        rows.append((name, measured[0].get(what), measured[1].get(what), ".2f"))
     return [(name, _shown(a, form), _shown(b, form), _change(a, b)) for name, a, b, form in rows]
-
-
-def _last_perplexity(report: Report, text: str) -> float | None:
-    found = [each.perplexity for each in report.perplexities if each.text == text]
-    return found[-1] if found else None
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -276,8 +274,9 @@ def _by_reason(dense: dict[str, str]) -> list[tuple[str, int, str]]:
 
 
 def file_name(source: str) -> str:
-    """A text's name without the folders that it was in on this machine."""
-    return Path(source).name if Path(source).is_absolute() else source
+    """A text's name without the folders that it was in on this machine. Names of data sets stay."""
+    is_path = source.startswith(("/", ".", "~")) or Path(source).suffix
+    return Path(source).name if is_path else source
 
 
 def duration(seconds: float) -> str:

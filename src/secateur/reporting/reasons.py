@@ -28,7 +28,7 @@ def extremes(report: Report) -> list[str]:
     """Sentences on the matrices with the most and the fewest zeros; one where all have the same."""
     matrices = sorted(report.matrices, key=lambda matrix: matrix.sparsity)
     if not matrices or matrices[-1].sparsity - matrices[0].sparsity < 0.005:
-        return ["Every matrix has the same share of zeros: the recipe asks for no allocation, and no rule differs."]
+        return ["Every matrix has the same share of zeros."]
     shown = min(MOST_SHOWN, len(matrices) // 2)
     picked = [*reversed(matrices[-shown:]), *reversed(matrices[:shown])]
     return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(report, each)}" for each in picked]

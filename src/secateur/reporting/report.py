@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from secateur.errors import SecateurError
 from secateur.recipe.recipe import Recipe
+from secateur.recipe.solvers import with_unknown_solvers
 from secateur.reporting.figures import (
     BlockReport,
     DepthReport,
@@ -128,7 +129,7 @@ class Report:
     @property
     def the_recipe(self) -> Recipe:
         """The recipe as an object."""
-        return Recipe.from_dict(self.recipe)
+        return Recipe.from_dict(with_unknown_solvers(self.recipe))
 
     def __repr__(self) -> str:
         return (
@@ -144,7 +145,8 @@ class Report:
     def save(self, folder: str | Path, known: Records | None = None) -> dict[str, FileRecord]:
         """Write `secateur.json`, `recipe.yaml` and `report.html` next to a model that `save_pretrained` wrote.
 
-        `secateur inspect FOLDER` then checks every matrix, and every file that was there except the page.
+        Figures that were measured of other weights are left out. `secateur inspect FOLDER` then checks every matrix,
+        and every file that was there except the page.
 
         Args:
             folder: of the model.
@@ -161,14 +163,19 @@ class Report:
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
         names = [path.name for path in files if is_plain_name(path.name)]
         recorded = sorted({*names} - {METADATA, REPORT_FILE})  # the page may be written again
-        self.files = {name: (known or {}).get(name) or record_of(target / name) for name in recorded}
-        (target / METADATA).write_text(self.to_json(), encoding="utf-8")
-        (target / REPORT_FILE).write_text(run_page(self, target), encoding="utf-8")
+        found = {name: (known or {}).get(name) or record_of(target / name) for name in recorded}
+        if weights_of(found) != weights_of(self.files):
+            self.perplexities, self.speeds = [], []  # they were measured of other weights
+        self.files = found
+        _write_new(target / METADATA, self.to_json())
+        _write_new(target / REPORT_FILE, run_page(self, target))
         return self.files | {name: record_of(target / name) for name in (METADATA, REPORT_FILE)}
 
     def to_json(self) -> str:
-        """The content of `secateur.json`."""
-        return json.dumps(sealed(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        """The content of `secateur.json`, which does not say where it lies."""
+        data = self.to_dict()
+        data["summary"]["out"] = None
+        return json.dumps(sealed(data), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
@@ -223,6 +230,17 @@ class Report:
         }
 
 
+def weights_of(files: Records) -> dict[str, FileRecord]:
+    """The records of weight files."""
+    return {name: record for name, record in files.items() if name.endswith(".safetensors")}
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file in place of what has its name, not through it, where that is a link."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def read_metadata(folder: Path) -> Report:
     """The report that a run saved with its model.
 
@@ -234,8 +252,8 @@ def read_metadata(folder: Path) -> Report:
     if not is_sealed(data):
         raise SecateurError(f"{path} is damaged, or was changed: its content does not match its digest")
     try:
-        found = Report.from_dict(data)
-        Recipe.from_dict(found.recipe)
+        found = replace(Report.from_dict(data), out=str(folder))
+        _ = found.the_recipe
         return found
     except SecateurError as error:
         raise error.within(str(path)) from error

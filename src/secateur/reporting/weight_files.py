@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from secateur.packed.files import dense
 from secateur.reporting.charts import picture_of_mask
@@ -16,6 +16,7 @@ from secateur.reporting.figures import MatrixReport
 
 SIDE = 64  # rows and columns of a picture
 PICTURES = 4
+ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,11 @@ class WeightFiles:
 
     Args:
         bytes: of all of them.
-        is_packed: whether they are packed.
         packed_bytes: what the weights take when they are packed, in memory; None where they are already.
         pictures: of a few masks.
     """
 
     bytes: int
-    is_packed: bool
     packed_bytes: int | None
     pictures: list[MaskPicture]
 
@@ -60,23 +59,25 @@ def read_weight_files(folder: Path, matrices: Sequence[MatrixReport]) -> WeightF
     if not paths:
         return None
     is_packed = any(path.name.startswith("packed") for path in paths)
-    by_name = {matrix.name: matrix for matrix in matrices}
-    wanted, saved, pictures = {each.name for each in examples(matrices)}, 0, {}
+    wanted: dict[str, list[MatrixReport]] = {}
+    for matrix in examples(matrices):
+        wanted.setdefault(matrix.name.partition("[")[0], []).append(matrix)
+    pictures: dict[str, MaskPicture] = {}
+    sizes: dict[int, int] = {}  # bytes of tensors by the bytes of an element
     for path in paths:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                matrix = by_name.get(key.removesuffix(".weight"))
-                if matrix is None:
-                    continue
                 part = file.get_slice(key)
-                if not is_packed:
-                    saved += _saved_by_packing(matrix, part.get_dtype())
-                if matrix.name in wanted:
-                    corner = dense(file.get_tensor(key), key) if is_packed else part
-                    pictures[matrix.name] = _picture(matrix, corner[:SIDE, :SIDE])
+                itemsize = ITEMSIZES.get(part.get_dtype(), 0)
+                sizes[itemsize] = sizes.get(itemsize, 0) + itemsize * math.prod(part.get_shape())
+                for matrix in wanted.get(key.removesuffix(".weight"), ()):
+                    stored = dense(file.get_tensor(key), key) if is_packed else part
+                    pictures[matrix.name] = _picture(matrix, stored)
     total = sum(path.stat().st_size for path in paths)
+    main_size = max(sizes, key=lambda size: sizes[size], default=0)
+    saved = sum(_saved_by_packing(matrix, main_size) for matrix in matrices)
     in_order = [pictures[each.name] for each in examples(matrices) if each.name in pictures]
-    return WeightFiles(total, is_packed, None if is_packed else total - saved, in_order)
+    return WeightFiles(total, None if is_packed else total - saved, in_order)
 
 
 def examples(matrices: Sequence[MatrixReport]) -> list[MatrixReport]:
@@ -92,13 +93,15 @@ def examples(matrices: Sequence[MatrixReport]) -> list[MatrixReport]:
     return list({matrix.name: matrix for matrix in found}.values())[:PICTURES]
 
 
-def _saved_by_packing(matrix: MatrixReport, dtype: str) -> int:
+def _saved_by_packing(matrix: MatrixReport, itemsize: int) -> int:
     """Bytes that a bitmask and the kept values need less than the dense matrix."""
-    itemsize = {"BF16": 2, "F16": 2, "F32": 4}.get(dtype, 0)
     return max(0, matrix.zeros * itemsize - matrix.rows * matrix.columns // 8)
 
 
-def _picture(matrix: MatrixReport, corner: Tensor) -> MaskPicture:
+def _picture(matrix: MatrixReport, stored: Any) -> MaskPicture:
+    """Of a stored matrix, or of one in a stack; a tensor, or a slice of a file."""
+    _, bracket, index = matrix.name.partition("[")
+    corner = stored[int(index.rstrip("]")), :SIDE, :SIDE] if bracket else stored[:SIDE, :SIDE]
     kept = corner != 0
     kept = kept if matrix.input_dim == 1 else kept.T
-    return MaskPicture(matrix.name, matrix.sparsity, picture_of_mask(kept.to(torch.bool).numpy()))
+    return MaskPicture(matrix.name, matrix.sparsity, picture_of_mask(kept.numpy()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,10 +112,11 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Most memory that this process has had in RAM, mapped files included."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss would be the parent's, where that is more
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    if peaks:  # Linux's ru_maxrss would be the parent's, where that is more
+        return int(peaks[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_bytes() -> int:

@@ -20,5 +20,10 @@ def one_line(text: object) -> str:
     return visible(text).replace("\n", "\\n")
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _spelled(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")

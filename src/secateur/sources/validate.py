@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.errors import SecateurError
 from secateur.packed.files import FORMAT_VERSION, METHOD, WEIGHTS, read_headers
 from secateur.packed.files import INDEX as PACKED_INDEX
+from secateur.runtime.messages import first_line
 from secateur.storage.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -164,8 +165,3 @@ def _shard_paths(folder: Path, single: str, index: str) -> list[Path]:
         if not (folder / name).is_file():
             raise SecateurError(f"{folder / name} is missing though the index names it: the download is incomplete")
     return [folder / name for name in names]
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
