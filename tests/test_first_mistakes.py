@@ -70,6 +70,17 @@ def test_a_missing_folder_is_named(main):
     assert "there is no folder nosuch" in errors
 
 
+def test_a_lora_adapter_is_named(main, model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    for command in (("eval", tmp_path / "adapter"), ("prune", tmp_path / "adapter", tmp_path / "out")):
+        code, _, errors = main(*command)
+        assert code == 2
+        assert "merge it first" in " ".join(errors.split())
+
+
 def test_a_conversion_says_what_it_writes_where_and_for_how_long(main, tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     save_gguf(tmp_path / "model.gguf")

@@ -32,6 +32,11 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     Raises:
         SecateurError: missing, incomplete, damaged or quantised files.
     """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise SecateurError(
+            f"{folder} is a LoRA adapter, not a model: merge it first, by "
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED)"
+        )
     config = read_json(folder / "config.json", "a model folder needs its config.json")
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
