@@ -2,8 +2,8 @@
 
     python benchmarks/report.py --out benchmarks/results/report.json
 
-Prunes SmolLM2-135M by SparseGPT (the shortest run there is) and by the default recipe, on few tokens, and times what the
-report adds: the figures of the error through depth, and writing the page.
+Prunes SmolLM2-135M by SparseGPT (a short run) and by the default recipe, on few tokens, and times what the report adds:
+the figures of the error through depth, and writing the page.
 """
 
 from __future__ import annotations
