@@ -149,11 +149,12 @@ class UnknownSolver:
 
 def with_unknown_solvers(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's data in which solvers that are not installed are objects that can't solve."""
-    known = {*SOLVERS, *_GIVEN, *(point.name for point in entry_points(group="secateur.solvers"))}
 
     def known_or_not(solver: Any) -> Any:
-        is_unknown = isinstance(solver, Mapping) and isinstance(solver.get("name"), str) and solver["name"] not in known
-        return UnknownSolver(solver["name"], {**solver}) if is_unknown else solver
+        name = solver.get("name") if isinstance(solver, Mapping) else None
+        if not isinstance(name, str) or name in SOLVERS or name in _GIVEN:
+            return solver
+        return solver if name in entry_points(group="secateur.solvers").names else UnknownSolver(name, {**solver})
 
     rules = [
         {**rule, "solver": known_or_not(rule["solver"])} if isinstance(rule, Mapping) and "solver" in rule else rule

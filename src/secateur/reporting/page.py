@@ -131,7 +131,7 @@ def heat_maps(report: Report) -> list[HeatMap]:
         report.matrices,
         lambda each: each.sparsity,
         lambda value: f"{value:.0%}",
-        partial(reason, report),
+        partial(reason, report.the_recipe, report.prices),
     )
     error = heat_map(
         "Layer error", report.matrices, lambda each: each.relative_error, _short,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
 from secateur.reporting.figures import MatrixReport
 from secateur.reporting.report import Report
@@ -9,14 +12,19 @@ from secateur.reporting.report import Report
 MOST_SHOWN = 3
 
 
-def reason(report: Report, matrix: MatrixReport) -> str:
-    """One sentence: the rule, the allocation's measurement, or the recipe's pattern for all."""
-    recipe = report.the_recipe
+def reason(recipe: Recipe, prices: Mapping[str, float], matrix: MatrixReport) -> str:
+    """One sentence: the rule, the allocation's measurement, or the recipe's pattern for all.
+
+    Args:
+        recipe: of the run.
+        prices: what one more zero costs in each matrix, relative to the median matrix.
+        matrix: the matrix.
+    """
     own = matrix_recipe(recipe, matrix.name)
     if own.own_pattern:
         rule = rule_for(recipe, matrix.name)
         return f"The rule for {', '.join(rule.match) if rule else matrix.name} says {own.pattern}."
-    price = report.prices.get(matrix.name)
+    price = prices.get(matrix.name)
     if price is not None:
         return f"One more zero here costs the model's output {_times(price)} the median matrix."
     if recipe.allocation is not None:
@@ -29,9 +37,9 @@ def extremes(report: Report) -> list[str]:
     matrices = sorted(report.matrices, key=lambda matrix: matrix.sparsity)
     if not matrices or matrices[-1].sparsity - matrices[0].sparsity < 0.005:
         return ["Every matrix has the same share of zeros."]
-    shown = min(MOST_SHOWN, len(matrices) // 2)
+    shown, recipe = min(MOST_SHOWN, len(matrices) // 2), report.the_recipe
     picked = [*reversed(matrices[-shown:]), *reversed(matrices[:shown])]
-    return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(report, each)}" for each in picked]
+    return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(recipe, report.prices, each)}" for each in picked]
 
 
 def _times(price: float) -> str:
