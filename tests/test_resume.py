@@ -36,6 +36,12 @@ TWO_BLOCKS = BEGINS + 2 * WAITS_A_BLOCK + 1  # the wait after which two blocks a
 FLAGS = ("--pattern", "50%", "--recipe", "balanced", "--samples", "4", "--seq-len", "32", "--resume")
 
 
+@pytest.fixture(autouse=True)
+def _short_page(monkeypatch):
+    """Hundreds of runs: drawing each one's page would double their time."""
+    monkeypatch.setattr("secateur.reporting.page.run_page", lambda *_: "<!doctype html>")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder with a model of three blocks, a text, and the model pruned without interruption."""
