@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from common import arguments_of, write_result
 
 ROOT = Path(__file__).parents[1]
-FEW = ("--samples", "32", "--seq-len", "512")
+FEW = ("--samples", "8", "--seq-len", "512")
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             "install": [sys.executable, "-m", "venv", str(python.parents[1])],
             "install, pip": [str(python), "-m", "pip", "install", "-q", str(ROOT)],
             "prune": [secateur, "prune", args.model, str(pruned), *FEW],
-            "eval": [secateur, "eval", str(pruned), "--against", args.model, "--max-tokens", "8192", "--record"],
+            "eval": [secateur, "eval", str(pruned), "--against", args.model, "--max-tokens", "4096", "--record"],
             "pack": [secateur, "pack", str(pruned), str(packed)],
         }
         for name, command in steps.items():
