@@ -110,6 +110,8 @@ def print_report(report: Report) -> None:
         f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
         f"{report.seconds:.0f} s; saved to {report.out}"
     )
+    if report.out is not None:
+        show(f"which layers lost most, and why: {Path(report.out) / 'report.html'}")
     if report.blocks:
         before = sum(block.val_loss_before for block in report.blocks) / len(report.blocks)
         after = sum(block.val_loss_after for block in report.blocks) / len(report.blocks)

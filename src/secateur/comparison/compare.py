@@ -29,7 +29,6 @@ from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import calibration_batches
 from secateur.checkpoints.load import Checkpoint, load
-from secateur.comparison.peer_llmcompressor import peak_of_process
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
 from secateur.errors import SecateurError
@@ -40,6 +39,7 @@ from secateur.recipe.recipe import CalibrationText
 from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import parse_settings
 from secateur.runtime.environment import default_device, environment, environment_number
+from secateur.runtime.memory import peak_resident_bytes
 from secateur.storage.file_records import sha256
 from secateur.storage.held_folder import make_folders
 
@@ -340,7 +340,7 @@ def _peak_memory(device: str) -> int:
     """Bytes: of the GPU where that is the device, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return peak_of_process()
+    return peak_resident_bytes()
 
 
 def _summary(cell: dict[str, Any]) -> str:
