@@ -13,7 +13,7 @@ from models import tiny_model, tokens
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
 from secateur.pruning import block_refit
-from secateur.pruning.block_refit import refit_block, refit_targets
+from secateur.pruning.block_refit import OutputError, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import prune_model
 from secateur.recipe.patterns import parse_pattern
@@ -94,7 +94,10 @@ def test_the_reported_error_is_that_of_the_weights_as_saved(storage):
         for matrix in blocks[0].matrices:
             matrix.stored.mul_(torch.rand(matrix.stored.shape) > 0.3).copy_(matrix.stored.to(storage))
         options = BlockRefit(epochs=2, rate=0.002, val_fraction=0.125)
-        figures = refit_block(blocks[0], stream, targets, options, seed=5, storage_of=lambda _name, _own: storage)
+        objective = OutputError(blocks[0], stream, targets)
+        figures = refit_block(
+            blocks[0], objective, len(targets), options, seed=5, storage_of=lambda _name, _own: storage
+        )
         outputs = stream.outputs(blocks[0])
     order = torch.randperm(48, generator=torch.Generator().manual_seed(5)).tolist()
     each = [float((((outputs[i] - targets[i]) ** 2).sum(-1) / (targets[i] ** 2).sum(-1)).mean()) for i in order[:6]]
@@ -144,8 +147,8 @@ def test_a_rate_that_ruins_every_pass_is_lowered(monkeypatch):
 def test_an_attempt_ends_with_a_hopeless_first_pass(monkeypatch):
     """However many passes are left: one at each ruinous rate, so that more of them cost nothing."""
     measured = []
-    mean = block_refit._Objective.mean
-    monkeypatch.setattr(block_refit._Objective, "mean", lambda self, val: measured.append(1) or mean(self, val))
+    mean = block_refit._Shared.mean
+    monkeypatch.setattr(block_refit._Shared, "mean", lambda self, val: measured.append(1) or mean(self, val))
     _, report = pruned(refit={"rate": 0.9, "epochs": 9})
     tried = [1 + round(math.log(0.9 / block.rate, 4)) for block in report.blocks]  # rates of each block
     assert min(tried) > 1
@@ -198,7 +201,8 @@ def test_objective_is_the_relative_error_of_each_token():
         for matrix in blocks[0].matrices:
             matrix.stored.mul_(0.5)
         outputs = stream.outputs(blocks[0])
-        figures = refit_block(blocks[0], stream, targets, BlockRefit(epochs=0), seed=3)
+        objective = OutputError(blocks[0], stream, targets)
+        figures = refit_block(blocks[0], objective, len(targets), BlockRefit(epochs=0), seed=3)
     held_out = int(torch.randperm(2, generator=torch.Generator().manual_seed(3))[0])
     y, target = outputs[held_out], targets[held_out]
     each = ((y - target) ** 2).sum(-1) / (target**2).sum(-1)

@@ -21,7 +21,7 @@ import secateur
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.loss_curves import LossCurve, prices_of_zeros
 from secateur.recipe.patterns import Unstructured
-from secateur.reporting.figures import BlockReport, DepthReport, MatrixReport, Speed, StageReport
+from secateur.reporting.figures import OUTPUT_ERROR, BlockReport, DepthReport, MatrixReport, Speed, StageReport
 from secateur.reporting.heat_map import heat_map, split_name
 from secateur.reporting.page import run_page, two_runs_page
 from secateur.reporting.report import Report
@@ -66,7 +66,7 @@ def a_report(blocks=32, name="model"):
         environment={"torch": "2", "threads": 2},
         calibration={"source": name, "samples": 8, "seq_len": 64, "sha256": "0"},
         matrices=matrices,
-        blocks=[BlockReport(f"model.layers.{block}", 0.2, 0.1, 2, 0.02, 1.0) for block in range(blocks)],
+        blocks=[BlockReport(f"model.layers.{block}", OUTPUT_ERROR, 0.2, 0.1, 2, 0.02, 1.0) for block in range(blocks)],
         depth=[DepthReport(f"model.layers.{block}", 1 - 0.001 * block, 0.01 * block) for block in range(blocks)],
         stages=[StageReport("dense pass", 3.0, 10**9), StageReport("prune", 500.0, 2 * 10**9)],
         dense={f"{name}.head": name},

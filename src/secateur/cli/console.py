@@ -112,10 +112,11 @@ def print_report(report: Report) -> None:
     )
     if report.out is not None:
         show(f"which layers lost most, and why: {Path(report.out) / 'report.html'}")
-    if report.blocks:
-        before = sum(block.val_loss_before for block in report.blocks) / len(report.blocks)
-        after = sum(block.val_loss_after for block in report.blocks) / len(report.blocks)
-        show(f"block refit: mean validation loss of a block {before:.4f} -> {after:.4f}")
+    for objective in dict.fromkeys(block.objective for block in report.blocks):
+        blocks = [block for block in report.blocks if block.objective == objective]
+        before = sum(block.val_loss_before for block in blocks) / len(blocks)
+        after = sum(block.val_loss_after for block in blocks) / len(blocks)
+        show(f"refit of {len(blocks)} blocks: mean {objective} on validation text {before:.4f} -> {after:.4f}")
     if any(matrix.figures.get("converged") is False for matrix in report.matrices):
         note("note: some full-row refits stopped at max_iterations before tolerance; see secateur.json")
     if raised := [matrix.name for matrix in report.matrices if len(matrix.figures.get("damping", ())) > 1]:

@@ -7,10 +7,9 @@ logits are formed in chunks, so that a vocabulary of 262k costs megabytes and no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
+from secateur.models.head import LOGIT_ELEMENTS, body_gives, logits_of, takes_positions
 
 DEFAULT_WINDOW = 1024
 MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
-LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
 
 @dataclass(frozen=True)
@@ -179,23 +178,18 @@ def token_losses(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
 
 
 @contextmanager
-def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Any]:
-    """A function from positions to logits.
+def _body_runs_once(model: Any, ids: Tensor, chunked: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from positions to logits, all at once or chunk by chunk.
 
-    The model's own forward must form the logits (it may scale or cap them), so for chunks the body's output is kept
-    and handed to it again: only the head runs for each chunk.
+    Raises:
+        SecateurError: the model has no logits.
     """
-    body = body_of(model)
-    if not chunked or body is model or "logits_to_keep" not in signature(model.forward).parameters:
+    if not chunked or not takes_positions(model):
         output = run_without_cache(model, model, input_ids=ids)
         if not hasattr(output, "logits"):
             raise SecateurError(f"{type(model).__name__} gives no logits: perplexity is of causal language models")
         logits = output.logits
         yield lambda positions: logits[:, positions]
         return
-    output = run_without_cache(model, body, input_ids=ids)
-    body.forward = lambda *_args, **_kwargs: output
-    try:
-        yield lambda positions: run_without_cache(model, model, input_ids=ids, logits_to_keep=positions).logits
-    finally:
-        del body.forward
+    with body_gives(model, run_without_cache(model, body_of(model), input_ids=ids)):
+        yield lambda positions: logits_of(model, {"input_ids": ids}, positions)

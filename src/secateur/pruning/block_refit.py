@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -77,25 +77,23 @@ def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, str
 
 def refit_block(
     block: Block,
-    stream: Stream,
-    targets: Sequence[Tensor],
+    objective: Objective,
+    num_batches: int,
     options: BlockRefit,
     seed: int = 0,
     storage_of: StorageOf = keep_dtype,
 ) -> dict[str, Any]:
     """Refit a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
 
-    Minimises the mean over tokens of `|f(x_p) - y|^2 / |y|^2`, x_p the pruned stream's hidden states, y the target.
-    Each token counts the same whatever its norm, as it does for the next block's normalisation. Master weights and
-    Adam's moments are fp32; products run in the model's dtype.
+    Master weights and Adam's moments are fp32; products run in the model's dtype.
 
     Where ranks share the batches, each step's gradient comes from the rank that has its batch, and all take the step.
     So the steps, and the bits, are those of one process, and the time is not divided.
 
     Args:
         block: the block, pruned.
-        stream: in front of it.
-        targets: y of every batch (`refit_targets`).
+        objective: what to minimise: `OutputError`, or `PredictionDivergence`.
+        num_batches: of this rank.
         options: epochs, rate and the rest.
         seed: fixes the validation batches and the order of the others.
         storage_of: dtype that each matrix is saved in; every candidate is rounded to it, so that the validation batches
@@ -108,16 +106,16 @@ def refit_block(
     block (fp32 master, gradient, Adam's moments, the best weights so far), and the activations of one batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    objective = _Objective(block, stream, targets)
-    order = torch.randperm(objective.num_batches, generator=generator).tolist()
+    shared = _Shared(objective, num_batches)
+    order = torch.randperm(shared.num_batches, generator=generator).tolist()
     num_val = min(max(1, round(options.val_fraction * len(order))), len(order) - 1)
     val, train = order[:num_val], order[num_val:]
     weights = MaskedMasterWeights(block, storage_of)
-    as_solved, before = weights.snapshot(), objective.mean(val)
+    as_solved, before = weights.snapshot(), shared.mean(val)
     best = _Best(as_solved, before)
     rate = options.rate
     for rate in (options.rate * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
-        best = _descend(weights, objective, train, val, options.epochs, rate, generator, best)
+        best = _descend(weights, shared, train, val, options.epochs, rate, generator, best)
         if best.epoch > 0:
             break
         weights.start_again(as_solved)
@@ -136,7 +134,7 @@ class _Best:
 
 def _descend(
     weights: MaskedMasterWeights,
-    objective: _Objective,
+    objective: _Shared,
     train: Sequence[int],
     val: Sequence[int],
     epochs: int,
@@ -154,7 +152,7 @@ def _descend(
                 group["lr"] = rate * scale * _schedule(step, steps)
             with weights.trainable(), torch.enable_grad():
                 if objective.has(train[index]):
-                    (objective.gradient_scale * objective(train[index])).backward()
+                    objective.backward(train[index])
                 weights.collect_gradients(objective.owner(train[index]))
             optimizer.step()
             weights.write_back()
@@ -175,19 +173,53 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-class _Objective:
-    """The loss on one batch, by its number among those of all ranks.
+@runtime_checkable
+class Objective(Protocol):
+    """What a refit minimises.
 
     Attributes:
-        gradient_scale: tokens x norm of a target. It brings the gradient of the output near 1, as the plain one, of
-            size `error / (|y|^2 T)`, underflows in fp16. Adam's steps do not depend on it.
+        gradient_scale: brings the gradient of the block's output near 1, as the plain one underflows in fp16. Adam's
+            steps do not depend on it.
     """
 
+    gradient_scale: float
+
+    def __call__(self, index: int, /) -> Float[Tensor, ""]:
+        """The loss on this rank's batch `index`."""
+        ...
+
+
+class OutputError:
+    """The mean over tokens of `|f(x_p) - y|^2 / |y|^2`, x_p the pruned stream's hidden states, y the target.
+
+    Each token counts the same whatever its norm, as it does for the next block's normalisation.
+    """
+
+    gradient_scale: float
+
     def __init__(self, block: Block, stream: Stream, targets: Sequence[Tensor]) -> None:
+        """Compare a block's outputs with targets (`refit_targets`), batch by batch."""
         self.block, self.stream, self.targets = block, stream, targets
         norms = targets[0].float().norm(dim=-1)
-        self.gradient_scale = distributed.broadcast_object(float(norms.mean()) * norms.numel())
-        self.num_batches = sum(distributed.all_gather(len(stream.hidden)))
+        self.gradient_scale = float(norms.mean()) * norms.numel()  # a gradient is of size `error / (|y|^2 T)`
+
+    def __call__(self, index: int) -> Float[Tensor, ""]:
+        """The loss on this rank's batch `index`."""
+        call = self.stream.calls[self.block.name][index]
+        output = call.replay(self.block, self.stream.hidden[index].clone()).float()
+        target = self.targets[index].float()
+        error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+        real = self.stream.padding[index]
+        return error.mean() if real is None else error[real].mean()
+
+
+class _Shared:
+    """An objective whose batches lie on several ranks; a batch has one number among those of all ranks."""
+
+    def __init__(self, objective: Objective, num_batches: int) -> None:
+        self.objective = objective
+        self.scale = distributed.broadcast_object(objective.gradient_scale)
+        self.num_batches = sum(distributed.all_gather(num_batches))
 
     def owner(self, number: int) -> int:
         """The rank that has a batch."""
@@ -197,18 +229,17 @@ class _Objective:
         """Whether this rank has a batch."""
         return self.owner(number) == distributed.rank()
 
-    def __call__(self, number: int) -> Float[Tensor, ""]:
-        index = number // distributed.world_size()
-        call = self.stream.calls[self.block.name][index]
-        output = call.replay(self.block, self.stream.hidden[index].clone()).float()
-        target = self.targets[index].float()
-        error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-        real = self.stream.padding[index]
-        return error.mean() if real is None else error[real].mean()
+    def _loss(self, number: int) -> Float[Tensor, ""]:
+        return self.objective(number // distributed.world_size())
+
+    def backward(self, number: int) -> None:
+        """Gradients of the scaled loss on a batch that this rank has."""
+        (self.scale * self._loss(number)).backward()
 
     def mean(self, numbers: Sequence[int]) -> float:
         """Mean loss of several batches."""
-        losses = distributed.all_gather_items({number: float(self(number)) for number in numbers if self.has(number)})
+        own = {number: float(self._loss(number)) for number in numbers if self.has(number)}
+        losses = distributed.all_gather_items(own)
         return sum(losses[number] for number in numbers) / len(numbers)
 
 

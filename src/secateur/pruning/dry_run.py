@@ -23,7 +23,7 @@ from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
 from secateur.pruning.allocation import LayerPatterns
-from secateur.pruning.block_refit import refit_block, refit_targets
+from secateur.pruning.block_refit import OutputError, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
@@ -145,7 +145,10 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
         refit = 0.0
         if options is not None:
             targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
-            _, refitting = _timed(lambda: refit_block(block, stream, targets, options, 0, context.storage_of))
+            objective = OutputError(block, stream, targets)
+            _, refitting = _timed(
+                lambda: refit_block(block, objective, len(stream.hidden), options, 0, context.storage_of)
+            )
             refit = aiming + refitting
     context.progress("one block", 1, 1)
     return solving, scale * (step - solving + passes * forward + refit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,13 +26,14 @@ from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import BlockChain, ModelStructure, find_block_chains
 from secateur.models.matrices import Matrix
 from secateur.pruning.allocation import LayerPatterns, allocate
-from secateur.pruning.block_refit import check_batches, refit_block, refit_targets
+from secateur.pruning.block_refit import Objective, OutputError, check_batches, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.matrix_step import prune_matrix
+from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.recipe.rules import matrix_recipe
-from secateur.reporting.figures import BlockFigures, BlockReport, DepthReport, MatrixReport
+from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS, BlockFigures, BlockReport, DepthReport, MatrixReport
 from secateur.runtime import distributed
 from secateur.solvers.swaps import check_columns
 
@@ -93,13 +95,14 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
         for chain in later:
             checked_dense_pass(model, chain, batches, context)
+        end = _end_of(model, structure.chains, batches, context)
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
             if chain is not first:
                 dense = checked_dense_pass(model, chain, batches, context)
             patterns = allocate(model, dense.blocks, dense.stream, batches, context)
             outcome.prices |= patterns.prices
-            _prune_chain(dense, patterns, done, total, outcome, context)
+            _prune_chain(dense, patterns, (done, total), outcome, context, end)
             done += len(chain.blocks)
     outcome.notices += _few_tokens(outcome.matrices)
     return outcome
@@ -117,20 +120,37 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
     return found
 
 
+def _end_of(
+    model: nn.Module, chains: Sequence[BlockChain], batches: Sequence[Batch], context: RunContext
+) -> ModelEnd | None:
+    """What lies behind the last blocks, where their refit minimises the divergence of the predictions."""
+    refit = context.recipe.refit
+    if refit is None or not refit.prediction_blocks:
+        return None
+    own = [batches[number] for number in distributed.shard(len(batches))]
+    return ModelEnd.of(model, chains, own, context.store)
+
+
 def _prune_chain(
-    dense: DensePass, patterns: LayerPatterns, done: int, total: int, outcome: Outcome, context: RunContext
+    dense: DensePass,
+    patterns: LayerPatterns,
+    place: tuple[int, int],
+    outcome: Outcome,
+    context: RunContext,
+    end: ModelEnd | None,
 ) -> None:
     """Prune a chain block by block, each on what the pruned ones before it give.
 
     Args:
         dense: the chain's dense pass.
         patterns: of its matrices.
-        done: blocks of the chains before this one.
-        total: blocks of all chains.
+        place: blocks of the chains before this one, and of all chains.
         outcome: takes the figures.
         context: of the run.
+        end: what lies behind the last blocks, where their refit looks at the predictions.
     """
-    stream, recipe = dense.stream, context.recipe
+    stream, recipe, (done, total) = dense.stream, context.recipe, place
+    looking = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
     if recipe.refit is not None or recipe.target is not None:
         assert isinstance(stream.hidden, HiddenStates)
         stream.dense = stream.hidden.copy()
@@ -145,7 +165,8 @@ def _prune_chain(
             figures = context.store.finished(block)
             stage = "prune" if figures is None else "replay"  # of what an earlier process pruned, which is faster
             if figures is None:
-                figures = _prune_and_refit(block, stream, dense_outputs, patterns, recipe.seed + number, context)
+                seed, behind = recipe.seed + number, end if number >= total - looking else None
+                figures = _prune_and_refit(block, stream, dense_outputs, patterns, seed, context, behind)
                 context.store.commit(block, figures)
         context.workspace.limit = figures.chunk
         outcome.matrices += figures.matrices
@@ -167,18 +188,26 @@ def _prune_and_refit(
     patterns: LayerPatterns,
     seed: int,
     context: RunContext,
+    end: ModelEnd | None,
 ) -> BlockFigures:
     """Prune every matrix of a block, and refit the block where that is asked for."""
     refit, targets = context.recipe.refit, None
-    if refit is not None and block.matrices:
-        assert dense_outputs is not None
+    if refit is None or not block.matrices:
+        return BlockFigures(prune_block(block, stream, dense_outputs, patterns, context), None, context.workspace.limit)
+    assert dense_outputs is not None
+    if end is None:
         targets = refit_targets(block, stream, dense_outputs, refit.strength)  # while the block is dense
     matrices = prune_block(block, stream, dense_outputs, patterns, context)
-    report = None
-    if refit is not None and targets is not None:
-        started = time.perf_counter()
-        figures = refit_block(block, stream, targets, refit, seed, context.storage_of)
-        report = BlockReport(name=block.name, seconds=time.perf_counter() - started, **figures)
+    started = time.perf_counter()
+    with nullcontext() if end is None else end.behind(block):
+        if end is None:
+            assert targets is not None
+            objective: Objective = OutputError(block, stream, targets)
+        else:
+            objective = PredictionDivergence(block, stream, dense_outputs, end)
+        figures = refit_block(block, objective, len(stream.hidden), refit, seed, context.storage_of)
+    name = OUTPUT_ERROR if end is None else PREDICTIONS
+    report = BlockReport(name=block.name, objective=name, seconds=time.perf_counter() - started, **figures)
     return BlockFigures(matrices, report, context.workspace.limit)
 
 

@@ -55,6 +55,12 @@ class BlockRefit:
         le=1,
         description="Target: from 0, the dense block on pruned inputs, to 1, the dense block on dense inputs.",
     )
+    prediction_blocks: Whole = Field(
+        default=0,
+        ge=0,
+        description="How many of the last blocks aim at the dense model's predictions (by their divergence) instead of "
+        "the dense block's output; only for models that predict a token at every position.",
+    )
 
 
 @options

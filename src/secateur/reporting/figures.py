@@ -45,19 +45,24 @@ class MatrixReport:
         return self.zeros / (self.rows * self.columns)
 
 
+OUTPUT_ERROR, PREDICTIONS = "output error", "divergence of predictions"
+
+
 @dataclass(frozen=True)
 class BlockReport:
     """One block's refit.
 
     Args:
         name: the block's path.
-        val_loss_before, val_loss_after: loss on the validation batches.
+        objective: what it minimised: `OUTPUT_ERROR`, or `PREDICTIONS` near the end of a model.
+        val_loss_before, val_loss_after: that loss on the validation batches.
         best_epoch: epoch whose weights are kept; 0 = as solved.
         rate: learning rate of that epoch, or of the last attempt.
         seconds: of the refit.
     """
 
     name: str
+    objective: str
     val_loss_before: float
     val_loss_after: float
     best_epoch: int

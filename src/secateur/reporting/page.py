@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from secateur.recipe.files import to_yaml
 from secateur.reporting.charts import Series, bars, chart
-from secateur.reporting.figures import DepthReport, MatrixReport, MeasuredPerplexity, Speed
+from secateur.reporting.figures import OUTPUT_ERROR, DepthReport, MatrixReport, MeasuredPerplexity, Speed
 from secateur.reporting.heat_map import HeatMap, heat_map
 from secateur.reporting.reasons import extremes, reason
 from secateur.reporting.report import Report
@@ -181,10 +181,12 @@ def refit_chart(report: Report) -> Markup | None:
     """Validation loss of each block before and after its refit."""
     if not report.blocks:
         return None
-    numbers = list(range(1, len(report.blocks) + 1))
+    # The last blocks may minimise something else, in another unit.
+    blocks = [(number, block) for number, block in enumerate(report.blocks, 1) if block.objective == OUTPUT_ERROR]
+    numbers = [number for number, _ in blocks]
     series = [
-        Series("as solved", numbers, [block.val_loss_before for block in report.blocks]),
-        Series("after the refit", numbers, [block.val_loss_after for block in report.blocks]),
+        Series("as solved", numbers, [block.val_loss_before for _, block in blocks]),
+        Series("after the refit", numbers, [block.val_loss_after for _, block in blocks]),
     ]
     return chart(series, "block", "validation loss", is_log=True, alt="Validation loss by block")
 

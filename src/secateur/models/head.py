@@ -1,0 +1,48 @@
+"""The end of a model: from its body's output to logits.
+
+The model's own forward forms the logits (it may scale or cap them): the body's output is kept and handed to it again,
+so only the head runs. Logits are formed for chunks of positions, so that a vocabulary of 262k costs megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.models.blocks import body_of, run_without_cache
+
+LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether the model keeps a head apart from its body."""
+    return body_of(model) is not model
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model forms the logits of chosen positions alone."""
+    return has_head(model) and "logits_to_keep" in signature(model.forward).parameters
+
+
+@contextmanager
+def body_gives(model: nn.Module, output: Any) -> Iterator[None]:
+    """Within this context the model's body does not run, and gives this output."""
+    body = body_of(model)
+    body.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def logits_of(
+    model: nn.Module, inputs: Mapping[str, Tensor], positions: Int[Tensor, " P"] | None = None
+) -> Float[Tensor, "B P V"]:
+    """The model's logits, at these positions or at all; `takes_positions` says whether positions can be chosen."""
+    chosen = {} if positions is None else {"logits_to_keep": positions}
+    return run_without_cache(model, model, **inputs, **chosen).logits

@@ -1,0 +1,184 @@
+"""How far the model's predictions are from the dense model's, as a function of one block's output.
+
+Near the end of a model the error of a block's output says little of the predictions: the final norm and the head look
+at few of its directions. There the later blocks, which are still dense, the final norm and the head can be run as they
+are (LFQ does it for the last block of a quantised model, ICML 2026).
+
+Shape legend: B sequences, T positions, C channels, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.calibration.stream import Batch, Stream
+from secateur.models.blocks import Block, body_of, on_device_of, run_without_cache
+from secateur.models.discovery import BlockChain
+from secateur.models.head import LOGIT_ELEMENTS, body_gives, has_head, logits_of, takes_positions
+from secateur.models.placement import WeightPlacement
+from secateur.models.stubs import stubbed
+
+
+@dataclass(eq=False)
+class ModelEnd:
+    """What lies behind a block: later blocks, the final norm and the head.
+
+    Args:
+        model: the model.
+        chain: its only chain; stubs of it change no call.
+        batches: this rank's.
+        placement: where the weights are.
+    """
+
+    model: nn.Module
+    chain: BlockChain
+    batches: Sequence[Batch]
+    placement: WeightPlacement
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, chains: Sequence[BlockChain], batches: Sequence[Batch], placement: WeightPlacement
+    ) -> ModelEnd | None:
+        """The end of a model; None where it does not predict a token at every position, or can't be run from a block.
+
+        That is: a model without a head, one with several chains (encoder and decoder), or one that hands on more than
+        hidden states between its blocks.
+        """
+        if len(chains) > 1 or chains[0].stub_outputs is None or not has_head(model):
+            return None
+        found = cls(model, chains[0], batches, placement)
+        return found if found._predicts_tokens() else None
+
+    def _predicts_tokens(self) -> bool:
+        """Whether the logits of a sequence are (B, T, V), T the positions of the hidden states."""
+        last, stubs = self.chain.blocks[-1], self.chain.stub_outputs
+        assert stubs is not None
+        with torch.no_grad(), self.behind(last), stubbed(self.chain.blocks, stubs):
+            inputs = self._inputs(0)
+            output = run_without_cache(self.model, body_of(self.model), **inputs)
+            hidden = getattr(output, "last_hidden_state", None)
+            if hidden is None:
+                return False
+            with body_gives(self.model, output):
+                whole = run_without_cache(self.model, self.model, **inputs)
+        logits = getattr(whole, "logits", None)
+        return logits is not None and logits.ndim == 3 and logits.shape[:2] == hidden.shape[:2]
+
+    @contextmanager
+    def behind(self, block: Block) -> Iterator[None]:
+        """Within this context all that lies behind a block is onloaded."""
+        with self.placement.onload_model(self.model, self._until(block)):
+            yield
+
+    def _until(self, block: Block) -> Sequence[Block]:
+        """The blocks of the chain up to this one."""
+        names = [each.name for each in self.chain.blocks]
+        return self.chain.blocks[: names.index(block.name) + 1]
+
+    def body_output(self, block: Block, output: Float[Tensor, "B T C"], index: int) -> Any:
+        """What the model's body gives where a block gives `output`, on batch `index`. Within `behind`."""
+        stubs = self.chain.stub_outputs
+        assert stubs is not None
+        hook = block.module.register_forward_hook(lambda _module, _args, _output: stubs[block.name].of(output))
+        try:
+            with stubbed(self._until(block), stubs):
+                return run_without_cache(self.model, body_of(self.model), **self._inputs(index))
+        finally:
+            hook.remove()
+
+    def _inputs(self, index: int) -> Batch:
+        inputs = on_device_of(self.model, self.batches[index])
+        return {name: value for name, value in inputs.items() if name != "attention_mask" or not bool(value.all())}
+
+    def divergence(
+        self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None
+    ) -> tuple[float, Float[Tensor, "B T C"]]:
+        """Mean over tokens of `KL(dense || model)`, and its gradient with respect to the body's hidden states.
+
+        Args:
+            body_output: of the model as it is pruned.
+            dense: the body's hidden states in the dense model.
+            index: of the batch.
+            real: real tokens (B, T); None = all are.
+
+        Where gradients are off, that is zero.
+
+        Cost: three products with the head a token; `LOGIT_ELEMENTS` logits are held at a time, three times.
+        """
+        inputs = self._inputs(index)
+        hidden = body_output.last_hidden_state.detach()
+        counted = torch.ones(hidden.shape[:2], device=hidden.device) if real is None else real.float()
+        total, gradient = 0.0, torch.zeros_like(hidden, dtype=torch.float32)
+        for positions in self._chunks(hidden):
+            chosen = positions if takes_positions(self.model) else None
+            with torch.no_grad(), body_gives(self.model, _with_hidden(body_output, dense)):
+                theirs = logits_of(self.model, inputs, chosen).float().log_softmax(-1)
+            leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
+            with body_gives(self.model, _with_hidden(body_output, leaf)):
+                logits = logits_of(self.model, inputs, chosen)
+            ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
+            total += float((weight * (theirs.exp() * (theirs - ours)).sum(-1)).sum())
+            if logits.requires_grad:  # by the logits of a token, the gradient is q - p
+                by_logits = weight[..., None] * (ours.exp() - theirs.exp())
+                gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]
+        return total / float(counted.sum()), gradient / counted.sum()
+
+    def _chunks(self, hidden: Float[Tensor, "B T C"]) -> Sequence[Tensor]:
+        """Positions in chunks; one chunk where the model forms all logits at once."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        if not takes_positions(self.model):
+            return [positions]
+        vocabulary: int = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        return positions.split(max(1, LOGIT_ELEMENTS // (vocabulary * len(hidden))))
+
+
+def _with_hidden(body_output: Any, hidden: Tensor) -> Any:
+    """The body's output with other hidden states."""
+    return type(body_output)(**{**body_output, "last_hidden_state": hidden})
+
+
+class PredictionDivergence:
+    """The loss of a block's refit on one batch: the divergence of the model's predictions from the dense model's.
+
+    The later blocks are dense, so this is what the block's error alone does to the predictions, with that of earlier
+    blocks.
+    """
+
+    gradient_scale: float
+
+    def __init__(self, block: Block, stream: Stream, dense_outputs: HiddenStates, end: ModelEnd) -> None:
+        """Keep the dense model's last hidden states.
+
+        Args:
+            block: the block.
+            stream: in front of it.
+            dense_outputs: its outputs on the dense stream.
+            end: what lies behind it; within its context.
+
+        Cost: a forward pass of what lies behind the block, without the head.
+        """
+        self.block, self.stream, self.end = block, stream, end
+        with torch.no_grad():
+            self.dense = HiddenStates.of(
+                (end.body_output(block, output, index).last_hidden_state for index, output in enumerate(dense_outputs)),
+                stream.memory,
+                len(dense_outputs),
+            )
+        self.gradient_scale = float(self.dense[0].shape[:-1].numel())  # the loss is a mean over tokens
+
+    def __call__(self, index: int) -> Float[Tensor, ""]:
+        """The loss on this rank's batch `index`."""
+        output = self.stream.calls[self.block.name][index].replay(self.block, self.stream.hidden[index].clone())
+        body_output = self.end.body_output(self.block, output, index)
+        value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.padding[index])
+        hidden = body_output.last_hidden_state
+        surrogate = (hidden.float() * gradient.float()).sum()  # its gradient is known; its value is not wanted
+        return value + surrogate - surrogate.detach()
