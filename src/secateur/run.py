@@ -10,16 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
+from secateur.calibration.documents import text_place
 from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
 from secateur.checkpoints.model_card import facts_of_source
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.matrices import all_parameters
-from secateur.models.placement import OffloadedWeights
+from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import prune_model
@@ -30,6 +31,7 @@ from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
 from secateur.resume.manifest import Manifest, RunManifest, journal_of
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
+from secateur.resume.own_words import kept_windows
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import default_device, environment, processor_name
@@ -90,6 +92,24 @@ class Request:
         size = BATCH_TOKENS if refit is None else refit.step_tokens
         return calibration_batches(self.texts, tokenizer, config, self.recipe.calibration, self.recipe.seed, size)
 
+    def written(
+        self,
+        data: CalibrationBatches,
+        model: nn.Module,
+        tokenizer: Any,
+        placement: WeightPlacement,
+        manifest: RunManifest | None = None,
+    ) -> CalibrationBatches:
+        """The batches with what the model has to write; a manifest keeps that for a resumed run."""
+        to_write = data.to_write
+        if to_write is None:
+            return data
+
+        def write() -> Tensor:
+            return to_write.write(model, tokenizer, placement, self.progress)
+
+        return data.with_written(write() if manifest is None else kept_windows(manifest, write))
+
     def memory(self, journal: Path | None = None) -> MemoryBudget:
         """The memory budget; under a cap, hidden states go to the journal unless a folder is named."""
         found = memory_budget(self.recipe.max_memory, self.offload_dir)
@@ -110,7 +130,7 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
         tokenizer = tokenizer or model.tokenizer
     else:
         module, name, notices = model, type(model).__name__, []
-    data = request.calibration(tokenizer, config_of(module))
+    data = request.written(request.calibration(tokenizer, config_of(module)), module, tokenizer, InMemory())
     parameter = next(module.parameters())
     where = _environment(str(parameter.device), parameter.dtype)
     if isinstance(model, Checkpoint):
@@ -150,6 +170,8 @@ def prune_to_folder(
         manifest = begin_run(journal, out, before, identity, overwrite)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         blocks = JournalledBlocks(manifest, placement, _storage_of(checkpoint))
+        if not manifest.state.outcome:
+            data = request.written(data, checkpoint.model, checkpoint.tokenizer, placement, manifest)
         report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
         publisher = Publisher(manifest, blocks, out)
         publisher.publish(
@@ -176,8 +198,11 @@ def estimate_run(
     with TemporaryDirectory() as scratch:
         checkpoint = source.load(folder, Path(scratch))
         check_links(folder)
-        data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
+        data, writing = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model)), 0.0
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        if data.to_write is not None:
+            windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, placement, request.progress)
+            data = data.with_written(windows)
         context = RunContext(
             request.recipe,
             request.progress,
@@ -185,7 +210,8 @@ def estimate_run(
             request.memory(Path(scratch)),
             storage_of=_storage_of(checkpoint),
         )
-        return estimate(checkpoint.model, data.batches, context, shard_bytes)
+        found = estimate(checkpoint.model, data.batches, context, shard_bytes)
+        return replace(found, seconds=found.seconds + writing)
 
 
 def _report_of(
@@ -328,11 +354,12 @@ def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], w
 
 def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
     """Check that `out` can be written, and holds nothing that the run reads."""
-    named = [user_path(item) for item in (model, texts) if isinstance(item, str | Path)]
+    named = user_path(model)
+    texts_at = text_place(texts) if isinstance(texts, str | Path) else None
     check_place(out)
-    check_apart(out, [folder, *(item for item in named if item.exists())])
-    if (place := real_path(named[0])).is_dir() and place in out.parents:
-        raise SecateurError(f"{out} lies in the model's folder {named[0]}: write to a folder outside of it")
+    check_apart(out, [folder, *(place for place in (named, texts_at) if place is not None and place.exists())])
+    if (place := real_path(named)).is_dir() and place in out.parents:
+        raise SecateurError(f"{out} lies in the model's folder {named}: write to a folder outside of it")
 
 
 def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:

@@ -19,6 +19,7 @@ from secateur.checkpoints.load import load as load_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.determinism import full_precision
+from secateur.models.placement import InMemory
 from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
 from secateur.numerics.problem import check_problem
 from secateur.pruning.dry_run import DryRun
@@ -90,7 +91,8 @@ def prune(
         settings: options of the recipe by dotted name, such as `{"refit.rate": 0.01}`; they win over the recipe.
         include, exclude: globs on matrix names, such as `*.mlp.*`: prune only these, leave these dense.
         calibration: file (text, JSON, JSONL, CSV, Parquet), folder, data set name, token tensors or batches (an
-            encoder-decoder's with its `decoder_input_ids`); None is the shipped text.
+            encoder-decoder's with its `decoder_input_ids`); `self` or `self:PROMPTS` for text that the model writes;
+            None is the shipped text.
         text_field: field or column that holds the text; None = found by the form of the records.
         samples, seq_len, seed: sequences drawn from a text (default 128 x 2048), and the seed of the draw.
         tokenizer: needed for a text with a model object.
@@ -285,8 +287,10 @@ def coverage_of(
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
     chosen, texts = texts_of(chosen, calibration)
     few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
-    batches = calibration_batches(texts, tokenizer, config_of(module), few).batches
-    return measure_coverage(module, batches, chosen)
+    data = calibration_batches(texts, tokenizer, config_of(module), few)
+    if data.to_write is not None:
+        data = data.with_written(data.to_write.write(module, tokenizer, InMemory(), no_progress))
+    return measure_coverage(module, data.batches, chosen)
 
 
 def _request(

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from secateur.calibration.documents import check_is_name, is_dataset, name_of, read_documents
-from secateur.calibration.stream import Batch
+from secateur.calibration.documents import (
+    check_is_name,
+    is_dataset,
+    is_own_words,
+    name_of,
+    prompts_of,
+    read_documents,
+)
+from secateur.calibration.own_words import BATCH, Prompts, check_can_write, write_windows
+from secateur.calibration.stream import Batch, Progress
 from secateur.calibration.texts import cut_windows, encode, max_positions, window_length
 from secateur.errors import SecateurError
+from secateur.models.placement import WeightPlacement
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
+SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 MIN_BATCHES = 8  # where there are as many windows
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
@@ -29,14 +41,63 @@ class CalibrationBatches:
     """Batches of a run.
 
     Args:
-        batches: keyword inputs of the model.
-        origin: where they came from: `source`, `samples`, `seq_len`, `seed`, `sha256`.
+        batches: keyword inputs of the model; without those that it has still to write.
+        origin: where they came from: `source`, `samples`, `seq_len`, `seed`, `sha256` (of the prompts too, where the
+            model writes its text).
         notices: what the user should know about them.
+        to_write: the sequences that the model has still to write.
     """
 
     batches: list[Batch]
     origin: dict[str, Any]
     notices: list[str] = field(default_factory=list)
+    to_write: OwnWords | None = None
+
+    def with_written(self, windows: Int[Tensor, "N T"]) -> CalibrationBatches:
+        """All batches, once the model has written its sequences."""
+        assert self.to_write is not None
+        everything = torch.cat([windows, *(batch["input_ids"] for batch in self.batches)])
+        generator = torch.Generator().manual_seed(self.to_write.seed)
+        batches = _batched(everything[torch.randperm(len(everything), generator=generator)], self.to_write.batch_tokens)
+        origin = self.origin | {"written": len(windows), "written_sha256": _digest([{"input_ids": windows}])}
+        return CalibrationBatches(batches, origin, self.notices)
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """Sequences that the model has still to write.
+
+    Args:
+        prompts: what it goes on from.
+        number: how many sequences.
+        seed: of the draw.
+        batch_tokens: tokens of a calibration batch.
+    """
+
+    prompts: Prompts
+    number: int
+    seed: int
+    batch_tokens: int
+
+    def write(self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress) -> Int[Tensor, "N T"]:
+        """Let the dense model write them (`write_windows`)."""
+        check_can_write(model)
+        return write_windows(model, tokenizer, self.prompts, self.number, self.seed, placement, progress)
+
+    def sketch(
+        self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress
+    ) -> tuple[Int[Tensor, "N T"], float]:
+        """Windows that stand for what the model would write, and about how many seconds that takes.
+
+        A few tokens are written, and repeated.
+        """
+        started, length = time.perf_counter(), self.prompts.length
+        short = replace(self.prompts, length=min(length, SKETCH_TOKENS + max(map(len, self.prompts.ids))))
+        few = replace(self, prompts=short, number=min(self.number, BATCH))
+        written = few.write(model, tokenizer, placement, progress).flatten()
+        seconds, wanted = time.perf_counter() - started, self.number * length
+        whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, length)
+        return whole, seconds * wanted / len(written)
 
 
 def calibration_batches(
@@ -51,7 +112,7 @@ def calibration_batches(
 
     Args:
         source: text file, folder of texts, JSONL, data set name, tensors of token ids, batches, or None for the shipped
-            text.
+            text; `self` or `self:PROMPTS` for text that the model writes.
         tokenizer: of the model; not needed for tensors.
         config: of the model.
         text: how many windows, and of how many tokens. Where the text holds fewer windows, all are taken, with a
@@ -60,7 +121,8 @@ def calibration_batches(
         batch_tokens: tokens a batch, in whole windows, at least one.
 
     Raises:
-        SecateurError: nothing to read, a text shorter than a window, or a window longer than the model's positions.
+        SecateurError: nothing to read, a text shorter than a window, a window longer than the model's positions, or
+            prompts that leave no room for an answer.
     """
     if source is not None and not isinstance(source, str | Path):
         return _from_tensors(source, config)
@@ -75,20 +137,54 @@ def calibration_batches(
             "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
         )
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
-    limit = text.samples * length if is_dataset(source) else None
+    if is_own_words(source):
+        return _own_words(source, tokenizer, config, text, length, seed, batch_tokens)
+    drawn, notices = _draw(source, tokenizer, config, text, length, text.samples, seed)
+    batches = _batched(drawn, batch_tokens)
+    origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
+    return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+
+
+def _own_words(
+    source: Any, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int, batch_tokens: int
+) -> CalibrationBatches:
+    """What the model is to write, and the windows of the prompts' text that go with it."""
+    place = prompts_of(source)
+    number = text.samples if place is None else round(text.samples * text.own_words)
+    batches: list[Batch] = []
+    notices: list[str] = []
+    if place is None:
+        prompts = Prompts.none(tokenizer, length)
+    else:
+        documents = list(read_documents(place, seed, text_field=text.text_field))
+        prompts = Prompts.of(documents, tokenizer, length, name_of(place))
+        if number < text.samples:
+            drawn, notices = _draw(place, tokenizer, config, text, length, text.samples - number, seed)
+            batches = [{"input_ids": drawn}]
+    check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
+    to_write = OwnWords(prompts, number, seed, batch_tokens)
+    digest = _digest([*batches, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
+    origin = {"source": str(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
+    return CalibrationBatches(batches, origin, notices, to_write if number else None)
+
+
+def _draw(
+    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, number: int, seed: int
+) -> tuple[Int[Tensor, "N T"], list[str]]:
+    """Windows drawn from a text, and what the user should know."""
+    limit = number * length if is_dataset(source) else None
     ids = encode(read_documents(source, seed, text_field=text.text_field), tokenizer, limit)
     windows = cut_windows(ids, length, tokenizer, what=name_of(source))
     check_ids(windows, config)
-    drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[: text.samples]]
-    notices = []
-    if len(drawn) < text.samples:
-        notices.append(
-            f"{name_of(source)} holds {len(drawn)} windows of {length} tokens; {text.samples} were asked for"
-        )
-    size = max(1, min(batch_tokens // length, len(drawn) // MIN_BATCHES))
-    batches: list[Batch] = [{"input_ids": part} for part in drawn.split(size)]
-    origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
-    return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+    drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:number]]
+    if len(drawn) == number:
+        return drawn, []
+    return drawn, [f"{name_of(source)} holds {len(drawn)} windows of {length} tokens; {number} were asked for"]
+
+
+def _batched(windows: Int[Tensor, "N T"], batch_tokens: int) -> list[Batch]:
+    size = max(1, min(batch_tokens // windows.shape[1], len(windows) // MIN_BATCHES))
+    return [{"input_ids": part} for part in windows.split(size)]
 
 
 def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
@@ -118,8 +214,8 @@ def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
     return CalibrationBatches(batches, origin | {"sha256": _digest(batches)})
 
 
-def check_ids(ids: Tensor, config: Any) -> None:
-    """Check that token ids are of the model: dtype, shape, vocabulary and length.
+def check_ids(ids: Tensor, config: Any, is_row: bool = True) -> None:
+    """Check that token ids are of the model: dtype, shape, vocabulary, and length where they are a model's input.
 
     Raises:
         SecateurError: they are not.
@@ -135,7 +231,7 @@ def check_ids(ids: Tensor, config: Any) -> None:
             f"the tokenizer its own?"
         )
     positions = max_positions(config)
-    if positions and ids.shape[-1] > positions:
+    if is_row and positions and ids.shape[-1] > positions:
         raise SecateurError(
             f"the tensors hold {ids.shape[-1]} tokens, but the model has {positions} positions: cut them"
         )

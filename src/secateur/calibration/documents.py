@@ -315,6 +315,26 @@ def name_of(source: str | Path | None) -> str:
     return "the shipped text" if source is None else str(source)
 
 
+OWN_WORDS = "self"  # instead of a text: the model writes it
+
+
+def is_own_words(source: str | Path | None) -> bool:
+    """Whether a source stands for text that the model writes: `self`, or `self:PROMPTS`."""
+    return str(source) == OWN_WORDS or str(source).startswith(f"{OWN_WORDS}:")
+
+
+def prompts_of(source: str | Path) -> str | None:
+    """The text that the model goes on from; None where it starts from nothing."""
+    return str(source).partition(":")[2] or None
+
+
+def text_place(source: str | Path) -> Path | None:
+    """The file or folder that a source names, if it does."""
+    named = prompts_of(source) if is_own_words(source) else source
+    place = None if named is None else user_path(named)
+    return place if place is not None and place.exists() else None
+
+
 def is_dataset(source: str | Path | None) -> bool:
     """Whether a source names a data set: not a file, a short name or `owner/name` without a text file's suffix."""
     if source is None or user_path(source).exists():

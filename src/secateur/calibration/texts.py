@@ -24,12 +24,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = No
         if isinstance(document, str):
             encoded = encode_text(document, tokenizer)
         else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise SecateurError(
-                    "the texts are chats, but the tokenizer has no chat template: use a `text` field, or the tokenizer "
-                    "of a chat model"
-                )
-            encoded = _encode_chat(document, tokenizer)
+            encoded = encode_chat(document, tokenizer)
             prefix = opening(tokenizer)  # each window gets it anyway
             encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
         ids += encoded
@@ -52,16 +47,23 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
         raise SecateurError(f"the model's tokenizer can't encode the text ({error}): it is damaged") from error
 
 
-def _encode_chat(chat: Conversation, tokenizer: Any) -> list[int]:
-    """Token ids of a conversation by the tokenizer's chat template.
+def encode_chat(chat: Conversation, tokenizer: Any, answer: bool = False) -> list[int]:
+    """Token ids of a conversation by the tokenizer's chat template; `answer` adds what opens the next answer.
 
     Raises:
-        SecateurError: the template refuses it.
+        SecateurError: there is no template, or it refuses the conversation.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        raise SecateurError(
+            "the texts are chats, but the tokenizer has no chat template: use a `text` field, or the tokenizer of a "
+            "chat model"
+        )
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, tokenize=True, return_dict=False, add_generation_prompt=answer
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat.messages[:6])
         raise SecateurError(

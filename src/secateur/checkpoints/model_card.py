@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from secateur.calibration.documents import is_own_words, prompts_of
 from secateur.checkpoints.load import Checkpoint
 from secateur.reporting.page import file_name
 from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, Report
@@ -137,6 +138,9 @@ def _amount(calibration: dict[str, Any]) -> str:
 
 
 def _file_name(source: str) -> str:
+    if is_own_words(source):
+        prompts = prompts_of(source)
+        return "text that the dense model wrote" + ("" if prompts is None else f" from {one_line(file_name(prompts))}")
     return one_line(file_name(source))
 
 

@@ -317,6 +317,8 @@ def _pruned(
         data = calibration_batches(
             settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, cell.seed or 0
         )
+        if data.to_write is not None:
+            raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
         method = cell.recipe.removeprefix("llmcompressor-")
         return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
     report = prune(

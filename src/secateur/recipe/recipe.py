@@ -78,7 +78,14 @@ class CalibrationText:
     source: str | None = Field(
         default=None,
         description="Text, JSON, JSONL, CSV or Parquet file, folder, or data set; empty = the shipped text. Data sets: "
-        "c4, wikitext2, ptb, or any on the hub.",
+        "c4, wikitext2, ptb, or any on the hub. self = the dense model writes the text; self:PROMPTS = it answers the "
+        "chats of a file, or goes on from its text.",
+    )
+    own_words: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the sequences that the model writes, with self:PROMPTS. The others are text of PROMPTS.",
     )
     text_field: str | None = Field(
         default=None, description="Field or column that holds the text; empty = found by the form of the records."

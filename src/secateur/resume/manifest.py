@@ -39,6 +39,7 @@ class Manifest:
         shards: the finished model's weight files under the names that they have in the journal, shard by shard.
         files: every file of the finished model under its final name; empty until it is whole.
         notices: what the user should know of how the run was resumed.
+        own_words: SHA-256 of the file with what the model wrote to be calibrated on; "" where there is none.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Manifest:
     shards: list[dict[str, FileRecord]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    own_words: str = ""
 
     @property
     def has_begun(self) -> bool:
@@ -117,11 +119,12 @@ def _checked(found: dict[str, Any]) -> Manifest:
         SecateurError, KeyError, TypeError, AttributeError: data of another form.
     """
     blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
-    outcome = str(found["outcome"])
+    outcome, own_words = str(found["outcome"]), str(found["own_words"])
     if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
         raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
-    if outcome and not _DIGEST.fullmatch(outcome):
-        raise SecateurError(f"{outcome!r} is not a SHA-256")
+    for digest in (outcome, own_words):
+        if digest and not _DIGEST.fullmatch(digest):
+            raise SecateurError(f"{digest!r} is not a SHA-256")
     if not isinstance(found["identity"].get("environment", {}), dict):
         raise SecateurError("its environment is not a mapping")
     shards = [read_records(shard) for shard in found["shards"]]
@@ -137,6 +140,7 @@ def _checked(found: dict[str, Any]) -> Manifest:
         shards=shards,
         files=files,
         notices=[str(notice) for notice in found["notices"]],
+        own_words=own_words,
     )
 
 

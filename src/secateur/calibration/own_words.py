@@ -1,0 +1,189 @@
+"""Calibration text that the dense model writes itself, sampled from its own predictions.
+
+A pruned model is to predict what the dense one predicts, so text of the dense model's making is of the right domain
+where no other text is: the model's own chats, or its own chains of thought (LLM-QAT, arXiv 2305.17888; RAC, ICLR 2026).
+
+Three kinds of prompts: none (the model begins with the token that opens a text), chats (it answers), and plain text (it
+goes on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from secateur.calibration.documents import Conversation, Document
+from secateur.calibration.stream import Progress
+from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening
+from secateur.errors import SecateurError
+from secateur.models.blocks import device_of
+from secateur.models.determinism import deterministic_forward
+from secateur.models.placement import WeightPlacement
+
+PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a window
+BATCH = 16  # sequences that are written together
+STAGE = "own words"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model goes on from.
+
+    Args:
+        ids: token ids of each prompt, with the tokens that open a text.
+        length: tokens of a window.
+    """
+
+    ids: list[list[int]]
+    length: int
+
+    @classmethod
+    def none(cls, tokenizer: Any, length: int) -> Prompts:
+        """The token that opens a text, alone.
+
+        Raises:
+            SecateurError: the tokenizer has none.
+        """
+        start = opening(tokenizer) or [each for each in (tokenizer.bos_token_id,) if each is not None]
+        if not start:
+            raise SecateurError(
+                "the tokenizer has no token that opens a text, which the model could begin with: give prompts, as "
+                "‹calibration=self:PROMPTS›"
+            )
+        return cls([start], length)
+
+    @classmethod
+    def of(cls, documents: Iterable[Document], tokenizer: Any, length: int, what: str) -> Prompts:
+        """Chats up to the last message of a user, and the text of others in pieces of an eighth of a window.
+
+        Raises:
+            SecateurError: no text, a chat without a user's message, or a prompt as long as a window.
+        """
+        found: list[list[int]] = []
+        for number, document in enumerate(documents, 1):
+            if isinstance(document, Conversation):
+                found.append(_question(document, tokenizer, f"{what}, chat {number}"))
+            else:
+                found += _pieces(document, tokenizer, max(1, length // PROMPT_SHARE))
+        if not found:
+            raise SecateurError(f"{what} holds no prompt: it is empty")
+        if longest := [len(each) for each in found if len(each) >= length]:
+            raise SecateurError(
+                f"a prompt in {what} has {longest[0]} tokens, and a sequence has {length}: raise ‹seq_len›, or leave "
+                f"it out"
+            )
+        return cls(found, length)
+
+
+def _question(chat: Conversation, tokenizer: Any, place: str) -> list[int]:
+    """A chat up to the last message of a user, and what opens the answer."""
+    last = max((number for number, each in enumerate(chat.messages) if each["role"] == "user"), default=-1)
+    if last < 0:
+        raise SecateurError(f"{place}: no message of a user, which the model could answer")
+    return encode_chat(Conversation(chat.messages[: last + 1], chat.tools), tokenizer, answer=True)
+
+
+def _pieces(text: str, tokenizer: Any, size: int) -> list[list[int]]:
+    """Pieces of a text of equal size, each with what opens a text; a text shorter than that is one piece."""
+    ids, prefix = encode_text(text, tokenizer), opening(tokenizer)
+    starts = range(0, max(1, len(ids) - size + 1), size) if ids else ()
+    return [[*prefix, *ids[start : start + size]] for start in starts]
+
+
+def check_can_write(model: Any) -> None:
+    """Check that a model generates text.
+
+    Raises:
+        SecateurError: it does not.
+    """
+    can = getattr(model, "can_generate", None)
+    if can is None or not can() or getattr(model.config, "is_encoder_decoder", False):
+        raise SecateurError(
+            f"{type(model).__name__} can't write text: ‹calibration=self› is for causal language models"
+        )
+
+
+@torch.no_grad()
+def write_windows(
+    model: Any, tokenizer: Any, prompts: Prompts, number: int, seed: int, placement: WeightPlacement, progress: Progress
+) -> Int[Tensor, "N T"]:
+    """Windows of text that a model writes, prompts included.
+
+    Tokens are drawn from the model's predictions as they are (temperature 1). An answer ends where the model ends it,
+    or with the window. Texts are joined, and cut into windows. Prompts are taken in a shuffled order, and again where
+    more text is needed.
+
+    Args:
+        model: the dense model.
+        tokenizer: of the model.
+        prompts: what to go on from.
+        number: N.
+        seed: of the order and the draw.
+        placement: where the weights are.
+        progress: called with the stage, the tokens written, and their total.
+
+    Raises:
+        SecateurError: a model that ends every text at once.
+
+    Cost: a forward pass of the model for each token of `BATCH` sequences, with a cache of keys and values.
+    """
+    prefix, wanted = opening(tokenizer), number * (prompts.length - len(opening(tokenizer)))
+    generator, written, order = torch.Generator().manual_seed(seed), list[int](), list[int]()
+    ends, silent_rounds = _ends(model, tokenizer), 0
+    with deterministic_forward(model), placement.onload_model(model):
+        torch.manual_seed(seed)
+        while len(written) < wanted:
+            while len(order) < BATCH:
+                order += torch.randperm(len(prompts.ids), generator=generator).tolist()
+            chosen, order = [prompts.ids[index] for index in order[:BATCH]], order[BATCH:]
+            texts = _go_on(model, tokenizer, chosen, prompts.length, ends)
+            is_silent = all(text[len(prompt)] in ends for text, prompt in zip(texts, chosen, strict=True))
+            silent_rounds = silent_rounds + 1 if is_silent else 0
+            if silent_rounds == 3:
+                raise SecateurError("the model ends every text at once: give other prompts, or a text")
+            for text in texts:
+                written += text[len(prefix) :] if text[: len(prefix)] == prefix else text
+            progress(STAGE, min(len(written), wanted), wanted)
+    return cut_windows(torch.tensor(written[:wanted]), prompts.length, tokenizer, "what the model wrote")
+
+
+def _go_on(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """Each prompt with what the model writes after it, until it ends or the window is full."""
+    from transformers import GenerationConfig
+
+    pad = next((each for each in (tokenizer.pad_token_id, *ends) if each is not None), 0)
+    longest = max(map(len, prompts))
+    device = device_of(model)
+    ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=device)
+    options = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - longest,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+    )
+    rows = model.generate(ids, attention_mask=mask, generation_config=options)[:, longest:].tolist()
+    return [[*prompt, *_until_end(row, ends)] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the model's, or else the tokenizer's."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = tokenizer.eos_token_id if named is None else named
+    return [] if named is None else list(named) if isinstance(named, list | tuple) else [named]
+
+
+def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
+    """A row up to its end, that token included."""
+    places = [place for place, token in enumerate(row) if token in ends]
+    return row[: places[0] + 1] if places else row

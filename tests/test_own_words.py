@@ -1,0 +1,177 @@
+"""Calibration on what the dense model writes: the draw is the model's, windows are whole, and a run keeps them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import quiet
+from models import character_tokenizer, save_checkpoint, tiny_model
+from safetensors.torch import load_file
+
+import secateur
+from secateur.calibration.batches import calibration_batches
+from secateur.calibration.documents import Conversation
+from secateur.calibration.own_words import Prompts, write_windows
+from secateur.errors import SecateurError
+from secateur.models.placement import InMemory
+from secateur.recipe.recipe import CalibrationText
+from secateur.resume.own_words import OWN_WORDS_FILE
+
+SETTINGS = {"pattern": "50%", "solver": "mrp", "samples": 6, "seq_len": 24}
+
+
+def written(model, tokenizer, prompts, number=4, seed=0):
+    return write_windows(model, tokenizer, prompts, number, seed, InMemory(), quiet)
+
+
+def always(model, chain):
+    """Let the model predict one token after another: `chain` says which follows which."""
+    with torch.no_grad():
+        width = model.config.hidden_size
+        codes = torch.nn.functional.normalize(torch.randn(model.config.vocab_size, width), dim=1)
+        model.model.embed_tokens.weight.copy_(codes)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, follower in chain.items():
+            model.lm_head.weight[follower] += 100 * codes[token]
+    return model
+
+
+def test_an_answer_is_what_the_model_says_and_ends_where_it_ends():
+    """A model that counts from each token to the next, and ends after `e`."""
+    tokenizer = character_tokenizer(bos=True, chat=True)
+    a, end = tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids("<|end|>")
+    model = always(
+        tiny_model("llama", hidden_size=64), {a: a + 1, a + 1: a + 2, a + 2: a + 3, a + 3: a + 4, a + 4: end}
+    )
+    model.generation_config.eos_token_id = end
+    prompts = Prompts.of(["ab"], tokenizer, 8, "text")
+    windows = written(model, tokenizer, Prompts([[tokenizer.bos_token_id, a]], 12), number=3)
+    assert prompts.ids == [[tokenizer.bos_token_id, a], [tokenizer.bos_token_id, a + 1]]
+    assert windows[:, 0].tolist() == [tokenizer.bos_token_id] * 3
+    story = [a, a + 1, a + 2, a + 3, a + 4, end]
+    assert windows[:, 1:].flatten().tolist() == (story * 6)[:33]
+
+
+def test_tokens_are_drawn_from_the_predictions_and_the_seed_fixes_them():
+    """The frequency of the first token against its probability; other seeds give other texts."""
+    tokenizer, model = character_tokenizer(bos=True), tiny_model("llama").eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.temperature, model.generation_config.top_k = 0.1, 5  # not asked for
+    tokenizer.eos_token = None
+    start = Prompts.none(tokenizer, 2)
+    windows = written(model, tokenizer, start, number=4000)
+    odds = model(torch.tensor(start.ids)).logits[0, -1].softmax(-1)
+    found = torch.bincount(windows[:, 1], minlength=128) / 4000
+    assert (found - odds).abs().max() < 5 * (odds.max() / 4000).sqrt()
+    assert torch.equal(written(model, tokenizer, start), written(model, tokenizer, start))
+    assert not torch.equal(written(model, tokenizer, start), written(model, tokenizer, start, seed=1))
+
+
+def test_a_model_that_ends_every_text_at_once_is_refused():
+    tokenizer = character_tokenizer(bos=True)
+    start, end = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")
+    model = always(tiny_model("llama", hidden_size=64), {start: end})
+    model.generation_config.eos_token_id = end
+    with pytest.raises(SecateurError, match="ends every text at once"):
+        written(model, tokenizer, Prompts.none(tokenizer, 12))
+
+
+def test_chats_end_with_the_question_and_open_the_answer():
+    tokenizer = character_tokenizer(chat=True)
+    question = {"role": "user", "content": "Why?"}
+    chat = Conversation([question, {"role": "assistant", "content": "So."}])
+    whole = tokenizer.apply_chat_template([question], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert Prompts.of([chat], tokenizer, 60, "chats").ids == [whole]
+
+
+def test_prompts_of_any_length_are_padded_on_the_left():
+    """What is written after a short prompt does not depend on the longer one in the batch."""
+    tokenizer = character_tokenizer()
+    a = tokenizer.convert_tokens_to_ids("a")
+    model = always(tiny_model("llama", hidden_size=64), {a: a + 1, a + 1: a})
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    windows = written(model, tokenizer, Prompts([[a], [a] * 7], 10), number=8)
+    assert {*windows.flatten().tolist()} == {a, a + 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "own_words", "message"),
+    [
+        ("self", 1.0, "no token that opens a text"),
+        ("self:{tmp}/empty.txt", 1.0, "holds no prompt"),
+        ("self:{tmp}/none.txt", 1.0, "not a file, folder or data set"),
+        ("self:{tmp}/long.jsonl", 1.0, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),
+        ("self:{tmp}/answer.jsonl", 1.0, "no message of a user"),
+        ("self:{tmp}/few.txt", 0.5, "less than one sequence"),
+    ],
+)
+def test_prompts_that_can_not_work_are_refused(tmp_path, source, own_words, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "few.txt").write_text("few")
+    for name, role in (("long", "user"), ("answer", "assistant")):
+        chat = {"messages": [{"role": role, "content": "word " * 9}]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(chat) + "\n")
+    text = CalibrationText(samples=4, seq_len=24, own_words=own_words)
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.bos_token = None
+    with pytest.raises(SecateurError, match=message):
+        calibration_batches(source.format(tmp=tmp_path), tokenizer, tiny_model("llama").config, text)
+
+
+def test_a_model_that_writes_nothing_is_refused():
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+    with pytest.raises(SecateurError, match="can't write text"):
+        secateur.prune(model, tokenizer=character_tokenizer(bos=True), calibration="self", **SETTINGS)
+
+
+def test_a_share_of_the_sequences_is_text(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    tokenizer, model = character_tokenizer(), tiny_model("llama")
+    text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
+    data = calibration_batches(f"self:{tmp_path}/text.txt", tokenizer, model.config, text)
+    assert data.to_write is not None
+    assert data.to_write.number == 2
+    whole = data.with_written(data.to_write.write(model, tokenizer, InMemory(), quiet))
+    rows = torch.cat([batch["input_ids"] for batch in whole.batches])
+    spoken = [tokenizer.decode(row) for row in rows]
+    assert sum("cat sat" in each or "the mat" in each for each in spoken) >= 6
+    assert len(rows) == 8
+    assert whole.origin["written"] == 2
+
+
+def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
+    """Killed after the first block; the second process may not write anything."""
+    save_checkpoint(tmp_path / "dense")
+    secateur.prune(tmp_path / "dense", tmp_path / "whole", calibration="self", **SETTINGS)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(stage, done, _total):
+        if stage == "prune" and done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", progress=kill, **SETTINGS)
+    assert (tmp_path / ".out.secateur" / OWN_WORDS_FILE).exists()
+    monkeypatch.setattr("secateur.calibration.batches.write_windows", None)
+    report = secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", resume=True, **SETTINGS)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert report.calibration["written"] == 6
+    assert not (tmp_path / ".out.secateur").exists()
+
+
+def test_a_dry_run_counts_the_writing(tmp_path):
+    save_checkpoint(tmp_path / "dense")
+    found = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
+    assert found.num_tokens == 6 * 24
+    assert found.seconds > 0
