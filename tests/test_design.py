@@ -36,6 +36,7 @@ ORDER = (
     "models",
     "calibration",
     "reporting",
+    "permutation",
     "pruning",
     "resume",
     "sources",

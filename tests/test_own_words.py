@@ -17,7 +17,7 @@ from secateur.calibration.own_words import Prompts, write_windows
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory
 from secateur.recipe.recipe import CalibrationText
-from secateur.resume.own_words import OWN_WORDS_FILE
+from secateur.resume.kept import OWN_WORDS_FILE
 
 SETTINGS = {"pattern": "50%", "solver": "mrp", "samples": 6, "seq_len": 24}
 

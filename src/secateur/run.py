@@ -16,6 +16,7 @@ from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts
 from secateur.calibration.documents import text_place
 from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
 from secateur.checkpoints.model_card import facts_of_source
+from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
@@ -29,9 +30,9 @@ from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.reporting.stages import StageClock
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
+from secateur.resume.kept import kept_windows
 from secateur.resume.manifest import Manifest, RunManifest, journal_of
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
-from secateur.resume.own_words import kept_windows
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import default_device, environment, processor_name
@@ -169,7 +170,10 @@ def prune_to_folder(
         memory = request.memory(place)
         manifest = begin_run(journal, out, before, identity, overwrite)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        blocks = JournalledBlocks(manifest, placement, _storage_of(checkpoint))
+        reordered = place / f"reordered-{distributed.rank()}"
+        blocks = JournalledBlocks(
+            manifest, placement, _storage_of(checkpoint), lambda order: map_reordered(checkpoint, order, reordered)
+        )
         if not manifest.state.outcome:
             data = request.written(data, checkpoint.model, checkpoint.tokenizer, placement, manifest)
         report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)

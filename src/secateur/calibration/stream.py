@@ -55,6 +55,26 @@ class Stream:
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     damping: float = DEFAULT_DAMPING
 
+    def first(self, sizes: Sequence[int], sequences: int) -> Stream:
+        """A stream of the first batches, as many as hold this many sequences; this one stays as it is.
+
+        Args:
+            sizes: sequences of each batch, of all ranks.
+            sequences: how many.
+        """
+        enough = int((torch.tensor(sizes).cumsum(0) < sequences).sum()) + 1
+        count = len(distributed.shard(min(enough, len(sizes))))
+        calls = {name: calls[:count] for name, calls in self.calls.items()}
+        return Stream(
+            self.hidden[:count],
+            calls,
+            self.padding[:count],
+            self.groups,
+            self.routed,
+            memory=self.memory,
+            damping=self.damping,
+        )
+
     def outputs(self, block: Block, of_dense: bool = False) -> HiddenStates:
         """The block's outputs on the pruned stream, or on the dense one. Cost: one forward of it on all batches."""
         stream = self.dense if of_dense else self.hidden

@@ -84,7 +84,7 @@ def allocate(
         return fixed
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     windows = sum(sizes) if stream.routed else allocation.windows  # a router shows an expert only some tokens
-    first = _first_sequences(stream, sizes, windows)
+    first = stream.first(sizes, windows)
     if allocation.rule == "owl":
         allocated = _by_outliers(blocks, first, free, allocation, context)
     else:
@@ -163,22 +163,6 @@ def _measured(measure: Callable[[str, Tensor, Hessian], Any], matrix: Matrix, in
         return measure(matrix.name, matrix.weight(input_dim).float(), hessian)
     except NotPositiveDefiniteError as error:
         raise error.within(matrix.name) from error
-
-
-def _first_sequences(stream: Stream, sizes: Sequence[int], windows: int) -> Stream:
-    """The stream's part of the first batches, as many as hold `windows` sequences."""
-    enough = int((torch.tensor(sizes).cumsum(0) < windows).sum()) + 1
-    count = len(distributed.shard(min(enough, len(sizes))))
-    calls = {name: calls[:count] for name, calls in stream.calls.items()}
-    return Stream(
-        stream.hidden[:count],
-        calls,
-        stream.padding[:count],
-        stream.groups,
-        stream.routed,
-        memory=stream.memory,
-        damping=stream.damping,
-    )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from secateur.calibration.stream import Progress
 from secateur.models.blocks import Block
 from secateur.models.placement import InMemory, WeightPlacement
+from secateur.permutation.channels import ChannelOrder
 from secateur.recipe.recipe import Recipe
 from secateur.reporting.figures import BlockFigures
 from secateur.runtime.memory import MemoryBudget, Workspace
@@ -21,6 +23,15 @@ StorageOf = Callable[[str, torch.dtype], torch.dtype]  # parameter's name and ow
 @runtime_checkable
 class BlockStore(WeightPlacement, Protocol):
     """Where the weights are, and where finished blocks go."""
+
+    def reorder(self, model: nn.Module, order: ChannelOrder, /) -> None:
+        """Put the dense model's channels in another order, in which it computes the same."""
+        ...
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether that was done."""
+        ...
 
     def finished(self, block: Block, /) -> BlockFigures | None:
         """The figures of a block that an earlier process finished; None where it has to be pruned."""
@@ -34,6 +45,15 @@ class BlockStore(WeightPlacement, Protocol):
 class InMemoryStore(InMemory):
     """A model in memory, which is itself the result."""
 
+    is_reordered = False
+
+    @torch.no_grad()
+    def reorder(self, model: nn.Module, order: ChannelOrder) -> None:
+        """Reorder each parameter in place."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(order.applied(name, parameter.data))
+        self.is_reordered = True
+
     def finished(self, _block: Block) -> None:
         """Nothing was finished before."""
 
@@ -44,9 +64,14 @@ class InMemoryStore(InMemory):
 class DroppedBlocks:
     """A store that keeps nothing: what is written to a block is dropped. For dry runs."""
 
+    is_reordered = False
+
     def __init__(self, placement: WeightPlacement) -> None:
         """Onload as a placement does whose copies are dropped."""
         self.onload_block, self.onload_model = placement.onload_block, placement.onload_model
+
+    def reorder(self, _model: nn.Module, _order: ChannelOrder) -> None:
+        """Keep nothing."""
 
     def finished(self, _block: Block) -> None:
         """Nothing was finished before."""

@@ -25,6 +25,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import BlockChain, ModelStructure, find_block_chains
 from secateur.models.matrices import Matrix
+from secateur.permutation.order import OrderSearch
 from secateur.pruning.allocation import LayerPatterns, allocate
 from secateur.pruning.block_refit import Objective, OutputError, check_batches, refit_block, refit_targets
 from secateur.pruning.context import RunContext
@@ -32,10 +33,13 @@ from secateur.pruning.dense_target import DenseWeights, Moments, check_all_token
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.matrix_step import prune_matrix
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
+from secateur.recipe.patterns import NM
 from secateur.recipe.rules import matrix_recipe
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS, BlockFigures, BlockReport, DepthReport, MatrixReport
 from secateur.runtime import distributed
 from secateur.solvers.swaps import check_columns
+
+REORDERED = "the dense model's channels were put in another order: adapters made for it do not fit this model"
 
 
 @dataclass(eq=False)
@@ -95,6 +99,10 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
         for chain in later:
             checked_dense_pass(model, chain, batches, context)
+        if context.recipe.permutation is not None:
+            if not context.store.is_reordered and _reorder_channels(model, first, dense, batches, context):
+                dense = checked_dense_pass(model, first, batches, context)
+            outcome.notices.append(REORDERED if context.store.is_reordered else "no channels could be reordered")
         end = _end_of(model, structure.chains, batches, context)
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
@@ -118,6 +126,22 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
     if context.recipe.target is not None:
         check_all_tokens(found.stream)
     return found
+
+
+def _reorder_channels(
+    model: nn.Module, chain: BlockChain, dense: DensePass, batches: Sequence[Batch], context: RunContext
+) -> bool:
+    """Put the channels of the first chain in an order that suits the n:m pattern; whether any could be reordered."""
+    recipe = context.recipe
+    assert recipe.permutation is not None
+    assert isinstance(recipe.pattern, NM), "checked by the recipe"
+    matrices = [matrix.name for block in dense.blocks for matrix in block.matrices]
+    patterns = {name: matrix_recipe(recipe, name).pattern for name in matrices}
+    search = OrderSearch(dense, batches, patterns, recipe.pattern, recipe.permutation, context.store, context.progress)
+    order = search.run(model, chain, recipe.seed)
+    if order.indices:
+        context.store.reorder(model, order)
+    return bool(order.indices)
 
 
 def _end_of(
@@ -294,7 +318,7 @@ def check_steps(structure: ModelStructure, context: RunContext) -> None:
         UnsupportedModelError: one does.
     """
     recipe = context.recipe
-    asked = [name for name in ("refit", "target", "allocation") if getattr(recipe, name) is not None]
+    asked = [name for name in ("refit", "target", "allocation", "permutation") if getattr(recipe, name) is not None]
     for chain in structure.chains:
         if chain.whole and asked:
             raise UnsupportedModelError(

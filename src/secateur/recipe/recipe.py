@@ -13,7 +13,7 @@ from secateur.recipe.declare import Field, Number, RecipeError, Switch, Whole, o
 from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
 from secateur.recipe.sizes import parse_size
 from secateur.recipe.solvers import MRP, Solver
-from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+from secateur.recipe.steps import Allocation, BlockRefit, ChannelPermutation, DenseTarget, SwapRefinement
 from secateur.storage.paths import user_path
 
 VERSION = 1
@@ -115,6 +115,9 @@ class Recipe:
     refine: SwapRefinement | None = Field(default=None, description="Exchanges to a 1-swap optimum after the solver.")
     refit: BlockRefit | None = Field(default=None, description="Refit of each block's kept weights.")
     allocation: Allocation | None = Field(default=None, description="Spread of zeros over matrices; empty = even.")
+    permutation: ChannelPermutation | None = Field(
+        default=None, description="Another order of channels before an n:m pattern; empty = as they are."
+    )
     true_sequential: Switch = Field(default=False, description="Observe a block again after each group of matrices.")
     rules: Annotated[
         tuple[Rule, ...], BeforeValidator(lambda found: tuple(found) if isinstance(found, list) else found)
@@ -136,6 +139,11 @@ class Recipe:
             raise RecipeError(
                 f"allocation owl has no form for {self.pattern}: use curve, which mixes patterns of one m",
                 ("allocation", "rule"),
+            )
+        if self.permutation is not None and not isinstance(self.pattern, NM):
+            raise RecipeError(
+                f"a permutation of channels is for n:m patterns, and gains nothing for the unstructured {self.pattern}",
+                ("permutation",),
             )
         for number, rule in enumerate(self.rules):
             if not rule.dense:
@@ -201,6 +209,8 @@ class Recipe:
         parts = [self.solver.name]
         if self.target is not None:
             parts.append(f"{self.target.kind} target of strength {self.target.strength:g}")
+        if self.permutation is not None:
+            parts.append("channels reordered")
         if self.allocation is not None:
             parts.append(f"{self.allocation.rule} allocation")
         if self.refine is not None:

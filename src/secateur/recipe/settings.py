@@ -16,7 +16,7 @@ from secateur.errors import SecateurError, nearest
 from secateur.recipe.declare import RecipeError, fields_of, plain, unknown_option
 from secateur.recipe.recipe import CalibrationText, Recipe
 from secateur.recipe.solvers import SOLVERS, plain_solver
-from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+from secateur.recipe.steps import Allocation, BlockRefit, ChannelPermutation, DenseTarget, SwapRefinement
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,6 +26,7 @@ SECTIONS: dict[str, type] = {
     "refine": SwapRefinement,
     "refit": BlockRefit,
     "allocation": Allocation,
+    "permutation": ChannelPermutation,
 }
 
 

@@ -74,3 +74,16 @@ class Allocation:
     )
     spread: Number = Field(default=0.3, gt=0, lt=1, description="How far a matrix may be from the global sparsity.")
     windows: Whole = Field(default=8, ge=1, description="Calibration sequences that the allocation looks at.")
+
+
+@options
+class ChannelPermutation:
+    """Before an n:m pattern, put channels in an order in which fewer large weights share a group.
+
+    The dense model computes the same in it. Adapters made for the dense model do not fit the reordered one.
+    """
+
+    rounds: Whole = Field(
+        default=12, ge=1, description="Most rounds of the search; each moves one channel of every group."
+    )
+    sequences: Whole = Field(default=16, ge=1, description="Calibration sequences that the search looks at.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.models.blocks import Block
 from secateur.models.placement import WeightPlacement
+from secateur.permutation.channels import ChannelOrder
 from secateur.pruning.context import StorageOf
 from secateur.reporting.figures import BlockFigures, BlockReport, MatrixReport
 from secateur.resume.block_files import check_digest, map_from_file, open_block
+from secateur.resume.kept import keep_order, kept_order
 from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
 from secateur.storage.json_files import parse_json
@@ -31,16 +33,40 @@ class JournalledBlocks:
         passed: blocks that this process is past; their weights are mapped from their files.
     """
 
-    def __init__(self, manifest: RunManifest, placement: WeightPlacement, storage_of: StorageOf) -> None:
-        """Write to the manifest's journal.
+    def __init__(
+        self,
+        manifest: RunManifest,
+        placement: WeightPlacement,
+        storage_of: StorageOf,
+        apply_order: Callable[[ChannelOrder], None],
+    ) -> None:
+        """Write to the manifest's journal; channels that an earlier process reordered are in that order from now on.
 
         Args:
             manifest: of the run.
             placement: where the other weights are.
             storage_of: dtype that each parameter is saved in.
+            apply_order: puts the model's weights in another order of channels, in files.
         """
         self.manifest, self.placement, self.storage_of = manifest, placement, storage_of
         self.passed: set[str] = set()
+        self._apply_order = apply_order
+        if (order := kept_order(manifest)) is not None:
+            apply_order(order)
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether the channels are in another order than in the source."""
+        return bool(self.manifest.state.channel_order)
+
+    def reorder(self, _model: nn.Module, order: ChannelOrder) -> None:
+        """Keep an order of channels, and apply it.
+
+        Raises:
+            SecateurError: the journal can't be written.
+        """
+        keep_order(self.manifest, order)
+        self._apply_order(order)
 
     @contextmanager
     def onload_block(self, block: Block) -> Iterator[None]:

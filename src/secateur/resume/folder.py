@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.resume.kept import ORDER_FILE, OWN_WORDS_FILE
 from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
 from secateur.resume.output_folder import check_may_replace, check_unchanged
-from secateur.resume.own_words import OWN_WORDS_FILE
 from secateur.resume.publish import OUTCOME
 from secateur.resume.put_in_place import FINISHED, REPLACED, bring_back, put_in_place
 from secateur.runtime import distributed
@@ -22,7 +22,8 @@ from secateur.storage.held_folder import HeldFolder, make_folders
 
 LOCK = "lock"
 _OURS = re.compile(
-    rf"block-\d{{5,}}\.safetensors|converted-\d+|{FINISHED}|{REPLACED}|{re.escape(OUTCOME)}|{re.escape(OWN_WORDS_FILE)}"
+    rf"block-\d{{5,}}\.safetensors|converted-\d+|reordered-\d+|{FINISHED}|{REPLACED}|"
+    + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE)))
 )
 
 

@@ -40,6 +40,7 @@ class Manifest:
         files: every file of the finished model under its final name; empty until it is whole.
         notices: what the user should know of how the run was resumed.
         own_words: SHA-256 of the file with what the model wrote to be calibrated on; "" where there is none.
+        channel_order: SHA-256 of the file with the order of the model's channels; "" where it is their own.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     own_words: str = ""
+    channel_order: str = ""
 
     @property
     def has_begun(self) -> bool:
@@ -119,10 +121,10 @@ def _checked(found: dict[str, Any]) -> Manifest:
         SecateurError, KeyError, TypeError, AttributeError: data of another form.
     """
     blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
-    outcome, own_words = str(found["outcome"]), str(found["own_words"])
+    outcome, own_words, channel_order = (str(found[name]) for name in ("outcome", "own_words", "channel_order"))
     if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
         raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
-    for digest in (outcome, own_words):
+    for digest in (outcome, own_words, channel_order):
         if digest and not _DIGEST.fullmatch(digest):
             raise SecateurError(f"{digest!r} is not a SHA-256")
     if not isinstance(found["identity"].get("environment", {}), dict):
@@ -141,6 +143,7 @@ def _checked(found: dict[str, Any]) -> Manifest:
         files=files,
         notices=[str(notice) for notice in found["notices"]],
         own_words=own_words,
+        channel_order=channel_order,
     )
 
 

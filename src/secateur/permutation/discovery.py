@@ -1,0 +1,236 @@
+"""Which channels of a model can be reordered: found by trying, not by the model's name.
+
+Inside a block that is what one matrix hands to another without mixing: the intermediate channels of an MLP, and the
+channels of each value head. A guess by shapes is tried with a random order: where the block's products stay the same,
+the guess is right. The residual stream is tried in the same way, block by block and then at the model's ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.input_groups import InputGroup
+from secateur.models.blocks import Block
+from secateur.models.matrices import Matrix, matrices_of, owner_of
+from secateur.permutation.channels import ChannelOrder, Channels, Place, order_of
+
+SAME = 0.05  # relative difference up to which two results differ by rounding alone; another function differs by 1
+SEED = 0
+
+Run = Callable[[Tensor], Tensor]  # a block on hidden states
+
+
+@dataclass(eq=False)
+class BlockLayout:
+    """The parameters and matrices of a block, and how it is run.
+
+    Args:
+        block: the block, onloaded.
+        groups: its matrices by input.
+        run: runs it on hidden states.
+        hidden: hidden states to try on.
+    """
+
+    block: Block
+    groups: Sequence[InputGroup]
+    run: Run
+    hidden: Tensor
+
+    def __post_init__(self) -> None:
+        """Look up names and matrices."""
+        module = self.block.module
+        self.parameters = {f"{self.block.name}.{name}": each for name, each in module.named_parameters()}
+        self.shapes = {name: each.shape for name, each in self.parameters.items()}
+        self._names = {id(each): name for name, each in self.parameters.items()}
+        self._input_dims = {matrix.name: dim for group in self.groups for matrix, dim in group.members}
+        self.matrices = [each for each in matrices_of(self.block.name, module) if each.index is None]
+        # What no product with one input was seen of (experts in one tensor) can't be reordered along its rows.
+        self.is_plain = len(self.matrices) == len(matrices_of(self.block.name, module))
+
+    def columns_of(self, matrix: Matrix, starts: tuple[int, ...] = (0,)) -> Place:
+        """The place of a matrix's inputs."""
+        return Place(self._names[id(matrix.parameter)], self.input_dim(matrix), starts)
+
+    def rows_of(self, matrix: Matrix, starts: tuple[int, ...] = (0,)) -> list[Place]:
+        """The places of a matrix's outputs: in the matrix, and in its bias."""
+        bias = getattr(owner_of(self.block.module, matrix), "bias", None)
+        places = [Place(self._names[id(matrix.parameter)], 1 - self.input_dim(matrix), starts)]
+        if isinstance(bias, nn.Parameter):
+            places.append(Place(self._names[id(bias)], 0, starts))
+        return places
+
+    def input_dim(self, matrix: Matrix) -> int:
+        """The stored dimension of a matrix that its inputs run along."""
+        return self._input_dims.get(matrix.name, 1)
+
+    def num_rows(self, matrix: Matrix) -> int:
+        """Outputs of a matrix."""
+        return matrix.stored.shape[1 - self.input_dim(matrix)]
+
+    def num_columns(self, matrix: Matrix) -> int:
+        """Inputs of a matrix."""
+        return matrix.stored.shape[self.input_dim(matrix)]
+
+    def consumers(self) -> Iterator[Matrix]:
+        """Matrices that share their input with no other: what comes in may be another one's output."""
+        yield from (group.leader for group in self.groups if len(group.members) == 1 and group.leader.index is None)
+
+    @torch.no_grad()
+    def outputs_of(self, matrices: Sequence[Matrix], hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the modules of these matrices give in a run on hidden states, and what the block gives."""
+        owners = {id(owner): owner for owner in (owner_of(self.block.module, each) for each in matrices)}
+        with _captured(list(owners.values())) as captured:
+            output = self.run(hidden.clone())
+        return captured, output
+
+
+@contextmanager
+def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of modules, in the order of their calls."""
+    captured: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in modules:
+
+            def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+                captured.append(output if isinstance(output, Tensor) else output[0])
+
+            stack.callback(module.register_forward_hook(keep).remove)
+        yield captured
+
+
+def is_same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding alone."""
+    difference = (found.float() - expected.float()).norm()
+    return found.shape == expected.shape and bool(difference <= SAME * expected.float().norm())
+
+
+def find_inner_channels(layout: BlockLayout, head_sizes: Sequence[tuple[int, int]]) -> dict[str, list[Channels]]:
+    """Channels inside a block, by the name of the matrix that takes them in.
+
+    Args:
+        layout: of the block.
+        head_sizes: sizes of a value head that the model may have, each with the number of value heads.
+
+    Cost: two runs of the block on `hidden` for each guess, a few a block.
+    """
+    found: dict[str, list[Channels]] = {}
+    for consumer in layout.consumers():
+        for guess in _guesses(layout, consumer, head_sizes):
+            order = order_of(guess, layout.shapes, SEED)
+            expected, _ = layout.outputs_of([consumer], layout.hidden)
+            with order.tried(layout.parameters):
+                outputs, _ = layout.outputs_of([consumer], layout.hidden)
+            if expected and len(outputs) == len(expected) and all(map(is_same, outputs, expected)):
+                found[consumer.name] = guess
+                break
+    return found
+
+
+def _guesses(layout: BlockLayout, consumer: Matrix, head_sizes: Sequence[tuple[int, int]]) -> Iterator[list[Channels]]:
+    """Where a matrix's inputs may come from: its neighbours in the same module first."""
+    others = [each for each in layout.matrices if each.name != consumer.name]
+    siblings = [each for each in others if each.name.rpartition(".")[0] == consumer.name.rpartition(".")[0]]
+    for pool in (siblings, others):
+        if guess := _intermediate(layout, consumer, pool):
+            yield [guess]
+        for producer, (size, heads) in product(pool, head_sizes):
+            yield from _value_heads(layout, consumer, producer, size, heads)
+
+
+def _intermediate(layout: BlockLayout, consumer: Matrix, pool: Sequence[Matrix]) -> Channels | None:
+    """Every matrix with as many outputs as the consumer has inputs, or two such in one."""
+    size = layout.num_columns(consumer)
+    places = [layout.columns_of(consumer)]
+    for producer in pool:
+        if layout.num_rows(producer) in (size, 2 * size):
+            starts = tuple(range(0, layout.num_rows(producer), size))
+            places += layout.rows_of(producer, starts)
+    return Channels(f"intermediate channels of {consumer.name}", size, tuple(places)) if len(places) > 1 else None
+
+
+def _value_heads(
+    layout: BlockLayout, consumer: Matrix, producer: Matrix, size: int, heads: int
+) -> Iterator[list[Channels]]:
+    """The channels of each value head, at the end of what the producer gives; several query heads may share one."""
+    columns, rows = layout.num_columns(consumer), layout.num_rows(producer)
+    if columns % (size * heads) or rows < size * heads:
+        return
+    repeats, offset = columns // (size * heads), rows - size * heads
+    yield [
+        Channels(
+            f"value head {head} of {consumer.name}",
+            size,
+            (
+                layout.columns_of(consumer, tuple((head * repeats + query) * size for query in range(repeats))),
+                *layout.rows_of(producer, (offset + head * size,)),
+            ),
+        )
+        for head in range(heads)
+    ]
+
+
+def head_sizes_of(config: Any) -> list[tuple[int, int]]:
+    """Sizes of a value head that a configuration allows, each with the number of value heads."""
+    text = config.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    width = getattr(text, "hidden_size", None)
+    if not isinstance(queries, int) or not isinstance(width, int):
+        return []
+    heads = [getattr(text, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+    sizes = [getattr(text, "v_head_dim", None), getattr(text, "head_dim", None), width // queries]
+    both = product([each for each in sizes if each], [each for each in heads if isinstance(each, int)])
+    return list(dict.fromkeys(both))
+
+
+def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...] | None:
+    """Where the residual stream's channels lie in a block; None where the block does not follow their order.
+
+    Args:
+        layout: of the block.
+        writers: matrices whose inputs are channels inside the block: their outputs go to the residual stream.
+    """
+    width = layout.hidden.shape[-1]
+    if not writers or not layout.is_plain:
+        return None
+    places: list[Place] = []
+    in_matrices: set[str] = set()
+    for matrix in layout.matrices:
+        rows = layout.rows_of(matrix)
+        in_matrices |= {place.parameter for place in rows}
+        if matrix.name in writers and layout.num_rows(matrix) == width:
+            places += rows
+        elif layout.num_columns(matrix) == width:
+            places.append(layout.columns_of(matrix))
+    norms = [name for name, shape in layout.shapes.items() if name not in in_matrices and shape == (width,)]
+    found = (*places, *(Place(name, 0) for name in norms))
+    channels = Channels("residual stream", width, found)
+    order = order_of([channels], layout.shapes, SEED)
+    index = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)).to(layout.hidden.device)
+    wanted = [matrix for matrix in layout.matrices if matrix.name in writers]
+    expected, whole = layout.outputs_of(wanted, layout.hidden)
+    with order.tried(layout.parameters):
+        outputs, output = layout.outputs_of(wanted, layout.hidden[..., index])
+    pairs = zip([*outputs, output], [*expected, whole], strict=True)
+    return found if all(is_same(ours, theirs[..., index]) for ours, theirs in pairs) else None
+
+
+def outer_places(parameters: Mapping[str, nn.Parameter], width: int) -> tuple[Place, ...]:
+    """Where the residual stream's channels lie outside of the blocks: embeddings, norms and heads."""
+    places = []
+    for name, parameter in parameters.items():
+        if parameter.ndim in (1, 2) and parameter.shape[-1] == width:
+            places.append(Place(name, parameter.ndim - 1))
+    return tuple(places)
+
+
+def outer_order(parameters: Mapping[str, nn.Parameter], width: int) -> ChannelOrder:
+    """A random order of the residual stream's channels outside of the blocks, to try."""
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return order_of([Channels("residual stream", width, outer_places(parameters, width))], shapes, SEED)

@@ -1,0 +1,177 @@
+"""The channel order of a model for an n:m pattern, from the Hessians of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.calibration.dense_pass import DensePass
+from secateur.calibration.input_groups import observation_passes
+from secateur.calibration.stream import Batch, Progress, Stream
+from secateur.models.blocks import Block, body_of, config_of, on_device_of, run_without_cache
+from secateur.models.discovery import BlockChain
+from secateur.models.placement import WeightPlacement
+from secateur.models.stubs import stubbed
+from secateur.numerics.hessian import Hessian
+from secateur.permutation.channels import ChannelOrder, Channels
+from secateur.permutation.discovery import (
+    BlockLayout,
+    find_inner_channels,
+    head_sizes_of,
+    is_same,
+    outer_order,
+    outer_places,
+    residual_places,
+)
+from secateur.permutation.search import find_order
+from secateur.recipe.patterns import NM, Pattern
+from secateur.recipe.steps import ChannelPermutation
+from secateur.runtime import distributed
+
+RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
+STAGE = "channel order"
+
+
+@dataclass(eq=False)
+class OrderSearch:
+    """The search over a model's blocks, one after another.
+
+    Args:
+        dense: the chain's dense pass.
+        batches: of all ranks.
+        patterns: of the matrices.
+        pattern: for the residual stream, which all matrices share.
+        options: of the step.
+        placement: where the weights are.
+        progress: called with the stage, what is done, and the total.
+    """
+
+    dense: DensePass
+    batches: Sequence[Batch]
+    patterns: Mapping[str, Pattern]
+    pattern: NM
+    options: ChannelPermutation
+    placement: WeightPlacement
+    progress: Progress
+    order: ChannelOrder = field(default_factory=ChannelOrder)
+    _readers: list[Float[Tensor, "R C"]] = field(default_factory=list)
+    _residual: list[Channels] | None = field(default_factory=list)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, chain: BlockChain, seed: int) -> ChannelOrder:
+        """Find the order. Nothing of the model is changed.
+
+        Cost: a dense pass of every block over `sequences` sequences with its Hessians, a few more runs of the block on
+            one batch, and the searches.
+        """
+        sizes = [len(next(iter(batch.values()))) for batch in self.batches]
+        stream, heads = self.dense.stream.first(sizes, self.options.sequences), head_sizes_of(config_of(model))
+        for number, block in enumerate(self.dense.blocks, 1):
+            with self.placement.onload_block(block):
+                self._search_block(block, stream, heads, seed)
+                stream.hidden = stream.outputs(block)
+            self.progress(STAGE, number, len(self.dense.blocks))
+        if self._residual and self._ends_follow(model, chain):
+            self._search_residual(model, chain, seed)
+        return distributed.broadcast_object(self.order)
+
+    def _search_block(self, block: Block, stream: Stream, heads: list[tuple[int, int]], seed: int) -> None:
+        """Order the channels inside a block, and take note of what the residual stream is read by."""
+        groups = stream.groups[block.name]
+        call = stream.calls[block.name][0]
+        layout = BlockLayout(block, groups, lambda hidden: call.replay(block, hidden), stream.hidden[0])
+        inner = find_inner_channels(layout, heads)
+        follows = residual_places(layout, {*inner}) if self._residual is not None else None
+        self._residual = None if follows is None else [
+            *(self._residual or []), Channels("residual stream", layout.hidden.shape[-1], follows)
+        ]  # fmt: skip
+        readers = {(place.parameter, place.dim) for place in follows or ()}
+        for observed in observation_passes(groups, stream.memory.hessian_bytes):
+            hessians = stream.observe(block, observed)
+            for group in observed:
+                hessian = hessians.pop(group.leader.name)
+                for matrix, input_dim in group.members:
+                    pattern = self.patterns[matrix.name]
+                    if matrix.index is not None or not isinstance(pattern, NM):
+                        continue
+                    scores = costs_of_zeros(matrix.weight(input_dim).float(), hessian)
+                    for channels in inner.get(matrix.name, ()):
+                        self._order_inner(layout, channels, scores, pattern, seed)
+                    place = layout.columns_of(matrix)
+                    if (place.parameter, place.dim) in readers and pattern == self.pattern:
+                        self._readers.append(_some_rows(scores, RESIDUAL_ROWS // self._num_matrices).cpu())
+
+    @property
+    def _num_matrices(self) -> int:
+        return sum(len(block.matrices) for block in self.dense.blocks)
+
+    def _order_inner(
+        self, layout: BlockLayout, channels: Channels, scores: Float[Tensor, "R C"], pattern: NM, seed: int
+    ) -> None:
+        """Order channels that one matrix takes in."""
+        starts = channels.places[0].starts
+        if channels.size % pattern.m or any(start % pattern.m for start in starts):
+            return
+        parts = torch.cat([scores[:, start : start + channels.size] for start in starts])
+        order, _, _ = find_order(parts, pattern, self.options.rounds, seed)
+        self.order.add(channels, order, layout.shapes)
+
+    def _ends_follow(self, model: nn.Module, chain: BlockChain) -> bool:
+        """Whether the model without its blocks gives the same in another order of the residual stream."""
+        if chain.stub_outputs is None or self._residual is None:
+            return False
+        outer, width = _outer_parameters(model, chain), self._residual[0].size
+        order = outer_order(outer, width)
+
+        def result() -> Tensor:
+            with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs or {}):
+                inputs = {name: value[:1] for name, value in on_device_of(model, self.batches[0]).items()}
+                return _result(run_without_cache(model, model, **inputs))
+
+        expected = result()
+        with order.tried(outer):
+            found = result()
+        if body_of(model) is model:  # it gives hidden states
+            index = torch.randperm(width, generator=torch.Generator().manual_seed(0)).to(expected.device)
+            expected = expected[..., index]
+        return is_same(found, expected)
+
+    def _search_residual(self, model: nn.Module, chain: BlockChain, seed: int) -> None:
+        assert self._residual is not None
+        width = self._residual[0].size
+        if width % self.pattern.m or not self._readers:
+            return
+        order, _, _ = find_order(torch.cat(self._readers), self.pattern, self.options.rounds, seed)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        outer = Channels("residual stream", width, outer_places(_outer_parameters(model, chain), width))
+        for channels in (*self._residual, outer):
+            self.order.add(channels, order, shapes)
+
+
+def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:
+    """What each weight costs when pruned alone, `W_ij^2 / [H^-1]_jj`, as a share of the matrix's output energy."""
+    damped = hessian.damped
+    scores = W.square() / damped.U.square().sum(0)
+    scores[:, damped.dead] = 0
+    return scores / ((W @ hessian.H) * W).sum().clamp_min(torch.finfo(W.dtype).tiny)
+
+
+def _some_rows(scores: Float[Tensor, "R C"], number: int) -> Float[Tensor, "N C"]:
+    """Rows at equal distances."""
+    number = max(1, min(number, len(scores)))
+    return scores[torch.linspace(0, len(scores) - 1, number).round().long().to(scores.device)] * (len(scores) / number)
+
+
+def _outer_parameters(model: nn.Module, chain: BlockChain) -> dict[str, nn.Parameter]:
+    inside = {id(parameter) for block in chain.blocks for parameter in block.module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+def _result(output: Any) -> Tensor:
+    """Logits, or the hidden states of a model without a head."""
+    return output.logits if getattr(output, "logits", None) is not None else output[0]

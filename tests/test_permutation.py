@@ -1,0 +1,169 @@
+"""Channel orders: the search against every order of a small matrix, and models that compute the same in each."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+from helpers import find_chain, quiet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import save_checkpoint, tiny_model, tokens
+from safetensors.torch import load_file
+
+import secateur
+from secateur.permutation import search
+from secateur.permutation.search import find_order, kept_score
+from secateur.pruning.context import RunContext
+from secateur.pruning.loop import REORDERED, _reorder_channels, checked_dense_pass
+from secateur.recipe.declare import RecipeError
+from secateur.recipe.patterns import NM
+from secateur.recipe.recipe import Recipe
+
+
+def best_of_all_orders(scores):
+    """The most that 2:4 keeps of 8 columns, over all ways to make two groups."""
+    kept = 0.0
+    for first in combinations(range(8), 4):
+        rest = [column for column in range(8) if column not in first]
+        kept = max(kept, kept_score(scores[:, [*first, *rest]], NM(2, 4)))
+    return kept
+
+
+@given(st.integers(0, 10**6), st.sampled_from([NM(2, 4), NM(1, 4), NM(3, 4), NM(1, 2), NM(4, 8)]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_order_is_a_permutation_that_keeps_no_less(seed, pattern, few_rows):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(24, 32, generator=generator) ** 4 * torch.rand(32, generator=generator) ** 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "TERMS", 1 if few_rows else 1 << 27)
+        order, before, kept = find_order(scores, pattern, 20, seed)
+    assert sorted(order.tolist()) == list(range(32))
+    assert before == pytest.approx(kept_score(scores, pattern))
+    assert kept == pytest.approx(kept_score(scores[:, order], pattern))
+    assert kept >= before
+
+
+def test_the_search_comes_near_the_best_of_all_orders():
+    reached = []
+    for seed in range(30):
+        scores = torch.rand(16, 8, generator=torch.Generator().manual_seed(seed)) ** 4
+        _, before, kept = find_order(scores, NM(2, 4), 60)
+        best = best_of_all_orders(scores)
+        reached.append(1.0 if best == before else (kept - before) / (best - before))
+    assert min(reached) >= 0.0
+    assert sum(reached) / len(reached) > 0.85
+
+
+def test_large_columns_are_spread_over_the_groups():
+    """Four columns far above the others, side by side: no group may hold more than two."""
+    scores = torch.rand(10, 16)
+    scores[:, :4] += 100
+    order, before, kept = find_order(scores, NM(2, 4), 10)
+    assert kept > before + 10 * 150
+    assert max((order.view(4, 4) < 4).sum(1)) <= 2
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "stablelm"]
+
+
+def reordered(family, seed=0, **overrides):
+    """A model, and the same with its channels in another order."""
+    before = tiny_model(family, seed=seed, **overrides).eval()
+    after = copy.deepcopy(before)
+    context = RunContext(Recipe.from_dict({"pattern": "2:4", "permutation": {}}), quiet)
+    batches = [{"input_ids": ids} for ids in tokens(12)]
+    with torch.no_grad():
+        chain = find_chain(after)
+        dense = checked_dense_pass(after, chain, batches, context)
+        said = _reorder_channels(after, chain, dense, batches, context)
+    return before, after, batches, said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_computes_the_same_in_another_order(family):
+    """Every kind of channel is found, and moves."""
+    before, after, batches, said = reordered(family)
+    assert said
+    for batch in batches:
+        expected, found = before(**batch).logits, after(**batch).logits
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert sum(not torch.equal(ours, theirs) for ours, theirs in pairs if ours.ndim == 2) > 5
+
+
+SETTINGS = {"pattern": "2:4", "solver": "mrp", "calibration": tokens(32), "settings": {"permutation.rounds": 5}}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(stage, number):
+    def progress(now, done, _total):
+        if (now, done) == (stage, number):
+            raise Killed
+
+    return progress
+
+
+def test_a_run_from_files_gives_the_bits_of_one_in_memory(tmp_path):
+    model = save_checkpoint(tmp_path / "dense", dtype=torch.float32)
+    dense = copy.deepcopy(model.state_dict())
+    report = secateur.prune(model.eval(), **SETTINGS)
+    assert REORDERED in report.notices
+    secateur.prune(tmp_path / "dense", tmp_path / "out", **SETTINGS)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
+    assert not torch.equal(found["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
+    assert not (tmp_path / ".out.secateur").exists()
+
+
+@pytest.mark.parametrize(("stage", "number"), [("prune", 1), ("save", 1)])
+def test_a_resumed_run_keeps_the_order(tmp_path, monkeypatch, stage, number):
+    """Killed between blocks, and when all blocks are done: the search does not run again, and the bits agree."""
+    save_checkpoint(tmp_path / "dense")
+    secateur.prune(tmp_path / "dense", tmp_path / "whole", **SETTINGS)
+    with pytest.raises(Killed):
+        secateur.prune(
+            tmp_path / "dense", tmp_path / "out", max_shard_size="20KB", progress=kill_at(stage, number), **SETTINGS
+        )
+    monkeypatch.setattr("secateur.pruning.loop.OrderSearch", None)
+    report = secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **SETTINGS)
+    assert REORDERED in report.notices
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    found = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+
+
+def test_the_layer_error_falls():
+    errors = []
+    for changes in ({}, {"permutation.rounds": 12}):
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        with torch.no_grad():  # neighbouring channels of like size, as trained models have some
+            scale = torch.rand(16).repeat_interleave(4) * 3
+            model.model.embed_tokens.weight.mul_(scale)
+        report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=tokens(64), settings=changes)
+        errors.append(report.mean_relative_error)
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_an_unstructured_pattern_is_refused():
+    with pytest.raises(RecipeError, match="is for n:m patterns"):
+        Recipe.from_dict({"pattern": "50%", "permutation": {}})
+
+
+def test_experts_and_odd_layers_stay_as_they_are():
+    """A mixture of experts in fused tensors: nothing that can't be tried is moved, and the run goes on."""
+    from test_loop import mixtral
+
+    model = mixtral()
+    report = secateur.prune(
+        model, pattern="2:4", solver="mrp", calibration=tokens(32), settings={"permutation.rounds": 2}
+    )
+    assert any("channels" in notice for notice in report.notices)
