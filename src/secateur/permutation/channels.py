@@ -48,9 +48,11 @@ class ChannelOrder:
 
     Args:
         indices: by parameter and dimension.
+        residual: of the residual stream, in which hidden states follow; None = as it was.
     """
 
     indices: dict[str, dict[int, Int[Tensor, " C"]]] = field(default_factory=dict)
+    residual: Int[Tensor, " C"] | None = None
 
     def add(self, channels: Channels, order: Int[Tensor, " C"], shapes: Mapping[str, torch.Size]) -> None:
         """Reorder channels. No channel may be added twice."""
@@ -65,6 +67,10 @@ class ChannelOrder:
         for dim, index in self.indices.get(parameter, {}).items():
             tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
+
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the model in this order."""
+        return hidden if self.residual is None else hidden[..., self.residual.to(hidden.device)]
 
     @contextmanager
     def tried(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:

@@ -151,6 +151,7 @@ class OrderSearch:
         outer = Channels("residual stream", width, outer_places(_outer_parameters(model, chain), width))
         for channels in (*self._residual, outer):
             self.order.add(channels, order, shapes)
+        self.order.residual = order
 
 
 def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:

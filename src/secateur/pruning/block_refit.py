@@ -113,8 +113,8 @@ def refit_block(
     weights = MaskedMasterWeights(block, storage_of)
     as_solved, before = weights.snapshot(), shared.mean(val)
     best = _Best(as_solved, before)
-    rate = options.rate
-    for rate in (options.rate * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
+    highest = rate = options.rate * objective.rate_share
+    for rate in (highest * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
         best = _descend(weights, shared, train, val, options.epochs, rate, generator, best)
         if best.epoch > 0:
             break
@@ -180,9 +180,11 @@ class Objective(Protocol):
     Attributes:
         gradient_scale: brings the gradient of the block's output near 1, as the plain one underflows in fp16. Adam's
             steps do not depend on it.
+        rate_share: the part of the learning rate that it takes.
     """
 
     gradient_scale: float
+    rate_share: float
 
     def __call__(self, index: int, /) -> Float[Tensor, ""]:
         """The loss on this rank's batch `index`."""
@@ -196,6 +198,7 @@ class OutputError:
     """
 
     gradient_scale: float
+    rate_share = 1.0
 
     def __init__(self, block: Block, stream: Stream, targets: Sequence[Tensor]) -> None:
         """Compare a block's outputs with targets (`refit_targets`), batch by batch."""

@@ -100,8 +100,8 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         for chain in later:
             checked_dense_pass(model, chain, batches, context)
         if context.recipe.permutation is not None:
-            if not context.store.is_reordered and _reorder_channels(model, first, dense, batches, context):
-                dense = checked_dense_pass(model, first, batches, context)
+            if not context.store.is_reordered:
+                _reorder_channels(model, first, dense, batches, context)
             outcome.notices.append(REORDERED if context.store.is_reordered else "no channels could be reordered")
         end = _end_of(model, structure.chains, batches, context)
         done, total = 0, len(structure.blocks)
@@ -130,8 +130,8 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
 
 def _reorder_channels(
     model: nn.Module, chain: BlockChain, dense: DensePass, batches: Sequence[Batch], context: RunContext
-) -> bool:
-    """Put the channels of the first chain in an order that suits the n:m pattern; whether any could be reordered."""
+) -> None:
+    """Put the channels of the first chain, and the hidden states in front of it, in an order that suits n:m."""
     recipe = context.recipe
     assert recipe.permutation is not None
     assert isinstance(recipe.pattern, NM), "checked by the recipe"
@@ -139,9 +139,12 @@ def _reorder_channels(
     patterns = {name: matrix_recipe(recipe, name).pattern for name in matrices}
     search = OrderSearch(dense, batches, patterns, recipe.pattern, recipe.permutation, context.store, context.progress)
     order = search.run(model, chain, recipe.seed)
-    if order.indices:
-        context.store.reorder(model, order)
-    return bool(order.indices)
+    if not order.indices:
+        return
+    context.store.reorder(model, order)
+    hidden = dense.stream.hidden
+    for index in range(len(hidden)):
+        hidden[index] = order.of_hidden(hidden[index])
 
 
 def _end_of(

@@ -35,7 +35,7 @@ def best(pattern: Pattern) -> dict[str, Any]:
     At n:m patterns there is no allocation: mixed patterns don't run on hardware made for one. The time goes to the
     search.
     """
-    refit = {"epochs": 4, "step_tokens": 1024, "val_fraction": 0.125}
+    refit = {"epochs": 4, "step_tokens": 1024, "val_fraction": 0.125, "prediction_blocks": 1}
     if isinstance(pattern, NM):
         solver = {"name": "admm", "search_iterations": 40}
         return {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}

@@ -84,6 +84,6 @@ class ChannelPermutation:
     """
 
     rounds: Whole = Field(
-        default=12, ge=1, description="Most rounds of the search; each moves one channel of every group."
+        default=4, ge=1, description="Most rounds of the search; each moves one channel of every group."
     )
-    sequences: Whole = Field(default=16, ge=1, description="Calibration sequences that the search looks at.")
+    sequences: Whole = Field(default=8, ge=1, description="Calibration sequences that the search looks at.")
