@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 import secateur
 from secateur.permutation import search
@@ -154,6 +155,24 @@ def test_the_layer_error_falls():
         report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=tokens(64), settings=changes)
         errors.append(report.mean_relative_error)
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_model_without_a_head_gives_its_hidden_states_in_their_own_order():
+    """An embedding in another order would be another embedding."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = BertModel(config).eval()
+    before = copy.deepcopy(model)
+    recipe = Recipe.from_dict({"pattern": "2:4", "permutation": {}})
+    batches = [{"input_ids": ids} for ids in tokens(12)]
+    with torch.no_grad():
+        chain = find_chain(model)
+        dense = checked_dense_pass(model, chain, batches, RunContext(recipe, quiet))
+        _reorder_channels(model, chain, dense, batches, RunContext(recipe, quiet))
+        found, expected = (each(**batches[0]).last_hidden_state for each in (model, before))
+    assert torch.allclose(found, expected, atol=1e-5)
+    moved = [name for name, tensor in model.named_parameters() if not torch.equal(tensor, before.get_parameter(name))]
+    assert any("intermediate" in name for name in moved)
 
 
 def test_an_unstructured_pattern_is_refused():

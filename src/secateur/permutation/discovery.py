@@ -7,24 +7,26 @@ the guess is right. The residual stream is tried in the same way, block by block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.calibration.input_groups import InputGroup
-from secateur.models.blocks import Block
+from secateur.models.blocks import Block, BlockCall
 from secateur.models.matrices import Matrix, matrices_of, owner_of
 from secateur.permutation.channels import ChannelOrder, Channels, Place, order_of
 
-SAME = 0.05  # relative difference up to which two results differ by rounding alone; another function differs by 1
+# Relative difference up to which two results may differ by rounding: in the model's dtype, to sort out most guesses,
+# and in fp32. A wrong guess can differ by less than a percent, where all tokens get much the same attention.
+ALIKE, SAME = 0.05, 1e-3
 SEED = 0
-
-Run = Callable[[Tensor], Tensor]  # a block on hidden states
 
 
 @dataclass(eq=False)
@@ -34,13 +36,13 @@ class BlockLayout:
     Args:
         block: the block, onloaded.
         groups: its matrices by input.
-        run: runs it on hidden states.
+        call: how it is called on `hidden`.
         hidden: hidden states to try on.
     """
 
     block: Block
     groups: Sequence[InputGroup]
-    run: Run
+    call: BlockCall
     hidden: Tensor
 
     def __post_init__(self) -> None:
@@ -82,13 +84,63 @@ class BlockLayout:
         """Matrices that share their input with no other: what comes in may be another one's output."""
         yield from (group.leader for group in self.groups if len(group.members) == 1 and group.leader.index is None)
 
+    def computes_the_same(
+        self, order: ChannelOrder, matrices: Sequence[Matrix], hidden: Int[Tensor, " C"] | None = None
+    ) -> bool:
+        """Whether the modules of some matrices give the same in another order of the block's channels.
+
+        Args:
+            order: of the channels.
+            matrices: whose modules are watched.
+            hidden: the order of the hidden states, which all results have then to follow; None = as they are.
+
+        Cost: two runs of the block, and two more in fp32 where those agree.
+        """
+        if not self._agree(order, matrices, hidden, ALIKE):
+            return False
+        with in_fp32(self.block.module):
+            return self._agree(order, matrices, hidden, SAME)
+
     @torch.no_grad()
-    def outputs_of(self, matrices: Sequence[Matrix], hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the modules of these matrices give in a run on hidden states, and what the block gives."""
+    def _agree(
+        self, order: ChannelOrder, matrices: Sequence[Matrix], hidden: Int[Tensor, " C"] | None, tolerance: float
+    ) -> bool:
+        expected = self._results(matrices, self.hidden)
+        with order.tried(self.parameters):
+            found = self._results(matrices, self.hidden if hidden is None else self.hidden[..., hidden])
+        wanted = [each if hidden is None else each[..., hidden] for each in expected]
+        return len(found) == len(wanted) and all(map(partial(is_same, tolerance=tolerance), found, wanted))
+
+    def _results(self, matrices: Sequence[Matrix], hidden: Tensor) -> list[Tensor]:
+        """What the modules of these matrices give on hidden states, and what the block gives."""
         owners = {id(owner): owner for owner in (owner_of(self.block.module, each) for each in matrices)}
+        dtype = next(iter(self.parameters.values())).dtype
+        call = replace(self.call, args=as_dtype(self.call.args, dtype), kwargs=as_dtype(self.call.kwargs, dtype))
         with _captured(list(owners.values())) as captured:
-            output = self.run(hidden.clone())
-        return captured, output
+            output = call.replay(self.block, hidden.to(dtype, copy=True))
+        return [*captured, output]
+
+
+def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Nested arguments with every floating tensor in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(as_dtype(each, dtype) for each in value)
+    return {key: as_dtype(each, dtype) for key, each in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def in_fp32(module: nn.Module) -> Iterator[None]:
+    """Within this context a module's parameters and buffers are fp32."""
+    before = [(each, each.data) for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+    for each, data in before:
+        each.data = data.float()
+    try:
+        yield
+    finally:
+        for each, data in before:
+            each.data = data
 
 
 @contextmanager
@@ -105,10 +157,11 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         yield captured
 
 
-def is_same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by rounding alone."""
-    difference = (found.float() - expected.float()).norm()
-    return found.shape == expected.shape and bool(difference <= SAME * expected.float().norm())
+def is_same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two results agree up to a relative difference."""
+    if found.shape != expected.shape:
+        return False
+    return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 
 def find_inner_channels(layout: BlockLayout, head_sizes: Sequence[tuple[int, int]]) -> dict[str, list[Channels]]:
@@ -118,16 +171,12 @@ def find_inner_channels(layout: BlockLayout, head_sizes: Sequence[tuple[int, int
         layout: of the block.
         head_sizes: sizes of a value head that the model may have, each with the number of value heads.
 
-    Cost: two runs of the block on `hidden` for each guess, a few a block.
+    Cost: two to four runs of the block on `hidden` for each guess, a few a block.
     """
     found: dict[str, list[Channels]] = {}
     for consumer in layout.consumers():
         for guess in _guesses(layout, consumer, head_sizes):
-            order = order_of(guess, layout.shapes, SEED)
-            expected, _ = layout.outputs_of([consumer], layout.hidden)
-            with order.tried(layout.parameters):
-                outputs, _ = layout.outputs_of([consumer], layout.hidden)
-            if expected and len(outputs) == len(expected) and all(map(is_same, outputs, expected)):
+            if layout.computes_the_same(order_of(guess, layout.shapes, SEED), [consumer]):
                 found[consumer.name] = guess
                 break
     return found
@@ -214,11 +263,7 @@ def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...]
     order = order_of([channels], layout.shapes, SEED)
     index = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)).to(layout.hidden.device)
     wanted = [matrix for matrix in layout.matrices if matrix.name in writers]
-    expected, whole = layout.outputs_of(wanted, layout.hidden)
-    with order.tried(layout.parameters):
-        outputs, output = layout.outputs_of(wanted, layout.hidden[..., index])
-    pairs = zip([*outputs, output], [*expected, whole], strict=True)
-    return found if all(is_same(ours, theirs[..., index]) for ours, theirs in pairs) else None
+    return found if layout.computes_the_same(order, wanted, index) else None
 
 
 def outer_places(parameters: Mapping[str, nn.Parameter], width: int) -> tuple[Place, ...]:

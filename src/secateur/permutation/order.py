@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.dense_pass import DensePass
+from secateur.calibration.dense_pass import DensePass, run_dense_pass
 from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Progress, Stream
-from secateur.models.blocks import Block, body_of, config_of, on_device_of, run_without_cache
+from secateur.models.blocks import Block, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
+from secateur.models.head import has_head
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 from secateur.numerics.hessian import Hessian
 from secateur.permutation.channels import ChannelOrder, Channels
 from secateur.permutation.discovery import (
+    ALIKE,
     BlockLayout,
     find_inner_channels,
     head_sizes_of,
@@ -34,6 +35,7 @@ from secateur.recipe.steps import ChannelPermutation
 from secateur.runtime import distributed
 
 RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
+TRIAL_TOKENS = 48
 STAGE = "channel order"
 
 
@@ -71,20 +73,34 @@ class OrderSearch:
         """
         sizes = [len(next(iter(batch.values()))) for batch in self.batches]
         stream, heads = self.dense.stream.first(sizes, self.options.sequences), head_sizes_of(config_of(model))
+        trial = run_dense_pass(
+            model, chain, [self._few] * distributed.world_size(), no_progress, self.placement, stream.memory
+        ).stream
         for number, block in enumerate(self.dense.blocks, 1):
             with self.placement.onload_block(block):
-                self._search_block(block, stream, heads, seed)
-                stream.hidden = stream.outputs(block)
+                self._search_block(block, stream, trial, heads, seed)
+                stream.hidden, trial.hidden = stream.outputs(block), trial.outputs(block)
             self.progress(STAGE, number, len(self.dense.blocks))
         if self._residual and self._ends_follow(model, chain):
             self._search_residual(model, chain, seed)
         return distributed.broadcast_object(self.order)
 
-    def _search_block(self, block: Block, stream: Stream, heads: list[tuple[int, int]], seed: int) -> None:
+    @property
+    def _few(self) -> Batch:
+        """A few tokens to try orders on; one sequence of other inputs. The same on every rank."""
+        batch = self.batches[0]
+        shape = batch["input_ids"].shape if "input_ids" in batch else None
+        few = {name: value[:, :TRIAL_TOKENS] if value.shape == shape else value for name, value in batch.items()}
+        return (
+            {name: value[:1] for name, value in few.items()} if len({len(each) for each in few.values()}) == 1 else few
+        )
+
+    def _search_block(
+        self, block: Block, stream: Stream, trial: Stream, heads: list[tuple[int, int]], seed: int
+    ) -> None:
         """Order the channels inside a block, and take note of what the residual stream is read by."""
         groups = stream.groups[block.name]
-        call = stream.calls[block.name][0]
-        layout = BlockLayout(block, groups, lambda hidden: call.replay(block, hidden), stream.hidden[0])
+        layout = BlockLayout(block, groups, trial.calls[block.name][0], trial.hidden[0])
         inner = find_inner_channels(layout, heads)
         follows = residual_places(layout, {*inner}) if self._residual is not None else None
         self._residual = None if follows is None else [
@@ -122,24 +138,23 @@ class OrderSearch:
         self.order.add(channels, order, layout.shapes)
 
     def _ends_follow(self, model: nn.Module, chain: BlockChain) -> bool:
-        """Whether the model without its blocks gives the same in another order of the residual stream."""
-        if chain.stub_outputs is None or self._residual is None:
+        """Whether the model without its blocks predicts the same in another order of the residual stream.
+
+        A model without a head gives the residual stream itself, so its order stays.
+        """
+        if chain.stub_outputs is None or self._residual is None or not has_head(model):
             return False
         outer, width = _outer_parameters(model, chain), self._residual[0].size
         order = outer_order(outer, width)
 
         def result() -> Tensor:
             with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs or {}):
-                inputs = {name: value[:1] for name, value in on_device_of(model, self.batches[0]).items()}
-                return _result(run_without_cache(model, model, **inputs))
+                return run_without_cache(model, model, **on_device_of(model, self._few))[0]
 
         expected = result()
         with order.tried(outer):
             found = result()
-        if body_of(model) is model:  # it gives hidden states
-            index = torch.randperm(width, generator=torch.Generator().manual_seed(0)).to(expected.device)
-            expected = expected[..., index]
-        return is_same(found, expected)
+        return is_same(found, expected, ALIKE)
 
     def _search_residual(self, model: nn.Module, chain: BlockChain, seed: int) -> None:
         assert self._residual is not None
@@ -173,6 +188,5 @@ def _outer_parameters(model: nn.Module, chain: BlockChain) -> dict[str, nn.Param
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
 
 
-def _result(output: Any) -> Tensor:
-    """Logits, or the hidden states of a model without a head."""
-    return output.logits if getattr(output, "logits", None) is not None else output[0]
+def no_progress(_stage: str, _done: int, _total: int) -> None:
+    """Say nothing."""
