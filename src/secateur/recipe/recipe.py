@@ -77,9 +77,9 @@ class CalibrationText:
 
     source: str | None = Field(
         default=None,
-        description="Text, JSON, JSONL, CSV or Parquet file, folder, or data set; empty = the shipped text. Data sets: "
-        "c4, wikitext2, ptb, or any on the hub. self = the dense model writes the text; self:PROMPTS = it answers the "
-        "chats of a file, or goes on from its text.",
+        description="Text, JSON, JSONL, CSV or Parquet file, folder, data set, or self (the model writes the text); "
+        "empty = the shipped text. Data sets: c4, wikitext2, ptb, or any on the hub. self:PROMPTS = the model answers "
+        "the chats of a file, or goes on from its text.",
     )
     own_words: Number = Field(
         default=1.0,
