@@ -62,6 +62,7 @@ def test_tokens_are_drawn_from_the_predictions_and_the_seed_fixes_them():
     tokenizer, model = character_tokenizer(bos=True), tiny_model("llama").eval()
     model.generation_config.eos_token_id = None
     model.generation_config.temperature, model.generation_config.top_k = 0.1, 5  # not asked for
+    model.generation_config.repetition_penalty, model.generation_config.min_p = 3.0, 0.2
     tokenizer.eos_token = None
     start = Prompts.none(tokenizer, 2)
     windows = written(model, tokenizer, start, number=4000)
@@ -87,6 +88,31 @@ def test_chats_end_with_the_question_and_open_the_answer():
     chat = Conversation([question, {"role": "assistant", "content": "So."}])
     whole = tokenizer.apply_chat_template([question], tokenize=True, add_generation_prompt=True, return_dict=False)
     assert Prompts.of([chat], tokenizer, 60, "chats").ids == [whole]
+
+
+def test_a_long_prompt_does_not_cut_the_texts_of_short_ones():
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", max_position_embeddings=64).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    lengths, generate = [], model.generate
+
+    def watched(ids, **options):
+        lengths.append(options["generation_config"].max_new_tokens)
+        return generate(ids, **options)
+
+    model.generate = watched
+    written(model, tokenizer, Prompts([[5] * 50] * 16 + [[6]] * 48, 60), number=60)
+    assert {*lengths} == {10, 59}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_share_that_writes_nothing_is_plain_text(tmp_path, share):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    text = CalibrationText(samples=4, seq_len=24, own_words=share)
+    config = tiny_model("llama").config
+    data = calibration_batches(f"self:{tmp_path}/text.txt", character_tokenizer(), config, text, batch_tokens=24)
+    assert data.to_write is None
+    assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(1, 24)] * 4
 
 
 def test_prompts_of_any_length_are_padded_on_the_left():
@@ -170,8 +196,16 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
     assert not (tmp_path / ".out.secateur").exists()
 
 
-def test_a_dry_run_counts_the_writing(tmp_path):
+def test_a_dry_run_counts_the_writing(tmp_path, monkeypatch):
+    """Each new token is a forward pass of 16 sequences; a sketch of two tokens a sequence stands for all."""
     save_checkpoint(tmp_path / "dense")
+    monkeypatch.setattr("secateur.calibration.batches.SKETCH_TOKENS", 2)
     found = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
     assert found.num_tokens == 6 * 24
-    assert found.seconds > 0
+
+    class Clock:
+        perf_counter = iter(range(0, 10**9, 10**4)).__next__  # the sketch takes 10,000 seconds
+
+    monkeypatch.setattr("secateur.calibration.batches.time", Clock)
+    longer = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
+    assert longer.seconds == pytest.approx(10**4 * 23 / 2, rel=0.01)

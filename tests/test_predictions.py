@@ -85,6 +85,17 @@ def test_only_the_last_blocks_aim_at_the_predictions_and_a_tied_head_stays():
     assert torch.equal(model.model.norm.weight, norm)
 
 
+def test_labels_and_gradients_of_the_caller_stay_out_of_it(monkeypatch):
+    """A loss would need all logits at once; later blocks, norm and head gather nothing."""
+    monkeypatch.setattr(predictions, "LOGIT_ELEMENTS", 1)
+    model = tiny_model("llama")
+    batches = [{"input_ids": ids, "labels": ids} for ids in tokens(16)]
+    settings = {"refit.epochs": 1, "refit.prediction_blocks": 2}
+    report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=batches, settings=settings)
+    assert [block.objective for block in report.blocks] == [PREDICTIONS] * 2
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_model_from_files_ends_with_the_same_bits(tmp_path):
     """Its weights are onloaded part by part."""
     model = save_checkpoint(tmp_path / "dense", dtype=torch.float32)

@@ -109,7 +109,9 @@ class Request:
         def write() -> Tensor:
             return to_write.write(model, tokenizer, placement, self.progress)
 
-        return data.with_written(write() if manifest is None else kept_windows(manifest, write))
+        return data.with_written(
+            distributed.broadcast_object(write()) if manifest is None else kept_windows(manifest, write)
+        )
 
     def memory(self, journal: Path | None = None) -> MemoryBudget:
         """The memory budget; under a cap, hidden states go to the journal unless a folder is named."""

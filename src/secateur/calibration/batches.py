@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,16 @@ class OwnWords:
 
         A few tokens are written, and repeated.
         """
-        started, length = time.perf_counter(), self.prompts.length
-        short = replace(self.prompts, length=min(length, SKETCH_TOKENS + max(map(len, self.prompts.ids))))
-        few = replace(self, prompts=short, number=min(self.number, BATCH))
+        lengths, length = sorted(map(len, self.prompts.ids)), self.prompts.length
+        usual = lengths[len(lengths) // 2]  # the median
+        alike = [each for each in self.prompts.ids if len(each) <= usual]
+        new = min(SKETCH_TOKENS, length - usual)
+        few = replace(self, prompts=Prompts(alike, usual + new), number=1)
+        started = time.perf_counter()
         written = few.write(model, tokenizer, placement, progress).flatten()
         seconds, wanted = time.perf_counter() - started, self.number * length
         whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, length)
-        return whole, seconds * wanted / len(written)
+        return whole, seconds * (length - usual) / new * -(-self.number // BATCH)
 
 
 def calibration_batches(
@@ -156,7 +160,9 @@ def _own_words(
     if place is None:
         prompts = Prompts.none(tokenizer, length)
     else:
-        documents = list(read_documents(place, seed, text_field=text.text_field))
+        documents = read_documents(place, seed, text_field=text.text_field)
+        if is_dataset(place):  # it may have no end
+            documents = islice(documents, text.samples)
         prompts = Prompts.of(documents, tokenizer, length, name_of(place))
         if number < text.samples:
             drawn, notices = _draw(place, tokenizer, config, text, length, text.samples - number, seed)
@@ -165,7 +171,9 @@ def _own_words(
     to_write = OwnWords(prompts, number, seed, batch_tokens)
     digest = _digest([*batches, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
     origin = {"source": str(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
-    return CalibrationBatches(batches, origin, notices, to_write if number else None)
+    if not number:
+        return CalibrationBatches(_batched(batches[0]["input_ids"], batch_tokens), origin, notices)
+    return CalibrationBatches(batches, origin, notices, to_write)
 
 
 def _draw(

@@ -9,7 +9,8 @@ goes on).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from secateur.models.placement import WeightPlacement
 
 PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a window
 BATCH = 16  # sequences that are written together
+SILENT_ROUNDS = 3  # after which a model that ends every text at once is given up
 STAGE = "own words"
 
 
@@ -114,9 +116,9 @@ def write_windows(
 ) -> Int[Tensor, "N T"]:
     """Windows of text that a model writes, prompts included.
 
-    Tokens are drawn from the model's predictions as they are (temperature 1). An answer ends where the model ends it,
-    or with the window. Texts are joined, and cut into windows. Prompts are taken in a shuffled order, and again where
-    more text is needed.
+    Tokens are drawn from the model's predictions as they are (temperature 1). A text ends where the model ends it, or
+    where the longest prompt of its batch fills the window. Texts are joined, and cut into windows. Prompts are taken in
+    a shuffled order, and again where more text is needed.
 
     Args:
         model: the dense model.
@@ -132,24 +134,49 @@ def write_windows(
 
     Cost: a forward pass of the model for each token of `BATCH` sequences, with a cache of keys and values.
     """
-    prefix, wanted = opening(tokenizer), number * (prompts.length - len(opening(tokenizer)))
-    generator, written, order = torch.Generator().manual_seed(seed), list[int](), list[int]()
+    prefix, written = opening(tokenizer), list[int]()
+    wanted = number * (prompts.length - len(prefix))
     ends, silent_rounds = _ends(model, tokenizer), 0
-    with deterministic_forward(model), placement.onload_model(model):
+    with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
         torch.manual_seed(seed)
-        while len(written) < wanted:
-            while len(order) < BATCH:
-                order += torch.randperm(len(prompts.ids), generator=generator).tolist()
-            chosen, order = [prompts.ids[index] for index in order[:BATCH]], order[BATCH:]
+        for chosen in _endless_batches(prompts.ids, seed):
             texts = _go_on(model, tokenizer, chosen, prompts.length, ends)
             is_silent = all(text[len(prompt)] in ends for text, prompt in zip(texts, chosen, strict=True))
             silent_rounds = silent_rounds + 1 if is_silent else 0
-            if silent_rounds == 3:
+            if silent_rounds == SILENT_ROUNDS:
                 raise SecateurError("the model ends every text at once: give other prompts, or a text")
             for text in texts:
                 written += text[len(prefix) :] if text[: len(prefix)] == prefix else text
             progress(STAGE, min(len(written), wanted), wanted)
+            if len(written) >= wanted:
+                break
     return cut_windows(torch.tensor(written[:wanted]), prompts.length, tokenizer, "what the model wrote")
+
+
+def _endless_batches(prompts: Sequence[list[int]], seed: int) -> Iterator[list[list[int]]]:
+    """Batches of prompts of like length, shuffled, again and again: a long prompt shortens the texts of its batch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        chosen = sorted((prompts[index] for index in order * -(-BATCH // len(order))), key=len)
+        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen) - BATCH + 1, BATCH)]
+        if len(chosen) % BATCH:
+            batches.append(chosen[-BATCH:])
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Within this context the model's own settings of generation, such as a penalty of repetitions, are off."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _go_on(
@@ -165,6 +192,7 @@ def _go_on(
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=device)
     options = GenerationConfig(
         do_sample=True,
+        use_cache=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.calibration.input_groups import InputGroup
-from secateur.models.blocks import Block, BlockCall
+from secateur.models.blocks import Block, BlockCall, ForwardError, forward_errors
 from secateur.models.matrices import Matrix, matrices_of, owner_of
 from secateur.permutation.channels import ChannelOrder, Channels, Place, order_of
 
@@ -96,29 +96,43 @@ class BlockLayout:
 
         Cost: two runs of the block, and two more in fp32 where those agree.
         """
-        if not self._agree(order, matrices, hidden, ALIKE):
+        module = self.block.module
+        try:
+            if not self._agree(order, matrices, hidden, ALIKE, self.hidden.dtype):
+                return False
+            with in_fp32([*module.parameters(), *module.buffers()]):
+                return self._agree(order, matrices, hidden, SAME, torch.float32)
+        except ForwardError:  # a block that runs in one dtype only stays as it is
             return False
-        with in_fp32(self.block.module):
-            return self._agree(order, matrices, hidden, SAME)
 
     @torch.no_grad()
     def _agree(
-        self, order: ChannelOrder, matrices: Sequence[Matrix], hidden: Int[Tensor, " C"] | None, tolerance: float
+        self,
+        order: ChannelOrder,
+        matrices: Sequence[Matrix],
+        hidden: Int[Tensor, " C"] | None,
+        tolerance: float,
+        dtype: torch.dtype,
     ) -> bool:
-        expected = self._results(matrices, self.hidden)
+        expected = self._results(matrices, self.hidden, dtype)
         with order.tried(self.parameters):
-            found = self._results(matrices, self.hidden if hidden is None else self.hidden[..., hidden])
+            found = self._results(matrices, self.hidden if hidden is None else self.hidden[..., hidden], dtype)
         wanted = [each if hidden is None else each[..., hidden] for each in expected]
         return len(found) == len(wanted) and all(map(partial(is_same, tolerance=tolerance), found, wanted))
 
-    def _results(self, matrices: Sequence[Matrix], hidden: Tensor) -> list[Tensor]:
-        """What the modules of these matrices give on hidden states, and what the block gives."""
+    def _results(self, matrices: Sequence[Matrix], hidden: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """What the modules of these matrices give on hidden states in a dtype, and what the block gives."""
         owners = {id(owner): owner for owner in (owner_of(self.block.module, each) for each in matrices)}
-        dtype = next(iter(self.parameters.values())).dtype
         call = replace(self.call, args=as_dtype(self.call.args, dtype), kwargs=as_dtype(self.call.kwargs, dtype))
-        with _captured(list(owners.values())) as captured:
+        with _captured(list(owners.values())) as captured, forward_errors(self.block.module):
             output = call.replay(self.block, hidden.to(dtype, copy=True))
         return [*captured, output]
+
+    @property
+    def tells_positions_apart(self) -> bool:
+        """Whether the hidden states differ from position to position; else wrong guesses change nothing."""
+        flat = self.hidden.float().flatten(0, -2)
+        return bool((flat - flat.mean(0)).norm() > 0.01 * flat.norm())
 
 
 def as_dtype(value: Any, dtype: torch.dtype) -> Any:
@@ -131,9 +145,9 @@ def as_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def in_fp32(module: nn.Module) -> Iterator[None]:
-    """Within this context a module's parameters and buffers are fp32."""
-    before = [(each, each.data) for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+def in_fp32(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context parameters and buffers are fp32."""
+    before = [(each, each.data) for each in tensors if each.is_floating_point()]
     for each, data in before:
         each.data = data.float()
     try:

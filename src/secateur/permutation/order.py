@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from secateur.calibration.dense_pass import DensePass, run_dense_pass
 from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Progress, Stream
-from secateur.models.blocks import Block, config_of, on_device_of, run_without_cache
+from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import has_head
 from secateur.models.placement import WeightPlacement
@@ -20,10 +21,12 @@ from secateur.models.stubs import stubbed
 from secateur.numerics.hessian import Hessian
 from secateur.permutation.channels import ChannelOrder, Channels
 from secateur.permutation.discovery import (
-    ALIKE,
+    SAME,
     BlockLayout,
+    as_dtype,
     find_inner_channels,
     head_sizes_of,
+    in_fp32,
     is_same,
     outer_order,
     outer_places,
@@ -87,13 +90,14 @@ class OrderSearch:
 
     @property
     def _few(self) -> Batch:
-        """A few tokens to try orders on; one sequence of other inputs. The same on every rank."""
-        batch = self.batches[0]
-        shape = batch["input_ids"].shape if "input_ids" in batch else None
-        few = {name: value[:, :TRIAL_TOKENS] if value.shape == shape else value for name, value in batch.items()}
-        return (
-            {name: value[:1] for name, value in few.items()} if len({len(each) for each in few.values()}) == 1 else few
-        )
+        """A few real tokens to try orders on, the same on every rank; whole sequences of other inputs."""
+        batch = {name: value for name, value in self.batches[0].items() if name != "labels"}
+        tokens = batch.get("input_ids")
+        if tokens is None or any(value.shape != tokens.shape for value in batch.values()):
+            return batch
+        mask = batch.pop("attention_mask", torch.ones_like(tokens)).bool()
+        row = int(mask.sum(1).argmax())
+        return {name: value[row, mask[row]][None, :TRIAL_TOKENS] for name, value in batch.items()}
 
     def _search_block(
         self, block: Block, stream: Stream, trial: Stream, heads: list[tuple[int, int]], seed: int
@@ -101,7 +105,10 @@ class OrderSearch:
         """Order the channels inside a block, and take note of what the residual stream is read by."""
         groups = stream.groups[block.name]
         layout = BlockLayout(block, groups, trial.calls[block.name][0], trial.hidden[0])
-        inner = find_inner_channels(layout, heads)
+        weights = sum(parameter.numel() for parameter in block.module.parameters())
+        limit = stream.memory.limit
+        can_try = layout.tells_positions_apart and (limit is None or 4 * weights <= limit // 4)  # in fp32
+        inner = find_inner_channels(layout, heads) if can_try else {}
         follows = residual_places(layout, {*inner}) if self._residual is not None else None
         self._residual = None if follows is None else [
             *(self._residual or []), Channels("residual stream", layout.hidden.shape[-1], follows)
@@ -146,15 +153,20 @@ class OrderSearch:
             return False
         outer, width = _outer_parameters(model, chain), self._residual[0].size
         order = outer_order(outer, width)
-
-        def result() -> Tensor:
-            with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs or {}):
-                return run_without_cache(model, model, **on_device_of(model, self._few))[0]
-
-        expected = result()
-        with order.tried(outer):
-            found = result()
-        return is_same(found, expected, ALIKE)
+        ids = {*map(id, outer.values())}
+        owners = [each for each in model.modules() if ids & {*map(id, each.parameters(recurse=False))}]
+        try:
+            with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs):
+                inputs = as_dtype(on_device_of(model, self._few), torch.float32)
+                with in_fp32(list(outer.values())):
+                    with _calls_of(owners) as ran:
+                        expected = run_without_cache(model, model, **inputs)[0]
+                    with order.tried(outer):
+                        found = run_without_cache(model, model, **inputs)[0]
+        except ForwardError:
+            return False
+        # What did not run (a projector of pictures, where the text has none) would be left behind.
+        return len(ran) == len(owners) and is_same(found, expected, SAME)
 
     def _search_residual(self, model: nn.Module, chain: BlockChain, seed: int) -> None:
         assert self._residual is not None
@@ -167,6 +179,16 @@ class OrderSearch:
         for channels in (*self._residual, outer):
             self.order.add(channels, order, shapes)
         self.order.residual = order
+
+
+@contextmanager
+def _calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
+    """Which of these modules run within this context."""
+    ran: set[int] = set()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(lambda each, *_: ran.add(id(each))).remove)
+        yield ran
 
 
 def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:

@@ -29,6 +29,7 @@ from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
 from secateur.pruning.loss_curves import curve_levels, loss_curve
 from secateur.recipe.rules import matrix_recipe
+from secateur.runtime import distributed
 
 SAMPLE_TOKENS = 2048  # at least, in two batches or more
 REFIT_BYTES = 30  # a weight
@@ -48,7 +49,7 @@ class DryRun:
         seconds: estimated time of the run.
         solver_seconds: the part of it that does not grow with the text.
         memory_bytes: estimated peak of memory besides mapped files, for a run from files.
-        disk_bytes: what OUT takes while it is saved: the model and one shard.
+        disk_bytes: what a run takes: the model, one shard while it is saved, and reordered weights.
     """
 
     coverage: Coverage
@@ -102,8 +103,13 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         dense_passes + num_blocks * (solving + rest) + allocation,
         num_blocks * solving,
         _memory(model, structure, block, dense.stream, scale, context),
-        model_bytes + min(shard_bytes, model_bytes),
+        model_bytes + min(shard_bytes, model_bytes) + _reordered_bytes(model_bytes, context),
     )
+
+
+def _reordered_bytes(model_bytes: int, context: RunContext) -> int:
+    """Files of the weights in another order of channels: each process writes its copy."""
+    return 0 if context.recipe.permutation is None else model_bytes * distributed.world_size()
 
 
 def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -67,16 +67,26 @@ class ModelEnd:
             hidden = getattr(output, "last_hidden_state", None)
             if hidden is None:
                 return False
+            few = {"logits_to_keep": torch.arange(1, device=hidden.device)} if takes_positions(self.model) else {}
             with body_gives(self.model, output):
-                whole = run_without_cache(self.model, self.model, **inputs)
+                whole = run_without_cache(self.model, self.model, **inputs, **few)
         logits = getattr(whole, "logits", None)
-        return logits is not None and logits.ndim == 3 and logits.shape[:2] == hidden.shape[:2]
+        expected = (len(hidden), 1) if few else hidden.shape[:2]
+        return logits is not None and logits.ndim == 3 and logits.shape[:2] == expected
 
     @contextmanager
     def behind(self, block: Block) -> Iterator[None]:
-        """Within this context all that lies behind a block is onloaded."""
-        with self.placement.onload_model(self.model, self._until(block)):
-            yield
+        """Within this context all that lies behind a block is onloaded, and gathers no gradients of its weights."""
+        own = {id(parameter) for parameter in block.module.parameters()}
+        frozen = [each for each in self.model.parameters() if each.requires_grad and id(each) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            with self.placement.onload_model(self.model, self._until(block)):
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _until(self, block: Block) -> Sequence[Block]:
         """The blocks of the chain up to this one."""
@@ -95,8 +105,10 @@ class ModelEnd:
             hook.remove()
 
     def _inputs(self, index: int) -> Batch:
+        """The model's inputs, without labels (a loss needs all logits at once) and without a mask of real tokens."""
         inputs = on_device_of(self.model, self.batches[index])
-        return {name: value for name, value in inputs.items() if name != "attention_mask" or not bool(value.all())}
+        left_out = {"labels"} | {name for name in ("attention_mask",) if name in inputs and bool(inputs[name].all())}
+        return {name: value for name, value in inputs.items() if name not in left_out}
 
     def divergence(
         self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None

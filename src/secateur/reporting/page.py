@@ -183,6 +183,8 @@ def refit_chart(report: Report) -> Markup | None:
         return None
     # The last blocks may minimise something else, in another unit.
     blocks = [(number, block) for number, block in enumerate(report.blocks, 1) if block.objective == OUTPUT_ERROR]
+    if not blocks:
+        return None
     numbers = [number for number, _ in blocks]
     series = [
         Series("as solved", numbers, [block.val_loss_before for _, block in blocks]),
