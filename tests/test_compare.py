@@ -180,6 +180,16 @@ def test_two_texts_of_one_name_have_two_columns_and_changed_texts_another_table(
         compare(twins, ["magnitude"], ["50%"], [0], tmp_path / "out", **quiet)
 
 
+def test_prompts_of_own_words_count_by_content_and_not_by_folder(tmp_path):
+    kept = []
+    for folder, content in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "prompts.txt").write_text(content)
+        kept.append(ComparisonSettings("model", f"self:{tmp_path / folder / 'prompts.txt'}").identity()["calibration"])
+    assert kept[0] == kept[1] != kept[2]
+    assert kept[0].startswith("self:prompts.txt sha256:")
+
+
 def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["compare", settings.model, "--recipes", "magnitude", "--patterns", "50%", "--seeds", "0,1"]
