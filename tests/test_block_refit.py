@@ -155,6 +155,16 @@ def test_an_attempt_ends_with_a_hopeless_first_pass(monkeypatch):
     assert len(measured) == sum(1 + (count - 1) + 9 for count in tried)
 
 
+@pytest.mark.parametrize(("most", "epochs"), [(None, 4), (10**9, 4), (3 * 96 * 24, 3), (96 * 24 + 1, 1), (5, 1)])
+def test_a_longer_text_gets_fewer_epochs(monkeypatch, most, epochs):
+    """As many as the cap allows over 96 x 24 tokens: every epoch ends with a look at the validation batches."""
+    measured = []
+    mean = block_refit._Shared.mean
+    monkeypatch.setattr(block_refit._Shared, "mean", lambda self, val: measured.append(1) or mean(self, val))
+    _, report = pruned(refit=REFIT | {"rate": 0.001, "most_tokens": most})
+    assert len(measured) == sum(1 + epochs for _ in report.blocks)
+
+
 def test_same_seed_gives_the_same_bits_and_gradients_are_left_as_found():
     first, _ = pruned(dtype=torch.bfloat16)
     second, _ = pruned(dtype=torch.bfloat16)

@@ -55,6 +55,11 @@ class Stream:
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     damping: float = DEFAULT_DAMPING
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions of all batches of all ranks. Cost: hidden states in files are read once."""
+        return sum(distributed.all_gather(sum(hidden.shape[:-1].numel() for hidden in self.hidden)))
+
     def first(self, sizes: Sequence[int], sequences: int) -> Stream:
         """A stream of the first batches, as many as hold this many sequences; this one stays as it is.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -53,6 +53,13 @@ def check_batches(batches: int) -> None:
             f"the block refit needs 2 calibration batches or more, one of them for validation, but there is {batches}: "
             f"use more ‹samples› (split token tensors into several), or ‹settings.refit=none›"
         )
+
+
+def within_tokens(options: BlockRefit, tokens: int) -> BlockRefit:
+    """The options with as many epochs over `tokens` tokens as `most_tokens` allows, at least one."""
+    if options.most_tokens is None or options.epochs <= 1:
+        return options
+    return replace(options, epochs=max(1, min(options.epochs, options.most_tokens // tokens)))
 
 
 def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, strength: float) -> HiddenStates:

@@ -23,7 +23,7 @@ from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
 from secateur.pruning.allocation import LayerPatterns
-from secateur.pruning.block_refit import OutputError, refit_block, refit_targets
+from secateur.pruning.block_refit import OutputError, refit_block, refit_targets, within_tokens
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
@@ -152,8 +152,9 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
         if options is not None:
             targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
             objective = OutputError(block, stream, targets)
+            whole = within_tokens(options, round(scale * stream.num_tokens))
             _, refitting = _timed(
-                lambda: refit_block(block, objective, len(stream.hidden), options, 0, context.storage_of)
+                lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of)
             )
             refit = aiming + refitting
     context.progress("one block", 1, 1)

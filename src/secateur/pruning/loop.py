@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -27,7 +27,14 @@ from secateur.models.discovery import BlockChain, ModelStructure, find_block_cha
 from secateur.models.matrices import Matrix
 from secateur.permutation.order import OrderSearch
 from secateur.pruning.allocation import LayerPatterns, allocate
-from secateur.pruning.block_refit import Objective, OutputError, check_batches, refit_block, refit_targets
+from secateur.pruning.block_refit import (
+    Objective,
+    OutputError,
+    check_batches,
+    refit_block,
+    refit_targets,
+    within_tokens,
+)
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
 from secateur.pruning.depth import DepthMeter
@@ -176,7 +183,11 @@ def _prune_chain(
         context: of the run.
         end: what lies behind the last blocks, where their refit looks at the predictions.
     """
-    stream, recipe, (done, total) = dense.stream, context.recipe, place
+    stream, (done, total) = dense.stream, place
+    if context.recipe.refit is not None:
+        refit = within_tokens(context.recipe.refit, stream.num_tokens)
+        context = replace(context, recipe=replace(context.recipe, refit=refit))
+    recipe = context.recipe
     looking = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
     if recipe.refit is not None or recipe.target is not None:
         assert isinstance(stream.hidden, HiddenStates)

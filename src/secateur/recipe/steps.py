@@ -35,6 +35,11 @@ class BlockRefit:
     """Hold the masks of a block and move its kept weights until its output matches the dense block's, by Adam."""
 
     epochs: Whole = Field(default=4, ge=0, description="Epochs over the calibration batches.")
+    most_tokens: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="Cap on the tokens of all epochs together: of a longer text there are fewer epochs, at least one.",
+    )
     rate: Number = Field(
         default=0.025,
         gt=0,

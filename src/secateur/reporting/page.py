@@ -48,7 +48,7 @@ def run_page(report: Report, folder: Path | None = None) -> str:
         refit=refit_chart(report),
         pictures=[] if files is None else files.pictures,
         stages=_stages_chart(report),
-        calibration={name: value for name, value in report.calibration.items() if name != "sha256"},
+        calibration={name: value for name, value in report.calibration.items() if not name.endswith("sha256")},
         environment=report.environment,
         dense=_by_reason(report.dense),
     )
