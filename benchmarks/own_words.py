@@ -72,7 +72,9 @@ def main() -> None:
                 found = secateur.evaluate(
                     checkpoint.model, text, against=dense.model, tokenizer=checkpoint.tokenizer, max_tokens=16384
                 )
-                row[Path(text).stem] = {"perplexity": found["perplexity"], **found["against"]}
+                against = found["against"]
+                row[Path(text).stem] = {name: against[name] for name in ("kl", "top1_agreement")}
+                row[Path(text).stem]["perplexity"] = found["perplexity"]
             rows.append(row)
             print(json.dumps(row), flush=True)
     settings = {name: getattr(args, name) for name in ("model", "recipe", "pattern", "samples", "seq_len", "seed")}
