@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from packed_page import measured_line, models_table
 from pages import DOCS, RESULTS, ROOT, Picture, table
 from scale_page import scale_table
 
+from secateur.comparison.compare import DIGEST
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, without_members
 from secateur.evaluation.tasks import headline
@@ -47,7 +49,12 @@ ROWS = {
 
 
 def read(name: str) -> Comparison:
-    return Comparison(**json.loads((COMPARISONS / name / "compare.json").read_text(encoding="utf-8")))
+    """A comparison, its texts by name alone."""
+    found = Comparison(**json.loads((COMPARISONS / name / "compare.json").read_text(encoding="utf-8")))
+    settings = found.settings
+    texts = [text.partition(DIGEST)[0] for text in settings["texts"]]
+    named = {"calibration": settings["calibration"].partition(DIGEST)[0], "texts": texts}
+    return replace(found, settings=settings | named)
 
 
 def names() -> list[str]:
@@ -196,7 +203,7 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
     tasks = without_members(list(dict.fromkeys(task for cell in mine.values() for task in cell.get("tasks", {}))))
     parts = [
         f"secateur compare {model} --recipes {','.join(recipes)}",
-        f"--patterns {','.join(patterns)} --seeds {','.join(seeds)} --calibration TEXTS/{s['calibration']}",
+        f"--patterns {','.join(patterns)} --seeds {','.join(seeds)} --calibration {calibration(s['calibration'])}",
         f"--samples {s['samples']} --seq-len {s['seq_len']} {' '.join(f'--text TEXTS/{text}' for text in s['texts'])}",
         f"--max-tokens {s['max_tokens']}",
     ]
@@ -207,6 +214,12 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
         with_tasks = sorted({key.rsplit(" ", 1)[1] for key, cell in mine.items() if "tasks" in cell})
         parts.append(f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(with_tasks)}")
     return " ".join([*parts, f"--out benchmarks/results/compare/{name}"])
+
+
+def calibration(text: str) -> str:
+    """A text as the command names it."""
+    own, colon, prompts = text.partition(":")
+    return f"{own}:TEXTS/{prompts}" if colon else f"TEXTS/{text}"
 
 
 def page() -> str:
