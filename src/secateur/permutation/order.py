@@ -39,6 +39,7 @@ from secateur.runtime import distributed
 
 RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
 TRIAL_TOKENS = 48
+TRIAL_WEIGHTS = 1 << 30  # of a block: larger ones (hundreds of experts) are not copied to fp32, and stay as they are
 STAGE = "channel order"
 
 
@@ -107,7 +108,8 @@ class OrderSearch:
         layout = BlockLayout(block, groups, trial.calls[block.name][0], trial.hidden[0])
         weights = sum(parameter.numel() for parameter in block.module.parameters())
         limit = stream.memory.limit
-        can_try = layout.tells_positions_apart and (limit is None or 4 * weights <= limit // 4)  # in fp32
+        fits = weights <= TRIAL_WEIGHTS and (limit is None or 4 * weights <= limit // 4)  # in fp32
+        can_try = fits and layout.tells_positions_apart
         inner = find_inner_channels(layout, heads) if can_try else {}
         follows = residual_places(layout, {*inner}) if self._residual is not None else None
         self._residual = None if follows is None else [
