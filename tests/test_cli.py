@@ -618,7 +618,7 @@ BAD_REQUESTS = {
     ("--set", "target.kind=half"): "target.kind is 'half': it must be 'dense' or 'residual'",
     ("--set", "refine.max_swaps=0"): "refine.max_swaps is 0: it must be greater than or equal to 1",
     ("--set", "refti.rate=0.1"): "the recipe has no option 'refti'",
-    ("--set", "refit.raet=0.1"): "refit has no option 'raet': its options are epochs, rate",
+    ("--set", "refit.raet=0.1"): "refit has no option 'raet': its options are epochs, most_tokens, rate",
     ("--set", "allocation.rule=owl", "--pattern", "2:4"): "owl has no form for 2:4",
     ("--samples", "1"): "use more --samples",
     ("--set", "solver.tolerance=2"): "solver.tolerance is 2: it must be less than 1",
