@@ -173,6 +173,22 @@ def test_a_share_of_the_sequences_is_text(tmp_path):
     assert whole.origin["written"] == 2
 
 
+def test_another_number_of_sequences_is_another_run(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    found = set()
+    for samples, share, seed in (
+        (8, 0.5, 0),
+        (16, 0.75, 0),
+        (8, 1.0, 0),
+        (8, 1.0, 1),
+    ):  # four windows are text, or none
+        text = CalibrationText(samples=samples, seq_len=24, own_words=share)
+        config = tiny_model("llama").config
+        data = calibration_batches(f"self:{tmp_path}/text.txt", character_tokenizer(), config, text, seed)
+        found.add(data.origin["sha256"])
+    assert len(found) == 4
+
+
 def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
     """Killed after the first block; the second process may not write anything."""
     save_checkpoint(tmp_path / "dense")

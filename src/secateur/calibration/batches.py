@@ -169,7 +169,8 @@ def _own_words(
             batches = [{"input_ids": drawn}]
     check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
     to_write = OwnWords(prompts, number, seed, batch_tokens)
-    digest = _digest([*batches, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
+    asked = {"asked": torch.tensor([number, length, seed])}
+    digest = _digest([*batches, asked, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
     origin = {"source": str(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
     if not number:
         return CalibrationBatches(_batched(batches[0]["input_ids"], batch_tokens), origin, notices)
