@@ -181,7 +181,7 @@ def test_another_number_of_sequences_is_another_run(tmp_path):
         (16, 0.75, 0),
         (8, 1.0, 0),
         (8, 1.0, 1),
-    ):  # four windows are text, or none
+    ):
         text = CalibrationText(samples=samples, seq_len=24, own_words=share)
         config = tiny_model("llama").config
         data = calibration_batches(f"self:{tmp_path}/text.txt", character_tokenizer(), config, text, seed)
