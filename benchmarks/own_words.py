@@ -17,9 +17,9 @@ import torch
 from common import arguments_of, write_result
 
 import secateur
-from secateur.api.pruning import no_progress
 from secateur.calibration.documents import read_documents
 from secateur.calibration.own_words import Prompts, write_windows
+from secateur.calibration.stream import no_progress
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.models.placement import InMemory
 

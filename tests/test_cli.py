@@ -689,7 +689,7 @@ def test_loss_in_chunks_equals_the_loss_at_once(monkeypatch, text):
 
     model = tiny_model("gemma2", final_logit_softcapping=2.0)
     whole = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
-    monkeypatch.setattr("secateur.evaluation.perplexity.LOGIT_ELEMENTS", 5 * 128)
+    monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", 5 * 128)
     parts = secateur.evaluate(model, text, tokenizer=character_tokenizer(), seq_len=32, max_tokens=64)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert "forward" not in vars(model.base_model)

@@ -204,7 +204,7 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", progress=kill, **SETTINGS)
     assert (tmp_path / ".out.secateur" / OWN_WORDS_FILE).exists()
-    monkeypatch.setattr("secateur.calibration.batches.write_windows", None)
+    monkeypatch.setattr("secateur.calibration.own_words.write_windows", None)
     report = secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", resume=True, **SETTINGS)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
@@ -215,13 +215,13 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
 def test_a_dry_run_counts_the_writing(tmp_path, monkeypatch):
     """Each new token is a forward pass of 16 sequences; a sketch of two tokens a sequence stands for all."""
     save_checkpoint(tmp_path / "dense")
-    monkeypatch.setattr("secateur.calibration.batches.SKETCH_TOKENS", 2)
+    monkeypatch.setattr("secateur.calibration.own_words.SKETCH_TOKENS", 2)
     found = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
     assert found.num_tokens == 6 * 24
 
     class Clock:
         perf_counter = iter(range(0, 10**9, 10**4)).__next__  # the sketch takes 10,000 seconds
 
-    monkeypatch.setattr("secateur.calibration.batches.time", Clock)
+    monkeypatch.setattr("secateur.calibration.own_words.time", Clock)
     longer = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
     assert longer.seconds == pytest.approx(10**4 * 23 / 2, rel=0.01)

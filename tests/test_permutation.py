@@ -40,18 +40,17 @@ def test_an_order_is_a_permutation_that_keeps_no_less(seed, pattern, few_rows):
     scores = torch.rand(24, 32, generator=generator) ** 4 * torch.rand(32, generator=generator) ** 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "TERMS", 1 if few_rows else 1 << 27)
-        order, before, kept = find_order(scores, pattern, 20, seed)
+        order = find_order(scores, pattern, 20, seed)
     assert sorted(order.tolist()) == list(range(32))
-    assert before == pytest.approx(kept_score(scores, pattern))
-    assert kept == pytest.approx(kept_score(scores[:, order], pattern))
-    assert kept >= before
+    assert kept_score(scores[:, order], pattern) >= kept_score(scores, pattern)
 
 
 def test_the_search_comes_near_the_best_of_all_orders():
     reached = []
     for seed in range(30):
         scores = torch.rand(16, 8, generator=torch.Generator().manual_seed(seed)) ** 4
-        _, before, kept = find_order(scores, NM(2, 4), 60)
+        before = kept_score(scores, NM(2, 4))
+        kept = kept_score(scores[:, find_order(scores, NM(2, 4), 60)], NM(2, 4))
         best = best_of_all_orders(scores)
         reached.append(1.0 if best == before else (kept - before) / (best - before))
     assert min(reached) >= 0.0
@@ -62,8 +61,8 @@ def test_large_columns_are_spread_over_the_groups():
     """Four columns far above the others, side by side: no group may hold more than two."""
     scores = torch.rand(10, 16)
     scores[:, :4] += 100
-    order, before, kept = find_order(scores, NM(2, 4), 10)
-    assert kept > before + 10 * 150
+    order = find_order(scores, NM(2, 4), 10)
+    assert kept_score(scores[:, order], NM(2, 4)) > kept_score(scores, NM(2, 4)) + 10 * 150
     assert max((order.view(4, 4) < 4).sum(1)) <= 2
 
 

@@ -14,7 +14,6 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
 from secateur.models.placement import InMemory
-from secateur.pruning import predictions
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS
 
@@ -54,7 +53,7 @@ def plain_divergence(model, batch, dense):
 @pytest.mark.parametrize("logits", [1, 1 << 30])
 def test_loss_and_gradient_are_those_of_the_whole_model(family, number, logits, monkeypatch):
     """Against autograd through all of the model, position by position and all at once."""
-    monkeypatch.setattr(predictions, "LOGIT_ELEMENTS", logits)
+    monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", logits)
     model, batch, dense, (block, stream, outputs, end) = damaged_block(family, number)
     weights = [matrix.parameter.requires_grad_(True) for matrix in block.matrices]
     with end.behind(block):
@@ -87,7 +86,7 @@ def test_only_the_last_blocks_aim_at_the_predictions_and_a_tied_head_stays():
 
 def test_labels_and_gradients_of_the_caller_stay_out_of_it(monkeypatch):
     """A loss would need all logits at once; later blocks, norm and head gather nothing."""
-    monkeypatch.setattr(predictions, "LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", 1)
     model = tiny_model("llama")
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens(16)]
     settings = {"refit.epochs": 1, "refit.prediction_blocks": 2}

@@ -9,7 +9,6 @@ import torch
 from models import character_tokenizer, tiny_model
 
 import secateur
-from secateur.evaluation import perplexity as evaluation
 from secateur.evaluation.tasks import headline, run_tasks
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 10
@@ -119,7 +118,7 @@ def test_divergence_equals_a_plain_loop(text, monkeypatch, in_chunks):
     model, tokenizer = small_model()
     dense = tiny_model("llama", seed=1, max_position_embeddings=256).eval()
     if in_chunks:
-        monkeypatch.setattr(evaluation, "LOGIT_ELEMENTS", 2 * 128 * 5)
+        monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", 2 * 128 * 5)
     found = secateur.evaluate(model, text, seq_len=32, max_tokens=320, tokenizer=tokenizer, against=dense)["against"]
     ids = torch.tensor(tokenizer(TEXT).input_ids)[:320].view(10, 32)
     with torch.no_grad():

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.api.pruning import no_progress, several
-from secateur.calibration.stream import Progress
+from secateur.api.pruning import several
+from secateur.calibration.stream import Progress, no_progress
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint

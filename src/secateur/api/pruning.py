@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.batches import Texts, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
-from secateur.calibration.stream import Progress
+from secateur.calibration.stream import Progress, no_progress
 from secateur.calibration.texts import max_positions
 from secateur.checkpoints.hub import check_can_push, push_folder
 from secateur.checkpoints.load import Checkpoint
@@ -39,10 +39,6 @@ from secateur.solvers.swaps import check_columns, refine_by_swaps
 from secateur.storage.paths import user_path
 
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 @checks_names

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,14 @@ from secateur.calibration.documents import (
     prompts_of,
     read_documents,
 )
-from secateur.calibration.own_words import BATCH, Prompts, check_can_write, write_windows
-from secateur.calibration.stream import Batch, Progress
+from secateur.calibration.own_words import OwnWords, Prompts
+from secateur.calibration.stream import Batch
 from secateur.calibration.texts import cut_windows, encode, max_positions, window_length
 from secateur.errors import SecateurError
-from secateur.models.placement import WeightPlacement
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
-SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 MIN_BATCHES = 8  # where there are as many windows
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
@@ -62,46 +59,6 @@ class CalibrationBatches:
         batches = _batched(everything[torch.randperm(len(everything), generator=generator)], self.to_write.batch_tokens)
         origin = self.origin | {"written": len(windows), "written_sha256": _digest([{"input_ids": windows}])}
         return CalibrationBatches(batches, origin, self.notices)
-
-
-@dataclass(frozen=True)
-class OwnWords:
-    """Sequences that the model has still to write.
-
-    Args:
-        prompts: what it goes on from.
-        number: how many sequences.
-        seed: of the draw.
-        batch_tokens: tokens of a calibration batch.
-    """
-
-    prompts: Prompts
-    number: int
-    seed: int
-    batch_tokens: int
-
-    def write(self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress) -> Int[Tensor, "N T"]:
-        """Let the dense model write them (`write_windows`)."""
-        check_can_write(model)
-        return write_windows(model, tokenizer, self.prompts, self.number, self.seed, placement, progress)
-
-    def sketch(
-        self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress
-    ) -> tuple[Int[Tensor, "N T"], float]:
-        """Windows that stand for what the model would write, and about how many seconds that takes.
-
-        A few tokens are written, and repeated.
-        """
-        lengths, length = sorted(map(len, self.prompts.ids)), self.prompts.length
-        usual = lengths[len(lengths) // 2]  # the median
-        alike = [each for each in self.prompts.ids if len(each) <= usual]
-        new = min(SKETCH_TOKENS, length - usual)
-        few = replace(self, prompts=Prompts(alike, usual + new), number=1)
-        started = time.perf_counter()
-        written = few.write(model, tokenizer, placement, progress).flatten()
-        seconds, wanted = time.perf_counter() - started, self.number * length
-        whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, length)
-        return whole, seconds * (length - usual) / new * -(-self.number // BATCH)
 
 
 def calibration_batches(

@@ -113,13 +113,22 @@ def run_dense_pass(
 
 
 def _run_batch(model: nn.Module, batch: Batch, calls: _CallRecorder, uses: _UseRecorder) -> None:
-    on_device = on_device_of(model, batch)
-    real = _real_positions(on_device)
+    inputs, uses.real = inputs_of(model, batch)
+    with calls.one_pass(uses.real):
+        run_without_cache(model, body_of(model), **inputs)
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor | None]:
+    """A batch on the model's device, without an attention mask that leaves nothing out; and its real tokens.
+
+    Raises:
+        UnsupportedModelError: padding next to decoder inputs.
+    """
+    inputs = on_device_of(model, batch)
+    real = _real_positions(inputs)
     if real is None:
-        on_device.pop("attention_mask", None)
-    uses.real = real
-    with calls.one_pass(real):
-        run_without_cache(model, body_of(model), **on_device)
+        inputs.pop("attention_mask", None)
+    return inputs, real
 
 
 def _run_blocks(
@@ -153,6 +162,7 @@ def _put_together(
         routed_matrices(found, seen, num_tokens),
         memory=memory,
         damping=damping,
+        num_tokens=num_tokens,
     )
     return DensePass(stream, found, {name: error for each in observed for name, error in each.missed.items()})
 

@@ -9,9 +9,10 @@ goes on).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from secateur.models.placement import WeightPlacement
 PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a window
 BATCH = 16  # sequences that are written together
 SILENT_ROUNDS = 3  # after which a model that ends every text at once is given up
+SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
 
 
@@ -80,6 +82,46 @@ class Prompts:
                 f"it out"
             )
         return cls(found, length)
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """Sequences that the model has still to write.
+
+    Args:
+        prompts: what it goes on from.
+        number: how many sequences.
+        seed: of the draw.
+        batch_tokens: tokens of a calibration batch.
+    """
+
+    prompts: Prompts
+    number: int
+    seed: int
+    batch_tokens: int
+
+    def write(self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress) -> Int[Tensor, "N T"]:
+        """Let the dense model write them (`write_windows`)."""
+        check_can_write(model)
+        return write_windows(model, tokenizer, self.prompts, self.number, self.seed, placement, progress)
+
+    def sketch(
+        self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress
+    ) -> tuple[Int[Tensor, "N T"], float]:
+        """Windows that stand for what the model would write, and about how many seconds that takes.
+
+        A few tokens are written, and repeated.
+        """
+        lengths, length = sorted(map(len, self.prompts.ids)), self.prompts.length
+        usual = lengths[len(lengths) // 2]  # the median
+        alike = [each for each in self.prompts.ids if len(each) <= usual]
+        new = min(SKETCH_TOKENS, length - usual)
+        few = replace(self, prompts=Prompts(alike, usual + new), number=1)
+        started = time.perf_counter()
+        written = few.write(model, tokenizer, placement, progress).flatten()
+        seconds, wanted = time.perf_counter() - started, self.number * length
+        whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, length)
+        return whole, seconds * (length - usual) / new * -(-self.number // BATCH)
 
 
 def _question(chat: Conversation, tokenizer: Any, place: str) -> list[int]:

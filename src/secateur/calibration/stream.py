@@ -29,6 +29,10 @@ Batch = dict[str, Tensor]  # the model's keyword inputs
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
+def no_progress(_stage: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
 @dataclass(eq=False)
 class Stream:
     """Hidden states of this rank's batches in front of one block, and how to run each block on them.
@@ -44,6 +48,7 @@ class Stream:
             values) is the pruned stream's in both.
         memory: where hidden states go.
         damping: relative damping of the Hessians.
+        num_tokens: real tokens of all batches of all ranks.
     """
 
     hidden: MutableSequence[Tensor]
@@ -54,11 +59,7 @@ class Stream:
     dense: MutableSequence[Tensor] | None = None
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     damping: float = DEFAULT_DAMPING
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions of all batches of all ranks. Cost: hidden states in files are read once."""
-        return sum(distributed.all_gather(sum(hidden.shape[:-1].numel() for hidden in self.hidden)))
+    num_tokens: int = 0
 
     def first(self, sizes: Sequence[int], sequences: int) -> Stream:
         """A stream of the first batches, as many as hold this many sequences; this one stays as it is.

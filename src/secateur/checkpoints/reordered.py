@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from secateur.checkpoints.load import Checkpoint
 from secateur.errors import SecateurError
+from secateur.models.matrices import layer_of
 from secateur.permutation.channels import ChannelOrder
 
 
@@ -32,8 +32,7 @@ def map_reordered(checkpoint: Checkpoint, order: ChannelOrder, folder: Path) -> 
     by_layer: dict[str, list[str]] = {}
     files: dict[str, Path] = {}
     for name in order.indices:
-        layer = re.match(r".*?\.\d+\.", name)
-        by_layer.setdefault(layer[0] if layer else "", []).append(name)
+        by_layer.setdefault(layer_of(name), []).append(name)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
-from secateur.models.matrices import parameter_of
+from secateur.models.matrices import layer_of, parameter_of
 from secateur.packed.files import INDEX as PACKED_INDEX
 from secateur.packed.files import write_index, write_weights
 from secateur.recipe.sizes import parse_size
@@ -97,11 +96,10 @@ def _plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> list[list[str]]
     sizes: dict[str, int] = {}
     unit_of: dict[int | str, str] = {}
     for name, tensor in checkpoint.model.state_dict().items():
-        layer = re.match(r".*?\.\d+\.", name)
         content = tensor.untyped_storage().data_ptr() if tensor.numel() else name
         dtype = checkpoint.storage.get(name) or tensor.dtype
         sizes[name] = 0 if content in unit_of else tensor.numel() * dtype.itemsize
-        units.setdefault(unit_of.setdefault(content, layer[0] if layer else ""), []).append(name)
+        units.setdefault(unit_of.setdefault(content, layer_of(name)), []).append(name)
     split = split_state_dict_into_shards_factory(
         units,
         get_storage_size=lambda names: sum(sizes[name] for name in names),

@@ -23,7 +23,7 @@ from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
-from secateur.models.head import LOGIT_ELEMENTS, body_gives, logits_of, takes_positions
+from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions
 
 DEFAULT_WINDOW = 1024
 MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
@@ -153,23 +153,20 @@ def evaluation_windows(model: Any, tokenizer: Any, text: EvaluationText) -> tupl
 
 def _both_logits(model: Any, dense: Any, ids: Int[Tensor, "1 T"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Chunks of positions with the fp32 logits of both models."""
-    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
-    size = max(1, LOGIT_ELEMENTS // (2 * model.config.get_text_config().vocab_size))
-    chunked = len(positions) > size
+    chunks = position_chunks(model, ids.shape[1] - 1, 2, ids.device)
+    chunked = len(chunks) > 1
     with _body_runs_once(model, ids, chunked) as ours, _body_runs_once(dense, ids, chunked) as theirs:
-        for chunk in positions.split(size):
+        for chunk in chunks:
             yield chunk, ours(chunk)[0].float(), theirs(chunk)[0].float()
 
 
 def token_losses(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, " N"]:
     """Cross-entropy of each next token, B (T - 1) of them, in nats."""
     targets = ids[:, 1:]
-    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
-    vocabulary = model.config.get_text_config().vocab_size
-    size = max(1, LOGIT_ELEMENTS // (vocabulary * len(ids)))
+    chunks = position_chunks(model, ids.shape[1] - 1, len(ids), ids.device)
     losses = []
-    with _body_runs_once(model, ids, chunked=len(positions) > size) as logits_at:
-        for chunk in positions.split(size):
+    with _body_runs_once(model, ids, chunked=len(chunks) > 1) as logits_at:
+        for chunk in chunks:
             logits = logits_at(chunk).float()
             losses.append(
                 nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, chunk].flatten(), reduction="none")

@@ -6,15 +6,16 @@ so only the head runs. Logits are formed for chunks of positions, so that a voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from secateur.models.blocks import body_of, run_without_cache
+from secateur.models.blocks import body_of, config_of, run_without_cache
 
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
@@ -46,3 +47,19 @@ def logits_of(
     """The model's logits, at these positions or at all; `takes_positions` says whether positions can be chosen."""
     chosen = {} if positions is None else {"logits_to_keep": positions}
     return run_without_cache(model, model, **inputs, **chosen).logits
+
+
+def position_chunks(model: nn.Module, length: int, rows: int, device: torch.device) -> Sequence[Int[Tensor, " P"]]:
+    """Positions 0 to `length`, in chunks whose fp32 logits take `LOGIT_ELEMENTS`; one chunk where all come at once.
+
+    Args:
+        model: the model.
+        length: T.
+        rows: sequences, or models, whose logits are held together.
+        device: of the positions.
+    """
+    positions = torch.arange(length, device=device)
+    if not takes_positions(model):
+        return [positions]
+    vocabulary: int = config_of(model).get_text_config().vocab_size
+    return positions.split(max(1, LOGIT_ELEMENTS // (vocabulary * rows)))

@@ -60,6 +60,12 @@ def parameter_of(matrix_name: str) -> str:
     return matrix_name.partition("[")[0]
 
 
+def layer_of(name: str) -> str:
+    """The layer that a parameter is in, up to and with the dot behind its number; "" outside of the layers."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""
+
+
 def matrices_of(path: str, module: nn.Module) -> list[Matrix]:
     """Every floating-point matrix of a module: 2-D parameters, and slices of 3-D ones; no convolutions.
 

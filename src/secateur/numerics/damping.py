@@ -74,6 +74,11 @@ class DampedHessian:
         """Upper triangular with `inv(Hd) = U^T U`; `inv(Hd[i:, i:]) = U[i:, i:]^T U[i:, i:]` for every i."""
         return self._factored[1]
 
+    @cached_property
+    def inverse_diagonal(self) -> Float[Tensor, " C"]:
+        """Diagonal of `inv(Hd)`. Pruning `w_ij` alone, with the optimal update of its row, costs `w_ij^2` over it."""
+        return self.U.square().sum(0)
+
     @property
     def dampings(self) -> list[float]:
         """Every damping that was tried, in order; the last one is used."""

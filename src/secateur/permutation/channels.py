@@ -32,12 +32,10 @@ class Channels:
     """Channels that move together wherever they lie.
 
     Args:
-        name: for messages.
         size: how many.
         places: all places.
     """
 
-    name: str
     size: int
     places: tuple[Place, ...]
 

@@ -215,7 +215,7 @@ def _intermediate(layout: BlockLayout, consumer: Matrix, pool: Sequence[Matrix])
         if layout.num_rows(producer) in (size, 2 * size):
             starts = tuple(range(0, layout.num_rows(producer), size))
             places += layout.rows_of(producer, starts)
-    return Channels(f"intermediate channels of {consumer.name}", size, tuple(places)) if len(places) > 1 else None
+    return Channels(size, tuple(places)) if len(places) > 1 else None
 
 
 def _value_heads(
@@ -228,7 +228,6 @@ def _value_heads(
     repeats, offset = columns // (size * heads), rows - size * heads
     yield [
         Channels(
-            f"value head {head} of {consumer.name}",
             size,
             (
                 layout.columns_of(consumer, tuple((head * repeats + query) * size for query in range(repeats))),
@@ -273,23 +272,14 @@ def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...]
             places.append(layout.columns_of(matrix))
     norms = [name for name, shape in layout.shapes.items() if name not in in_matrices and shape == (width,)]
     found = (*places, *(Place(name, 0) for name in norms))
-    channels = Channels("residual stream", width, found)
+    channels = Channels(width, found)
     order = order_of([channels], layout.shapes, SEED)
     index = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)).to(layout.hidden.device)
     wanted = [matrix for matrix in layout.matrices if matrix.name in writers]
     return found if layout.computes_the_same(order, wanted, index) else None
 
 
-def outer_places(parameters: Mapping[str, nn.Parameter], width: int) -> tuple[Place, ...]:
-    """Where the residual stream's channels lie outside of the blocks: embeddings, norms and heads."""
-    places = []
-    for name, parameter in parameters.items():
-        if parameter.ndim in (1, 2) and parameter.shape[-1] == width:
-            places.append(Place(name, parameter.ndim - 1))
-    return tuple(places)
-
-
-def outer_order(parameters: Mapping[str, nn.Parameter], width: int) -> ChannelOrder:
-    """A random order of the residual stream's channels outside of the blocks, to try."""
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return order_of([Channels("residual stream", width, outer_places(parameters, width))], shapes, SEED)
+def outer_channels(parameters: Mapping[str, nn.Parameter], width: int) -> Channels:
+    """The residual stream's channels outside of the blocks: in embeddings, norms and heads."""
+    last = {name: each.ndim - 1 for name, each in parameters.items() if each.ndim in (1, 2) and each.shape[-1] == width}
+    return Channels(width, tuple(Place(name, dim) for name, dim in last.items()))

@@ -12,30 +12,31 @@ from torch import Tensor, nn
 
 from secateur.calibration.dense_pass import DensePass, run_dense_pass
 from secateur.calibration.input_groups import observation_passes
-from secateur.calibration.stream import Batch, Progress, Stream
+from secateur.calibration.stream import Batch, Progress, Stream, no_progress
 from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import has_head
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 from secateur.numerics.hessian import Hessian
-from secateur.permutation.channels import ChannelOrder, Channels
+from secateur.permutation.channels import ChannelOrder, Channels, order_of
 from secateur.permutation.discovery import (
     SAME,
+    SEED,
     BlockLayout,
     as_dtype,
     find_inner_channels,
     head_sizes_of,
     in_fp32,
     is_same,
-    outer_order,
-    outer_places,
+    outer_channels,
     residual_places,
 )
 from secateur.permutation.search import find_order
 from secateur.recipe.patterns import NM, Pattern
 from secateur.recipe.steps import ChannelPermutation
 from secateur.runtime import distributed
+from secateur.solvers.base import zero_dead_inputs
 
 RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
 TRIAL_TOKENS = 48
@@ -112,9 +113,10 @@ class OrderSearch:
         can_try = fits and layout.tells_positions_apart
         inner = find_inner_channels(layout, heads) if can_try else {}
         follows = residual_places(layout, {*inner}) if self._residual is not None else None
-        self._residual = None if follows is None else [
-            *(self._residual or []), Channels("residual stream", layout.hidden.shape[-1], follows)
-        ]  # fmt: skip
+        if follows is None or self._residual is None:
+            self._residual = None
+        else:
+            self._residual.append(Channels(layout.hidden.shape[-1], follows))
         readers = {(place.parameter, place.dim) for place in follows or ()}
         for observed in observation_passes(groups, stream.memory.hessian_bytes):
             hessians = stream.observe(block, observed)
@@ -143,7 +145,7 @@ class OrderSearch:
         if channels.size % pattern.m or any(start % pattern.m for start in starts):
             return
         parts = torch.cat([scores[:, start : start + channels.size] for start in starts])
-        order, _, _ = find_order(parts, pattern, self.options.rounds, seed)
+        order = find_order(parts, pattern, self.options.rounds, seed)
         self.order.add(channels, order, layout.shapes)
 
     def _ends_follow(self, model: nn.Module, chain: BlockChain) -> bool:
@@ -153,8 +155,9 @@ class OrderSearch:
         """
         if chain.stub_outputs is None or self._residual is None or not has_head(model):
             return False
-        outer, width = _outer_parameters(model, chain), self._residual[0].size
-        order = outer_order(outer, width)
+        outer = _outer_parameters(model, chain)
+        shapes = {name: parameter.shape for name, parameter in outer.items()}
+        order = order_of([outer_channels(outer, self._residual[0].size)], shapes, SEED)
         ids = {*map(id, outer.values())}
         owners = [each for each in model.modules() if ids & {*map(id, each.parameters(recurse=False))}]
         try:
@@ -175,10 +178,9 @@ class OrderSearch:
         width = self._residual[0].size
         if width % self.pattern.m or not self._readers:
             return
-        order, _, _ = find_order(torch.cat(self._readers), self.pattern, self.options.rounds, seed)
+        order = find_order(torch.cat(self._readers), self.pattern, self.options.rounds, seed)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        outer = Channels("residual stream", width, outer_places(_outer_parameters(model, chain), width))
-        for channels in (*self._residual, outer):
+        for channels in (*self._residual, outer_channels(_outer_parameters(model, chain), width)):
             self.order.add(channels, order, shapes)
         self.order.residual = order
 
@@ -195,9 +197,7 @@ def _calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
 
 def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:
     """What each weight costs when pruned alone, `W_ij^2 / [H^-1]_jj`, as a share of the matrix's output energy."""
-    damped = hessian.damped
-    scores = W.square() / damped.U.square().sum(0)
-    scores[:, damped.dead] = 0
+    scores = zero_dead_inputs(W, hessian).square() / hessian.damped.inverse_diagonal
     return scores / ((W @ hessian.H) * W).sum().clamp_min(torch.finfo(W.dtype).tiny)
 
 
@@ -210,7 +210,3 @@ def _some_rows(scores: Float[Tensor, "R C"], number: int) -> Float[Tensor, "N C"
 def _outer_parameters(model: nn.Module, chain: BlockChain) -> dict[str, nn.Parameter]:
     inside = {id(parameter) for block in chain.blocks for parameter in block.module.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
-
-
-def no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Say nothing."""

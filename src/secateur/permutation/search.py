@@ -26,9 +26,7 @@ def kept_score(scores: Float[Tensor, "R C"], pattern: NM) -> float:
     return float(groups.topk(pattern.n, dim=-1).values.sum(dtype=torch.float64))
 
 
-def find_order(
-    scores: Float[Tensor, "R C"], pattern: NM, rounds: int, seed: int = 0
-) -> tuple[Int[Tensor, " C"], float, float]:
+def find_order(scores: Float[Tensor, "R C"], pattern: NM, rounds: int, seed: int = 0) -> Int[Tensor, " C"]:
     """An order of columns in which an n:m pattern keeps more of the scores, never less than in their own.
 
     Args:
@@ -38,20 +36,15 @@ def find_order(
         seed: of the columns that are taken out, and of the rows that are looked at.
 
     Returns:
-        the order (new column i is old column `order[i]`), and the score kept before and with it.
+        the order: new column i is old column `order[i]`.
 
     Cost: `min(R G^2, 2^27)` and an assignment of G columns a round.
     """
     generator = torch.Generator().manual_seed(seed)
-    own = torch.arange(scores.shape[1])
-    before = kept_score(scores, pattern)
-    groups = _dealt(scores, pattern.m)
-    best, kept = own, before
-    if (dealt := kept_score(scores[:, groups.flatten()], pattern)) > kept:
-        best, kept = groups.flatten(), dealt
-    else:
-        groups = own.view(-1, pattern.m)
-    stale = 0
+    own, dealt = torch.arange(scores.shape[1]).view(-1, pattern.m), _dealt(scores, pattern.m)
+    kept, dealt_kept = (kept_score(scores[:, each.flatten()], pattern) for each in (own, dealt))
+    groups, kept = (dealt, dealt_kept) if dealt_kept > kept else (own, kept)
+    best, stale = groups.flatten(), 0
     for _ in range(rounds):
         groups = _exchanged(scores, groups, pattern, generator)
         found = kept_score(scores[:, groups.flatten()], pattern)
@@ -60,7 +53,7 @@ def find_order(
             best, kept = groups.flatten(), found
         if stale == PATIENCE:
             break
-    return best, before, kept
+    return best
 
 
 def _dealt(scores: Float[Tensor, "R C"], m: int) -> Int[Tensor, "G m"]:

@@ -60,7 +60,7 @@ def loss_curve(
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
     sample = zero_dead_inputs(W[rows], hessian) * fisher.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
     damped = hessian.damped
-    score = sample.square() / damped.U.square().sum(0)
+    score = sample.square() / damped.inverse_diagonal
     sparsities, losses = [], []
     for level in levels:
         if isinstance(level, NM):

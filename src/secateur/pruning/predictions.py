@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.calibration.dense_pass import inputs_of
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
-from secateur.models.blocks import Block, body_of, on_device_of, run_without_cache
+from secateur.models.blocks import Block, body_of, run_without_cache
 from secateur.models.discovery import BlockChain
-from secateur.models.head import LOGIT_ELEMENTS, body_gives, has_head, logits_of, takes_positions
+from secateur.models.head import body_gives, has_head, logits_of, position_chunks, takes_positions
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 
@@ -105,10 +106,10 @@ class ModelEnd:
             hook.remove()
 
     def _inputs(self, index: int) -> Batch:
-        """The model's inputs, without labels (a loss needs all logits at once) and without a mask of real tokens."""
-        inputs = on_device_of(self.model, self.batches[index])
-        left_out = {"labels"} | {name for name in ("attention_mask",) if name in inputs and bool(inputs[name].all())}
-        return {name: value for name, value in inputs.items() if name not in left_out}
+        """The model's inputs as in the dense pass, without labels: a loss needs all logits at once."""
+        inputs, _ = inputs_of(self.model, self.batches[index])
+        inputs.pop("labels", None)
+        return inputs
 
     def divergence(
         self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None
@@ -121,19 +122,20 @@ class ModelEnd:
             index: of the batch.
             real: real tokens (B, T); None = all are.
 
-        Where gradients are off, that is zero.
+        Returns:
+            the mean, and the gradient, which is zero where gradients are off.
 
-        Cost: three products with the head a token; `LOGIT_ELEMENTS` logits are held at a time, three times.
+        Cost: three products with the head a token; the logits of a chunk of positions are held, three times.
         """
         inputs = self._inputs(index)
         hidden = body_output.last_hidden_state.detach()
         counted = torch.ones(hidden.shape[:2], device=hidden.device) if real is None else real.float()
         total, gradient = 0.0, torch.zeros_like(hidden, dtype=torch.float32)
-        for positions in self._chunks(hidden):
+        leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
+        for positions in position_chunks(self.model, hidden.shape[1], len(hidden), hidden.device):
             chosen = positions if takes_positions(self.model) else None
             with torch.no_grad(), body_gives(self.model, _with_hidden(body_output, dense)):
                 theirs = logits_of(self.model, inputs, chosen).float().log_softmax(-1)
-            leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
             with body_gives(self.model, _with_hidden(body_output, leaf)):
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
@@ -142,14 +144,6 @@ class ModelEnd:
                 by_logits = weight[..., None] * (ours.exp() - theirs.exp())
                 gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]
         return total / float(counted.sum()), gradient / counted.sum()
-
-    def _chunks(self, hidden: Float[Tensor, "B T C"]) -> Sequence[Tensor]:
-        """Positions in chunks; one chunk where the model forms all logits at once."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        if not takes_positions(self.model):
-            return [positions]
-        vocabulary: int = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        return positions.split(max(1, LOGIT_ELEMENTS // (vocabulary * len(hidden))))
 
 
 def _with_hidden(body_output: Any, hidden: Tensor) -> Any:
