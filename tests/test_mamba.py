@@ -64,11 +64,11 @@ def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt_and_magnitude(tmp_p
     figures = {}
     for solver in ("magnitude", "sparsegpt", "mrp"):
         report = secateur.prune(
-            TRAINED, tmp_path / solver, pattern="50%", solver=solver, calibration=TEXT, samples=32, seq_len=128
+            TRAINED, tmp_path / solver, pattern="50%", solver=solver, calibration=TEXT, samples=16, seq_len=128
         )
         kinds = {matrix.name.rsplit(".", 1)[1] for matrix in report.matrices}
         assert kinds == {"in_proj", "x_proj", "dt_proj", "out_proj"}
         assert all(matrix.sparsity == 0.5 for matrix in report.matrices)
         text = TEXT.with_name("wikitext2-test.txt")
-        figures[solver] = secateur.evaluate(tmp_path / solver, text, seq_len=256, max_tokens=4096)["perplexity"]
+        figures[solver] = secateur.evaluate(tmp_path / solver, text, seq_len=256, max_tokens=2048)["perplexity"]
     assert figures["mrp"] < figures["sparsegpt"] < figures["magnitude"]

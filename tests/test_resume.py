@@ -31,6 +31,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\
 SHARD = "20KB"  # a layer is 19 KB, and so is what is in none
 SETTINGS = {"pattern": "50%", "recipe": "balanced", "samples": 4, "seq_len": 32}
 BEGINS = 4  # waits for the disk before the first block: the journal's folder twice, the manifest, and its folder
+EVERY = 3
 WAITS_A_BLOCK = 4  # its file and its folder, the manifest, and its folder
 TWO_BLOCKS = BEGINS + 2 * WAITS_A_BLOCK + 1  # the wait after which two blocks are finished
 FLAGS = ("--pattern", "50%", "--recipe", "balanced", "--samples", "4", "--seq-len", "32", "--resume")
@@ -100,6 +101,7 @@ def stop_at(monkeypatch, step, error):
 
 
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monkeypatch):
+    """Stopped at every third wait for the disk: over three blocks that is at each of the four waits of a block."""
     out, step, stopped = tmp_path / "out", 1, 0
     while True:
         with monkeypatch.context() as patched:
@@ -113,8 +115,9 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monke
         prune(source, out)
         check_as_if_never_stopped(source, out)
         shutil.rmtree(out)
-        step += 1
-    assert stopped == step - 1 > 3 * WAITS_A_BLOCK  # and those of the finished model
+        step += EVERY
+    assert stopped == step // EVERY
+    assert step > BEGINS + 3 * WAITS_A_BLOCK + EVERY  # the finished model's too
 
 
 def test_saving_is_told_shard_by_shard(source, tmp_path):
@@ -139,7 +142,7 @@ def test_shards_hold_what_one_file_holds(source, sharded):
 
 
 def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sharded, tmp_path, monkeypatch):
-    """Stopped at each wait for the disk after the last block: whole shards stay, and the blocks that they hold go."""
+    """Stopped at every third wait for the disk after the last block: whole shards stay, and the blocks that they hold go."""
     out, step, kept, sizes = tmp_path / "out", BEGINS + 3 * WAITS_A_BLOCK + 1, [], []
     whole = weight_bytes(sharded)
     while True:
@@ -158,7 +161,7 @@ def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sha
             prune(source, out, max_shard_size="1KB" if kept[-1] else SHARD)  # it was planned by the first process
         check_as_if_never_stopped(source, out, "sharded")
         shutil.rmtree(out)
-        step += 1
+        step += EVERY
     assert kept == sorted(kept)
     assert set(kept) == {0, 1, 2, 3, 4}
     assert max(sizes) < whole * (1 + 1 / 3)  # four shards, of which one is there twice
