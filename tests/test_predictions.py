@@ -132,3 +132,21 @@ def test_models_that_predict_no_tokens_aim_at_outputs(make, objective):
         batches = [batch | {"decoder_input_ids": batch["input_ids"][:, :8]} for batch in batches]
     report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=batches, settings=REFIT)
     assert report.blocks[-1].objective == objective
+
+
+def test_a_dry_run_counts_the_last_blocks(tmp_path, monkeypatch):
+    """Its gradients go through the head, here for an hour."""
+    save_checkpoint(tmp_path / "dense", dtype=torch.float32)
+    slow = PredictionDivergence.__call__
+    clock = [0.0]
+    monkeypatch.setattr("secateur.pruning.dry_run.time.perf_counter", lambda: clock[0])
+
+    def an_hour(self, index):
+        clock[0] += 3600
+        return slow(self, index)
+
+    monkeypatch.setattr(PredictionDivergence, "__call__", an_hour)
+    run = {"pattern": "2:4", "solver": "mrp", "calibration": tokens(96)}
+    assert secateur.dry_run(tmp_path / "dense", **run, settings=REFIT | {"refit.prediction_blocks": 0}).seconds == 0
+    found = secateur.dry_run(tmp_path / "dense", **run, settings=REFIT)
+    assert found.seconds == pytest.approx(3600 * REFIT["refit.epochs"] * found.num_batches)

@@ -142,7 +142,7 @@ def test_shards_hold_what_one_file_holds(source, sharded):
 
 
 def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sharded, tmp_path, monkeypatch):
-    """Stopped at every third wait for the disk after the last block: whole shards stay, and the blocks that they hold go."""
+    """Stopped at every third wait for the disk after the last block: whole shards stay, and their blocks go."""
     out, step, kept, sizes = tmp_path / "out", BEGINS + 3 * WAITS_A_BLOCK + 1, [], []
     whole = weight_bytes(sharded)
     while True:

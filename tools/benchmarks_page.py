@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from comparisons import MAIN, cells, gap_closed, names, patterns_of, read, recipes_of, spread
 from packed_page import measured_line, models_table
-from pages import DOCS, RESULTS, ROOT, Picture, table
+from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
+from tokens_part import tokens_part, tokens_picture
 
-from secateur.comparison.compare import DIGEST
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, without_members
 from secateur.evaluation.tasks import headline
 
-COMPARISONS, README = RESULTS / "compare", ROOT / "README.md"
+README = ROOT / "README.md"
 NOTES = Path(__file__).with_name("benchmarks-notes.md")
 BEGIN, END = "<!-- results: written by tools/make_pages.py -->", "<!-- end of results -->"
 BEGIN_SIZES, END_SIZES = "<!-- sizes: written by tools/make_pages.py -->", "<!-- end of sizes -->"
 BEGIN_SCALE, END_SCALE = "<!-- scale: written by tools/make_pages.py -->", "<!-- end of scale -->"
-MAIN, TEXT = "wikitext2", "wikitext2-test.txt"
+TEXT = "wikitext2-test.txt"
 MODELS = {
     "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
     "mamba": "mamba-tiny (3M parameters, a trained Mamba)",
@@ -48,49 +47,6 @@ ROWS = {
 }
 
 
-def read(name: str) -> Comparison:
-    """A comparison, its texts by name alone."""
-    found = Comparison(**json.loads((COMPARISONS / name / "compare.json").read_text(encoding="utf-8")))
-    settings = found.settings
-    texts = [text.partition(DIGEST)[0] for text in settings["texts"]]
-    named = {"calibration": settings["calibration"].partition(DIGEST)[0], "texts": texts}
-    return replace(found, settings=settings | named)
-
-
-def names() -> list[str]:
-    return sorted(
-        (path.parent.name for path in COMPARISONS.glob("*/compare.json")), key=lambda name: (name != MAIN, name)
-    )
-
-
-def cells(comparison: Comparison, recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
-    """Seed -> cell."""
-    return {
-        key.rsplit(" ", 2)[2]: cell
-        for key, cell in comparison.cells.items()
-        if key != "dense" and key.rsplit(" ", 2)[:2] == [recipe, pattern]
-    }
-
-
-def patterns_of(comparison: Comparison) -> list[str]:
-    return list(tables(comparison))
-
-
-def recipes_of(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(key.rsplit(" ", 2)[0] for key in comparison.cells if key != "dense"))
-
-
-def gap_closed(comparison: Comparison, recipe: str, pattern: str, text: str) -> list[float]:
-    """(ppl_sparsegpt - ppl_ours) / (ppl_sparsegpt - ppl_dense) for each seed that both were run with."""
-    dense = comparison.cells["dense"]["perplexity"][text]
-    base, ours = cells(comparison, "sparsegpt", pattern), cells(comparison, recipe, pattern)
-    return [
-        (base[seed]["perplexity"][text] - ours[seed]["perplexity"][text]) / (base[seed]["perplexity"][text] - dense)
-        for seed in ours
-        if seed in base
-    ]
-
-
 def gap_table(comparison: Comparison) -> str:
     texts = list(comparison.cells["dense"]["perplexity"])
     patterns = patterns_of(comparison)
@@ -100,13 +56,6 @@ def gap_table(comparison: Comparison) -> str:
             shares = (gap_closed(comparison, recipe, pattern, text) for pattern in patterns for text in texts)
             rows.append([recipe, *(spread(values) for values in shares)])
     return table(rows[0], rows[1:])
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def task_table(comparison: Comparison) -> str:
@@ -238,6 +187,7 @@ of a quiet machine.
 ![perplexity](perplexity.svg)
 
 """
+        + tokens_part()
         + "\n\n".join(section(name) for name in names() if not name.startswith(PAPER))
         + "\n\n"
         + paper_part()
@@ -293,7 +243,7 @@ def pictures() -> list[Picture]:
         for recipe in COLOURS
     }
     data = {"dense": comparison.cells["dense"]["perplexity"][TEXT], "means": means}
-    return [Picture(DOCS / "perplexity.svg", data, draw)]
+    return [Picture(DOCS / "perplexity.svg", data, draw), *tokens_picture()]
 
 
 def draw(axes: Any, data: dict[str, Any]) -> None:

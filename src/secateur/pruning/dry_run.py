@@ -23,11 +23,19 @@ from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
 from secateur.pruning.allocation import LayerPatterns
-from secateur.pruning.block_refit import OutputError, refit_block, refit_targets, within_tokens
+from secateur.pruning.block_refit import (
+    MaskedMasterWeights,
+    Objective,
+    OutputError,
+    refit_block,
+    refit_targets,
+    within_tokens,
+)
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
 from secateur.pruning.loss_curves import curve_levels, loss_curve
+from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.recipe.rules import matrix_recipe
 from secateur.runtime import distributed
 
@@ -92,6 +100,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         block = next(block for block in dense.blocks if block.matrices)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
         allocation = _seconds_of_allocation(model, dense, block, sample, context)
+        aiming = _seconds_of_predictions(model, structure, dense, sample, context, scale)
     num_blocks = len(structure.blocks)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense_passes = scale * sum(seconds for _, seconds in passes)
@@ -100,7 +109,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         num_blocks,
         _num_tokens(batches),
         len(batches),
-        dense_passes + num_blocks * (solving + rest) + allocation,
+        dense_passes + num_blocks * (solving + rest) + allocation + aiming,
         num_blocks * solving,
         _memory(model, structure, block, dense.stream, scale, context),
         model_bytes + min(shard_bytes, model_bytes) + _reordered_bytes(model_bytes, context),
@@ -159,6 +168,44 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
             refit = aiming + refitting
     context.progress("one block", 1, 1)
     return solving, scale * (step - solving + passes * forward + refit)
+
+
+def _seconds_of_predictions(
+    model: nn.Module,
+    structure: ModelStructure,
+    dense: DensePass,
+    sample: Sequence[Batch],
+    context: RunContext,
+    scale: float,
+) -> float:
+    """Seconds that the last blocks take more than others, as the gradients of their refit go through the model's head.
+
+    The last block gets the hidden states in front of the first: they take as long.
+    """
+    refit, block = context.recipe.refit, dense.blocks[-1]
+    if refit is None or not refit.prediction_blocks or not block.matrices:
+        return 0.0
+    end = ModelEnd.of(model, structure.chains, sample, context.store)
+    if end is None:
+        return 0.0
+    stream = dense.stream
+    with context.store.onload_block(block), end.behind(block):
+        outputs = stream.outputs(block)
+        aimed = _seconds_of_gradients(block, PredictionDivergence(block, stream, outputs, end), stream, context)
+        plain = _seconds_of_gradients(block, OutputError(block, stream, outputs), stream, context)
+    epochs = within_tokens(refit, round(scale * stream.num_tokens)).epochs
+    return scale * refit.prediction_blocks * epochs * max(0.0, aimed - plain)
+
+
+def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, context: RunContext) -> float:
+    """Seconds of the gradients of all batches."""
+
+    def gradients() -> None:
+        with MaskedMasterWeights(block, context.storage_of).trainable(), torch.enable_grad():
+            for index in range(len(stream.hidden)):
+                objective(index).backward()
+
+    return _timed(gradients)[1]
 
 
 def _seconds_of_allocation(
