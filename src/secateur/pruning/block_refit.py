@@ -262,14 +262,16 @@ class MaskedMasterWeights:
     def __init__(self, block: Block, storage_of: StorageOf) -> None:
         """Copy a pruned block's matrices and their masks."""
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
-        self.kept = [_kept(block, parameter) for parameter in self.parameters]
+        kept = [_kept(block, parameter) for parameter in self.parameters]
         names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
         self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
         self.scales = [
-            float(((master * kept).square().sum() / kept.sum().clamp_min(1)).sqrt())
-            for master, kept in zip(self.masters, self.kept, strict=True)
+            float(((master * mask).square().sum() / mask.sum().clamp_min(1)).sqrt())
+            for master, mask in zip(self.masters, kept, strict=True)
         ]
+        # In the gradients' dtype, as products of mixed dtypes take several times as long.
+        self.factors = [mask.to(parameter.dtype) for mask, parameter in zip(kept, self.parameters, strict=True)]
         self.module = block.module
 
     @contextmanager
@@ -290,15 +292,19 @@ class MaskedMasterWeights:
 
     def collect_gradients(self, owner: int) -> None:
         """Move each parameter's gradient, of rank `owner`, to its master, without that of pruned weights."""
-        for parameter, master, kept in zip(self.parameters, self.masters, self.kept, strict=True):
-            # An expert that no token of the batch reached has no gradient.
-            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float() * kept
+        for parameter, master, factor in zip(self.parameters, self.masters, self.factors, strict=True):
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+            if parameter.grad is None:  # an expert that no token of the batch reached
+                master.grad.zero_()
+            else:
+                master.grad.copy_(parameter.grad.mul_(factor))
             distributed.broadcast(master.grad, owner)
 
     def write_back(self) -> None:
         """Write the masters to the model, rounded as they are saved."""
         for parameter, master, storage in zip(self.parameters, self.masters, self.storage, strict=True):
-            parameter.data.copy_(master.to(storage))
+            parameter.data.copy_(master if storage == parameter.dtype else master.to(storage))
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the parameters."""
