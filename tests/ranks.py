@@ -1,4 +1,4 @@
-"""What tests/test_parallel.py runs in each of several processes: a few models pruned, and what became of them.
+"""What tests/test_distributed.py runs in each of several processes: a few models pruned, and what became of them.
 
 torchrun --nproc-per-node N tests/ranks.py OUT
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import tiny_model, tokens
+from models import character_tokenizer, tiny_model, tokens
 from safetensors.torch import save_file
 from zoo import tiny
 
@@ -23,6 +23,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual": ("llama", {"solver": "sparsegpt", "pattern": "2:4", "settings": {"target.kind": "residual"}}),
     "owl": ("llama", {"solver": "wanda", "pattern": "60%", "settings": {"allocation.rule": "owl"}}),
     "experts": ("mixtral", {"solver": "mrp", "pattern": "50%", "settings": {"allocation.rule": "curve"}}),
+    "another order": ("llama", {"solver": "mrp", "pattern": "2:4", "settings": {"permutation.rounds": 2}}),
+    "own words": ("llama", {"solver": "mrp", "pattern": "2:4", "calibration": "self", "samples": 4, "seq_len": 32}),
     "mamba": ("mamba", {"solver": "admm", "pattern": "2:4", "settings": {"refit.epochs": 1}}),
 }
 
@@ -36,7 +38,7 @@ def run(name: str) -> tuple[Any, secateur.Report]:
     """The pruned model, and the report."""
     family, settings = RUNS[name]
     model = model_of(family)
-    return model, secateur.prune(model, calibration=tokens(10), **settings)
+    return model, secateur.prune(model, tokenizer=character_tokenizer(), **{"calibration": tokens(10)} | settings)
 
 
 def main() -> None:
