@@ -208,3 +208,57 @@ def test_a_module_that_the_texts_do_not_reach_keeps_the_residual_stream():
     reorder(model, [{"input_ids": ids} for ids in tokens(12)])
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+
+
+class Expert(torch.nn.Module):
+    """A norm stands between its two matrices, so the order of their channels can't change."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = torch.nn.Linear(32, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 32)
+        torch.nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.down(self.norm(self.up(x)))
+
+
+class OneOfTwo(torch.nn.Module):
+    """Each sequence runs through one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([Expert(), Expert()])
+
+    def forward(self, x):
+        chosen = (x[:, 0, 0] > 0).tolist()
+        return torch.stack([self.experts[number](row) for number, row in zip(chosen, x, strict=True)])
+
+
+def test_an_expert_that_was_not_run_is_not_reordered():
+    """What no token of the trial reached was not tried; its matrices need no Hessian, and few sequences have one."""
+    model = tiny_model("llama").eval()
+    for layer in model.model.layers:
+        layer.mlp = OneOfTwo()
+    before = copy.deepcopy(model)
+    batches = [{"input_ids": ids} for ids in tokens(24)]
+    reorder(model, batches)
+    for batch in batches:
+        expected, found = before(**batch).logits, model(**batch).logits
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+    layer, earlier = model.model.layers[0], before.model.layers[0]
+    assert not torch.equal(layer.self_attn.v_proj.weight, earlier.self_attn.v_proj.weight)
+
+
+def test_a_bottleneck_inside_a_block_does_not_hide_the_residual_stream():
+    """A matrix that takes in channels of the block, and whose outputs are not the residual stream's."""
+    model = tiny_model("llama").eval()
+    for layer in model.model.layers:
+        mlp = torch.nn.Sequential(
+            torch.nn.Linear(32, 8), torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)
+        )
+        layer.mlp = mlp
+    before = copy.deepcopy(model)
+    reorder(model, batches := [{"input_ids": ids} for ids in tokens(12)])
+    expected, found = before(**batches[0]).logits, model(**batches[0]).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)

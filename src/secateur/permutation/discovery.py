@@ -7,7 +7,7 @@ the guess is right. The residual stream is tried in the same way, block by block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,6 +89,8 @@ class BlockLayout:
     ) -> bool:
         """Whether the modules of some matrices give the same in another order of the block's channels.
 
+        An order of what did not run (an expert that got none of the tokens) was not tried, so it is refused.
+
         Args:
             order: of the channels.
             matrices: whose modules are watched.
@@ -114,7 +116,12 @@ class BlockLayout:
         tolerance: float,
         dtype: torch.dtype,
     ) -> bool:
-        expected = self._results(matrices, self.hidden, dtype)
+        moved = {id(self.parameters[name]) for name in order.indices}
+        owners = owners_of(self.block.module, moved)
+        with calls_of(owners) as ran:
+            expected = self._results(matrices, self.hidden, dtype)
+        if len(ran) < len(owners):
+            return False
         with order.tried(self.parameters):
             found = self._results(matrices, self.hidden if hidden is None else self.hidden[..., hidden], dtype)
         wanted = [each if hidden is None else each[..., hidden] for each in expected]
@@ -169,6 +176,21 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
             stack.callback(module.register_forward_hook(keep).remove)
         yield captured
+
+
+def owners_of(module: nn.Module, parameters: Set[int]) -> list[nn.Module]:
+    """The modules that hold one of these parameters (ids)."""
+    return [each for each in module.modules() if parameters & {*map(id, each.parameters(recurse=False))}]
+
+
+@contextmanager
+def calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
+    """Which of these modules run within this context."""
+    ran: set[int] = set()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(lambda each, *_: ran.add(id(each))).remove)
+        yield ran
 
 
 def is_same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -256,17 +278,19 @@ def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...]
 
     Args:
         layout: of the block.
-        writers: matrices whose inputs are channels inside the block: their outputs go to the residual stream.
+        writers: matrices whose inputs are channels inside the block. Where their outputs are as wide as the residual
+            stream, they go to it.
     """
     width = layout.hidden.shape[-1]
     if not writers or not layout.is_plain:
         return None
+    writing = [each for each in layout.matrices if each.name in writers and layout.num_rows(each) == width]
     places: list[Place] = []
     in_matrices: set[str] = set()
     for matrix in layout.matrices:
         rows = layout.rows_of(matrix)
         in_matrices |= {place.parameter for place in rows}
-        if matrix.name in writers and layout.num_rows(matrix) == width:
+        if matrix in writing:
             places += rows
         elif layout.num_columns(matrix) == width:
             places.append(layout.columns_of(matrix))
@@ -275,8 +299,7 @@ def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...]
     channels = Channels(width, found)
     order = order_of([channels], layout.shapes, SEED)
     index = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)).to(layout.hidden.device)
-    wanted = [matrix for matrix in layout.matrices if matrix.name in writers]
-    return found if layout.computes_the_same(order, wanted, index) else None
+    return found if layout.computes_the_same(order, writing, index) else None
 
 
 def outer_channels(parameters: Mapping[str, nn.Parameter], width: int) -> Channels:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +15,10 @@ from secateur.calibration.stream import Batch, Progress, Stream, no_progress
 from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import has_head
+from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
+from secateur.numerics.damping import NotPositiveDefiniteError
 from secateur.numerics.hessian import Hessian
 from secateur.permutation.channels import ChannelOrder, Channels, order_of
 from secateur.permutation.discovery import (
@@ -25,17 +26,20 @@ from secateur.permutation.discovery import (
     SEED,
     BlockLayout,
     as_dtype,
+    calls_of,
     find_inner_channels,
     head_sizes_of,
     in_fp32,
     is_same,
     outer_channels,
+    owners_of,
     residual_places,
 )
 from secateur.permutation.search import find_order
 from secateur.recipe.patterns import NM, Pattern
 from secateur.recipe.steps import ChannelPermutation
 from secateur.runtime import distributed
+from secateur.runtime.memory import MemoryBudget
 from secateur.solvers.base import zero_dead_inputs
 
 RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
@@ -77,7 +81,9 @@ class OrderSearch:
             one batch, and the searches.
         """
         sizes = [len(next(iter(batch.values()))) for batch in self.batches]
-        stream, heads = self.dense.stream.first(sizes, self.options.sequences), head_sizes_of(config_of(model))
+        # A router shows an expert only some tokens.
+        sequences = sum(sizes) if self.dense.stream.routed else self.options.sequences
+        stream, heads = self.dense.stream.first(sizes, sequences), head_sizes_of(config_of(model))
         trial = run_dense_pass(
             model, chain, [self._few] * distributed.world_size(), no_progress, self.placement, stream.memory
         ).stream
@@ -107,10 +113,7 @@ class OrderSearch:
         """Order the channels inside a block, and take note of what the residual stream is read by."""
         groups = stream.groups[block.name]
         layout = BlockLayout(block, groups, trial.calls[block.name][0], trial.hidden[0])
-        weights = sum(parameter.numel() for parameter in block.module.parameters())
-        limit = stream.memory.limit
-        fits = weights <= TRIAL_WEIGHTS and (limit is None or 4 * weights <= limit // 4)  # in fp32
-        can_try = fits and layout.tells_positions_apart
+        can_try = can_copy(block.module.parameters(), stream.memory) and layout.tells_positions_apart
         inner = find_inner_channels(layout, heads) if can_try else {}
         follows = residual_places(layout, {*inner}) if self._residual is not None else None
         if follows is None or self._residual is None:
@@ -118,29 +121,37 @@ class OrderSearch:
         else:
             self._residual.append(Channels(layout.hidden.shape[-1], follows))
         readers = {(place.parameter, place.dim) for place in follows or ()}
-        for observed in observation_passes(groups, stream.memory.hessian_bytes):
+
+        def reads_residual(matrix: Matrix) -> bool:
+            place = layout.columns_of(matrix)
+            return (place.parameter, place.dim) in readers and self.patterns[matrix.name] == self.pattern
+
+        def is_wanted(matrix: Matrix) -> bool:
+            is_plain = matrix.index is None and isinstance(self.patterns[matrix.name], NM)
+            return is_plain and (matrix.name in inner or reads_residual(matrix))
+
+        wanted = [group for group in groups if any(is_wanted(matrix) for matrix, _ in group.members)]
+        for observed in observation_passes(wanted, stream.memory.hessian_bytes):
             hessians = stream.observe(block, observed)
             for group in observed:
                 hessian = hessians.pop(group.leader.name)
                 for matrix, input_dim in group.members:
-                    pattern = self.patterns[matrix.name]
-                    if matrix.index is not None or not isinstance(pattern, NM):
-                        continue
-                    scores = costs_of_zeros(matrix.weight(input_dim).float(), hessian)
-                    for channels in inner.get(matrix.name, ()):
-                        self._order_inner(layout, channels, scores, pattern, seed)
-                    place = layout.columns_of(matrix)
-                    if (place.parameter, place.dim) in readers and pattern == self.pattern:
-                        self._readers.append(_some_rows(scores, RESIDUAL_ROWS // self._num_matrices).cpu())
+                    if is_wanted(matrix):
+                        scores = _costs_of(matrix, input_dim, hessian)
+                        for channels in inner.get(matrix.name, ()):
+                            self._order_inner(layout, channels, scores, self.patterns[matrix.name], seed)
+                        if reads_residual(matrix):
+                            self._readers.append(_some_rows(scores, RESIDUAL_ROWS // self._num_matrices).cpu())
 
     @property
     def _num_matrices(self) -> int:
         return sum(len(block.matrices) for block in self.dense.blocks)
 
     def _order_inner(
-        self, layout: BlockLayout, channels: Channels, scores: Float[Tensor, "R C"], pattern: NM, seed: int
+        self, layout: BlockLayout, channels: Channels, scores: Float[Tensor, "R C"], pattern: Pattern, seed: int
     ) -> None:
         """Order channels that one matrix takes in."""
+        assert isinstance(pattern, NM)
         starts = channels.places[0].starts
         if channels.size % pattern.m or any(start % pattern.m for start in starts):
             return
@@ -156,15 +167,16 @@ class OrderSearch:
         if chain.stub_outputs is None or self._residual is None or not has_head(model):
             return False
         outer = _outer_parameters(model, chain)
+        if not can_copy(outer.values(), self.dense.stream.memory):
+            return False
         shapes = {name: parameter.shape for name, parameter in outer.items()}
         order = order_of([outer_channels(outer, self._residual[0].size)], shapes, SEED)
-        ids = {*map(id, outer.values())}
-        owners = [each for each in model.modules() if ids & {*map(id, each.parameters(recurse=False))}]
+        owners = owners_of(model, {*map(id, outer.values())})
         try:
             with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs):
                 inputs = as_dtype(on_device_of(model, self._few), torch.float32)
                 with in_fp32(list(outer.values())):
-                    with _calls_of(owners) as ran:
+                    with calls_of(owners) as ran:
                         expected = run_without_cache(model, model, **inputs)[0]
                     with order.tried(outer):
                         found = run_without_cache(model, model, **inputs)[0]
@@ -185,14 +197,17 @@ class OrderSearch:
         self.order.residual = order
 
 
-@contextmanager
-def _calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
-    """Which of these modules run within this context."""
-    ran: set[int] = set()
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(lambda each, *_: ran.add(id(each))).remove)
-        yield ran
+def can_copy(parameters: Iterable[nn.Parameter], memory: MemoryBudget) -> bool:
+    """Whether there is memory for copies of some weights in fp32, as they are and in another order."""
+    weights = sum(parameter.numel() for parameter in parameters)
+    return weights <= TRIAL_WEIGHTS and (memory.limit is None or 8 * weights <= memory.limit // 2)
+
+
+def _costs_of(matrix: Matrix, input_dim: int, hessian: Hessian) -> Float[Tensor, "R C"]:
+    try:
+        return costs_of_zeros(matrix.weight(input_dim).float(), hessian)
+    except NotPositiveDefiniteError as error:
+        raise error.within(matrix.name) from error
 
 
 def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:
