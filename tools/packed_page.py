@@ -50,7 +50,7 @@ def measured_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({tokens})."
+        f"{settings['text']} ({tokens}). SmolLM2 was pruned by `balanced`, on the text of the next table."
     )
 
 
@@ -140,8 +140,8 @@ model = AutoModelForCausalLM.from_pretrained("PACKED")  # weights stay packed
 dense = secateur.load("PACKED", dense=True)  # the ordinary model
 ```
 
-`pipeline`, `generate`, `lm_eval` with `model="hf"`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed again) work as
-with any model. [The format](format.md) is open and small.
+After `import secateur`, `pipeline`, `generate`, `lm_eval`'s `HFLM`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed
+again) work as with any model. `lm_eval`'s own command does not import secateur: use `secateur eval PACKED --tasks ...`. [The format](format.md) is open and small.
 
 ## Whole models
 
@@ -166,9 +166,8 @@ Two threads:
 
 {shares_table()}
 
-On this machine torch's bf16 product reads its weights about as fast as memory gives them, and so does ours. So the gain is the
-bytes that are not read: at most 1 / 0.5625 = 1.78 at 50%, and more only where torch falls behind. On a CPU where torch's product is
-slower than memory, the kernel adds to it.
+The first column is the kernel's part: dense weights, and a kernel in our style instead of torch's. The next is the part of the zeros.
+Our kernels read about as fast as memory gives, so the zeros gain the bytes that are not read: at most 1 / 0.5625 = 1.78 at 50%.
 
 ## Bytes
 
@@ -180,13 +179,14 @@ Of a matrix, against dense bf16. Random weights; real ones shrink about as much 
 
 ## Where nothing is gained
 
-- **Large batches.** Arithmetic decides there. Above a batch of 512 (16 without AMX) weights are unpacked in tiles for torch's product.
+- **Large batches.** Arithmetic decides there. At a batch of 512 int8 values are slower than torch's dense product. Above a batch of 512 with
+  AMX, 16 with AVX-512 and 8 with AVX2, weights are unpacked in tiles for torch's product.
 - **GPUs**: not measured. On a GPU, layers are dense. A Triton kernel exists and is correct in the interpreter; `benchmarks/gpu.py`
   measures it.
 - **Other runtimes** (vLLM, llama.cpp, ONNX): they read the ordinary checkpoint, where zeros gain nothing.
 - **Models whose code reads weights itself** (Mamba's `dt_proj`), fused experts, fp16 and fp32 values: unpacked to dense when loaded, and
   the model says so once. Their files are still smaller.
-- CPUs without AVX2, and machines that are not x86-64 Linux: unpacked to dense.
+- CPUs without AVX2, machines that are not x86-64 Linux, and installs without a C compiler: unpacked to dense.
 
 ## Kernels
 
