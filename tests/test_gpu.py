@@ -185,3 +185,16 @@ def test_one_matrix_on_a_gpu():
             torch.testing.assert_close(theirs.weight.cpu(), ours.weight, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"W is on cuda:0 and H on cpu"):
         secateur.solve(W.cuda(), H, "50%")
+
+
+@on_gpu
+def test_a_packed_model_on_the_gpu_is_dense_there_and_saved_packed(tmp_path):
+    save_checkpoint(tmp_path / "dense")
+    secateur.prune(tmp_path / "dense", tmp_path / "pruned", pattern="50%", solver="magnitude", calibration=BATCHES)
+    secateur.pack(tmp_path / "pruned", tmp_path / "packed")
+    model = secateur.load(tmp_path / "packed", device="cuda")
+    model.save_pretrained(tmp_path / "packed")
+    secateur.unpack(tmp_path / "packed", tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import re
 import shutil
@@ -107,6 +108,20 @@ def test_every_family_packs_unpacks_loads_and_saves_again(saved, tmp_path, famil
     model.save_pretrained(tmp_path / "again")
     secateur.unpack(tmp_path / "again", tmp_path / "unpacked-again")
     assert_same_weights(weights_of(tmp_path / "unpacked-again"), weights_of(folder))
+
+
+def test_a_full_disk_leaves_the_weights_that_were_there(saved, monkeypatch):
+    _, packed = saved()
+    model, before = secateur.load(packed), {path.name: path.read_bytes() for path in packed.iterdir()}
+
+    def full(path, *_):
+        path.write_bytes(b"")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("secateur.packed.saving.write_weights", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(packed)
+    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -46,13 +47,16 @@ def save_packed(
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(_entries(model), parse_size(max_shard_size, "max_shard_size"))
-    for path in folder.iterdir():
-        if _ANY_WEIGHTS.fullmatch(path.name):
-            path.unlink()
-    for name, entries in shards.items():
-        write_weights(folder / name, entries, compression)
-    if len(shards) > 1:
-        write_index(folder / INDEX, shards)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:  # a full disk leaves the earlier weights
+        for name, entries in shards.items():
+            write_weights(Path(scratch) / name, entries, compression)
+        if len(shards) > 1:
+            write_index(Path(scratch) / INDEX, shards)
+        for path in folder.iterdir():
+            if _ANY_WEIGHTS.fullmatch(path.name):
+                path.unlink()
+        for path in Path(scratch).iterdir():
+            path.replace(folder / path.name)
     model.config.quantization_config.sharded = len(shards) > 1
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -70,9 +74,16 @@ def _entries(model: Any) -> list[Entry]:
 
 
 def _entry(name: str, content: Tensor | PackedTensor) -> Entry:
-    is_packed = isinstance(content, PackedTensor) or is_worth_packing(content)
-    read = partial(pack, content) if is_packed and isinstance(content, Tensor) else lambda: content
-    return Entry(name, content.dtype, len(content.shape), is_packed, content.nbytes, read)
+    if isinstance(content, PackedTensor):
+        return Entry(name, content.dtype, len(content.shape), True, content.nbytes, lambda: content)
+    is_packed = is_worth_packing(content)
+    read = partial(_on_cpu, content, is_packed)
+    return Entry(name, content.dtype, content.ndim, is_packed, content.nbytes, read)
+
+
+def _on_cpu(tensor: Tensor, is_packed: bool) -> Tensor | PackedTensor:
+    tensor = tensor.detach().cpu()
+    return pack(tensor) if is_packed else tensor
 
 
 def _shards(entries: list[Entry], max_bytes: int) -> dict[str, list[Entry]]:
