@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import Conversation
-from secateur.calibration.own_words import Prompts, write_windows
+from secateur.calibration.own_words import OwnWords, Prompts, write_windows
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory
 from secateur.recipe.recipe import CalibrationText
@@ -158,6 +158,43 @@ def test_a_model_that_writes_nothing_is_refused():
         secateur.prune(model, tokenizer=character_tokenizer(bos=True), calibration="self", **SETTINGS)
 
 
+def test_weights_that_are_not_finite_are_named_before_anything_is_written():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SecateurError, match="1 weights that are NaN"):
+        secateur.prune(model, tokenizer=character_tokenizer(bos=True), calibration="self", **SETTINGS)
+
+
+def test_a_padding_token_without_an_embedding_pads_nothing():
+    """As tokenizers have one to which [PAD] was added, and the model was not resized."""
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[ANOTHER]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    windows = write_windows(model, tokenizer, Prompts([[3], [3, 4, 5]], 16), 2, 0, InMemory(), quiet)
+    assert windows.shape == (2, 16)
+
+
+def test_the_sketch_writes_as_many_tokens_as_it_counts(monkeypatch):
+    """Prompts of the median length alone, as a batch stops at its longest."""
+    found = []
+    monkeypatch.setattr("secateur.calibration.own_words.write_windows", lambda _model, _tok, prompts, *_: (
+        found.append(prompts), torch.zeros(1, prompts.length, dtype=torch.long))[1])  # fmt: skip
+    ids = [[3] * 4] * 40 + [[3] * 20] * 41
+    OwnWords(Prompts(ids, 64), 8, 0, 512).sketch(tiny_model("llama"), character_tokenizer(), InMemory(), quiet)
+    assert {len(each) for each in found[0].ids} == {20}
+
+
+@pytest.mark.parametrize("source", ["self", "text.txt"])
+def test_a_share_without_prompts_is_refused(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
+    with pytest.raises(SecateurError, match="needs calibration=.self:PROMPTS"):
+        calibration_batches(source, character_tokenizer(bos=True), tiny_model("llama").config, text)
+
+
 def test_a_share_of_the_sequences_is_text(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     tokenizer, model = character_tokenizer(), tiny_model("llama")
@@ -189,8 +226,9 @@ def test_another_number_of_sequences_is_another_run(tmp_path):
     assert len(found) == 4
 
 
-def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
-    """Killed after the first block; the second process may not write anything."""
+@pytest.mark.parametrize(("at", "number"), [("dense pass", 1), ("prune", 1)])
+def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, number):
+    """Killed before or after the first block; the second process may not write anything."""
     save_checkpoint(tmp_path / "dense")
     secateur.prune(tmp_path / "dense", tmp_path / "whole", calibration="self", **SETTINGS)
 
@@ -198,7 +236,7 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch):
         pass
 
     def kill(stage, done, _total):
-        if stage == "prune" and done == 1:
+        if (stage, done) == (at, number):
             raise Killed
 
     with pytest.raises(Killed):

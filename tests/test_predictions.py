@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
+from secateur.models.head import body_gives
 from secateur.models.placement import InMemory
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS
@@ -150,3 +151,25 @@ def test_a_dry_run_counts_the_last_blocks(tmp_path, monkeypatch):
     assert secateur.dry_run(tmp_path / "dense", **run, settings=REFIT | {"refit.prediction_blocks": 0}).seconds == 0
     found = secateur.dry_run(tmp_path / "dense", **run, settings=REFIT)
     assert found.seconds == pytest.approx(3600 * REFIT["refit.epochs"] * found.num_batches)
+
+
+def test_a_token_that_the_head_rules_out_adds_nothing():
+    """Its logit is -inf in both models."""
+    model, _, _, (block, stream, outputs, end) = damaged_block("llama", 1)
+    with end.behind(block):
+        whole = PredictionDivergence(block, stream, outputs, end)(0)
+    rule_out = model.lm_head.register_forward_hook(
+        lambda _module, _args, logits: torch.cat([logits, torch.full_like(logits[..., :1], -torch.inf)], -1)
+    )
+    with end.behind(block):
+        found = PredictionDivergence(block, stream, outputs, end)(0)
+    rule_out.remove()
+    assert found.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_a_patched_body_is_back_after_its_outputs_were_given():
+    model = tiny_model("llama")
+    model.model.forward = patch = model.model.forward
+    with body_gives(model, None):
+        assert model.model() is None
+    assert vars(model.model)["forward"] is patch

@@ -98,12 +98,26 @@ def calibration_batches(
             "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
         )
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
+    _check_own_words(source, text)
     if is_own_words(source):
         return _own_words(source, tokenizer, config, text, length, seed, batch_tokens)
     drawn, notices = _draw(source, tokenizer, config, text, length, text.samples, seed)
     batches = _batched(drawn, batch_tokens)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
     return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+
+
+def _check_own_words(source: Any, text: CalibrationText) -> None:
+    """Check that a share of own words has a text beside it.
+
+    Raises:
+        SecateurError: it has none.
+    """
+    if text.own_words < 1 and (not is_own_words(source) or prompts_of(source) is None):
+        raise SecateurError(
+            f"calibration.own_words={text.own_words:g} mixes a text with what the model writes, which needs "
+            f"‹calibration=self:PROMPTS›, but it is {source!r}"
+        )
 
 
 def _own_words(

@@ -23,7 +23,8 @@ from secateur.calibration.documents import Conversation, Document
 from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening
 from secateur.errors import SecateurError
-from secateur.models.blocks import device_of
+from secateur.models.blocks import device_of, forward_errors
+from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
 
@@ -103,6 +104,8 @@ class OwnWords:
     def write(self, model: Any, tokenizer: Any, placement: WeightPlacement, progress: Progress) -> Int[Tensor, "N T"]:
         """Let the dense model write them (`write_windows`)."""
         check_can_write(model)
+        check_runnable(model)
+        check_finite_weights(model)
         return write_windows(model, tokenizer, self.prompts, self.number, self.seed, placement, progress)
 
     def sketch(
@@ -114,7 +117,7 @@ class OwnWords:
         """
         lengths, length = sorted(map(len, self.prompts.ids)), self.prompts.length
         usual = lengths[len(lengths) // 2]  # the median
-        alike = [each for each in self.prompts.ids if len(each) <= usual]
+        alike = [each for each in self.prompts.ids if len(each) == usual]
         new = min(SKETCH_TOKENS, length - usual)
         few = replace(self, prompts=Prompts(alike, usual + new), number=1)
         started = time.perf_counter()
@@ -227,7 +230,9 @@ def _go_on(
     """Each prompt with what the model writes after it, until it ends or the window is full."""
     from transformers import GenerationConfig
 
-    pad = next((each for each in (tokenizer.pad_token_id, *ends) if each is not None), 0)
+    # Any token does, as it is masked. One that was added to the tokenizer alone has no embedding.
+    known = range(len(model.get_input_embeddings().weight))
+    pad = next((each for each in (tokenizer.pad_token_id, *ends) if each in known), 0)
     longest = max(map(len, prompts))
     device = device_of(model)
     ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=device)
@@ -242,7 +247,8 @@ def _go_on(
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
     )
-    rows = model.generate(ids, attention_mask=mask, generation_config=options)[:, longest:].tolist()
+    with forward_errors(model):
+        rows = model.generate(ids, attention_mask=mask, generation_config=options)[:, longest:].tolist()
     return [[*prompt, *_until_end(row, ends)] for prompt, row in zip(prompts, rows, strict=True)]
 
 

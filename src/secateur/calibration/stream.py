@@ -135,10 +135,11 @@ class Stream:
         sums.all_reduce(groups)
         for group in groups:
             if not sums.tokens(name := group.leader.name):
-                raise SecateurError(
-                    f"{name} enters no product even when every token is sent to it, so nothing depends on it: leave it "
-                    f"dense with ‹exclude='{name}'›"
-                )
+                if group.leader.index is None:  # a module that no token was sent to
+                    found = "the router sends no token of the calibration text to it now: use more text, or"
+                else:
+                    found = "it enters no product even when every token is sent to it, so nothing depends on it:"
+                raise SecateurError(f"{name}: {found} leave it dense with ‹exclude='{name}'›")
         return finished_hessians(groups, sums.by_name, self.damping)
 
     def _adding(self, sums: _HessianSums, index: int) -> Callable[[WeightUse], None]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from secateur.models.blocks import body_of, config_of, run_without_cache
+from secateur.models.blocks import body_of, config_of, replaced_forward, run_without_cache
 
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
@@ -33,12 +33,8 @@ def takes_positions(model: nn.Module) -> bool:
 @contextmanager
 def body_gives(model: nn.Module, output: Any) -> Iterator[None]:
     """Within this context the model's body does not run, and gives this output."""
-    body = body_of(model)
-    body.forward = lambda *_args, **_kwargs: output
-    try:
+    with replaced_forward(body_of(model), lambda *_args, **_kwargs: output):
         yield
-    finally:
-        del body.forward
 
 
 def logits_of(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModelError
-from secateur.models.blocks import Block, BlockCall
+from secateur.models.blocks import Block, BlockCall, replaced_forward
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,8 @@ def _stub(block: Block, output: StubOutput) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return output.of(BlockCall.split(block, args, kwargs)[0])
 
-    own = vars(block.module).get("forward")
-    block.module.forward = forward
-    try:
+    with replaced_forward(block.module, forward):
         yield
-    finally:
-        if own is None:
-            del block.module.forward
-        else:
-            block.module.forward = own
 
 
 @dataclass(eq=False)

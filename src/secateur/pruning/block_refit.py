@@ -109,6 +109,9 @@ def refit_block(
     Returns:
         `val_loss_before`, `val_loss_after`, `best_epoch` (0 = as solved) and `rate`, of that epoch or the last attempt.
 
+    Raises:
+        SecateurError: the loss is not finite before the first step.
+
     Cost: 3 forward passes of the block an epoch over the batches, up to three times; about 30 bytes a weight of the
     block (fp32 master, gradient, Adam's moments, the best weights so far), and the activations of one batch.
     """
@@ -119,6 +122,12 @@ def refit_block(
     val, train = order[:num_val], order[num_val:]
     weights = MaskedMasterWeights(block, storage_of)
     as_solved, before = weights.snapshot(), shared.mean(val)
+    if not math.isfinite(before):
+        raise SecateurError(
+            f"the refit of {block.name} begins at a validation loss of {before}: leave out calibration batches that "
+            f"are all padding, or, if the model's outputs are not finite in {weights.parameters[0].dtype}, load it in "
+            f"another dtype"
+        )
     best = _Best(as_solved, before)
     highest = rate = options.rate * objective.rate_share
     for rate in (highest * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):

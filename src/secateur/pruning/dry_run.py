@@ -54,7 +54,7 @@ class DryRun:
         coverage: every matrix of the layers.
         num_blocks: blocks to prune.
         num_tokens, num_batches: of the calibration text.
-        seconds: estimated time of the run.
+        seconds: estimated time of the run, without the search for a channel order.
         solver_seconds: the part of it that does not grow with the text.
         memory_bytes: estimated peak of memory besides mapped files, for a run from files.
         disk_bytes: what a run takes: the model, one shard while it is saved, and reordered weights.
@@ -96,7 +96,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         structure = find_block_chains(model, sample[0], context.recipe, context.store)
         check_steps(structure, context)
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
-        dense = max((found for found, _ in passes), key=lambda found: len(found.blocks))
+        dense = max((found for found, _ in passes), key=lambda found: sum(bool(each.matrices) for each in found.blocks))
         block = next(block for block in dense.blocks if block.matrices)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
         allocation = _seconds_of_allocation(model, dense, block, sample, context)

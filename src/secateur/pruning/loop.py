@@ -111,6 +111,7 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
                 _reorder_channels(model, first, dense, batches, context)
             outcome.notices.append(REORDERED if context.store.is_reordered else "no channels could be reordered")
         end = _end_of(model, structure.chains, batches, context)
+        outcome.notices += _aim_notices(end, context)
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
             if chain is not first:
@@ -163,6 +164,13 @@ def _end_of(
         return None
     own = [batches[number] for number in distributed.shard(len(batches))]
     return ModelEnd.of(model, chains, own, context.store)
+
+
+def _aim_notices(end: ModelEnd | None, context: RunContext) -> list[str]:
+    refit = context.recipe.refit
+    if end is not None or refit is None or not refit.prediction_blocks:
+        return []
+    return ["the model does not predict a token at every position, so the last blocks aim at their own outputs"]
 
 
 def _prune_chain(

@@ -139,7 +139,9 @@ class ModelEnd:
             with body_gives(self.model, _with_hidden(body_output, leaf)):
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
-            total += float((weight * (theirs.exp() * (theirs - ours)).sum(-1)).sum())
+            # A head may rule a token out: of no probability, it adds nothing.
+            apart = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - ours))
+            total += float((weight * apart.sum(-1)).sum())
             if logits.requires_grad:  # by the logits of a token, the gradient is q - p
                 by_logits = weight[..., None] * (ours.exp() - theirs.exp())
                 gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]

@@ -214,12 +214,16 @@ def forget(journal: HeldFolder) -> None:
 
 
 def _remove_if_done(journal: HeldFolder, keep: bool) -> None:
-    """Remove the journal of a run that is finished, or did nothing; `keep` what a stopped run may replace."""
+    """Remove the journal of a run that is finished, or did nothing; `keep` what a stopped run may replace.
+
+    Text that the model wrote, and an order of its channels, may have taken hours.
+    """
     try:
         manifest = read_manifest(journal.path)
     except SecateurError:  # the user decides
         return
-    if manifest.blocks or manifest.outcome or (manifest.replaces and (manifest.identity or keep)):
+    has_results = manifest.blocks or manifest.own_words or manifest.channel_order or manifest.outcome
+    if has_results or (manifest.replaces and (manifest.identity or keep)):
         return
     forget(journal)
     if journal.names() == [LOCK]:
