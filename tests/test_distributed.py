@@ -187,3 +187,9 @@ def test_a_broken_world_size_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(secateur.SecateurError, match="environment variable WORLD_SIZE is 'abc'"):
         secateur.prune(tiny_model("llama"), calibration=tokens(), solver="magnitude")
+
+
+def test_a_dry_run_is_for_one_process(source, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 were started: leave torchrun out"):
+        secateur.dry_run(source / "model", calibration=source / "text.txt")

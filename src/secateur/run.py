@@ -35,7 +35,7 @@ from secateur.resume.manifest import Manifest, RunManifest, journal_of
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
-from secateur.runtime.environment import default_device, environment, processor_name
+from secateur.runtime.environment import default_device, environment, environment_number, processor_name
 from secateur.runtime.memory import MemoryBudget, memory_budget
 from secateur.sources.other_files import check_links
 from secateur.sources.resolve import resolve
@@ -193,8 +193,10 @@ def estimate_run(
     """What a run to a folder would do and take. Only a scratch folder is written, and removed.
 
     Raises:
-        SecateurError: what a run would raise before the first block.
+        SecateurError: what a run would raise before the first block, or several processes.
     """
+    if (processes := environment_number("WORLD_SIZE", 1)) > 1:
+        raise SecateurError(f"a dry run is for one process, but {processes} were started: leave torchrun out")
     folder = source.folder()
     if out is not None:
         place = real_path(out)

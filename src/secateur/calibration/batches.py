@@ -108,7 +108,7 @@ def calibration_batches(
 
 
 def _check_own_words(source: Any, text: CalibrationText) -> None:
-    """Check that a share of own words has a text beside it.
+    """Check that a share of own words goes with prompts, whose text is the rest.
 
     Raises:
         SecateurError: it has none.

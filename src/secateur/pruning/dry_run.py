@@ -37,7 +37,6 @@ from secateur.pruning.loop import check_number_of_batches, check_steps, checked_
 from secateur.pruning.loss_curves import curve_levels, loss_curve
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.recipe.rules import matrix_recipe
-from secateur.runtime import distributed
 
 SAMPLE_TOKENS = 2048  # at least, in two batches or more
 REFIT_BYTES = 30  # a weight
@@ -103,6 +102,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         aiming = _seconds_of_predictions(model, structure, dense, sample, context, scale)
     num_blocks = len(structure.blocks)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    reordered = 0 if context.recipe.permutation is None else model_bytes  # a copy of the weights in another order
     dense_passes = scale * sum(seconds for _, seconds in passes)
     return DryRun(
         coverage_from(model, structure, [found for found, _ in passes]),
@@ -112,13 +112,8 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         dense_passes + num_blocks * (solving + rest) + allocation + aiming,
         num_blocks * solving,
         _memory(model, structure, block, dense.stream, scale, context),
-        model_bytes + min(shard_bytes, model_bytes) + _reordered_bytes(model_bytes, context),
+        model_bytes + min(shard_bytes, model_bytes) + reordered,
     )
-
-
-def _reordered_bytes(model_bytes: int, context: RunContext) -> int:
-    """Files of the weights in another order of channels: each process writes its copy."""
-    return 0 if context.recipe.permutation is None else model_bytes * distributed.world_size()
 
 
 def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:
