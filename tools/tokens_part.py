@@ -11,7 +11,7 @@ from pages import DOCS, Picture, table
 from secateur.comparison.results import Comparison
 
 # From few tokens to many.
-FOLDERS = ("tokens-4k", "tokens-16k", "tokens-64k", "protocol")
+FOLDERS = ("tokens-4k", "wikitext2", "protocol")
 PATTERN, RECIPES = "50%", ("sparsegpt", "best")
 LABELS = {"sparsegpt": "sparsegpt", "best": "best", "best+refit.epochs=1+refit.prediction_blocks=1": "best"}
 COLOURS = {"sparsegpt": "#8fb3d9", "best": "#1b5e20"}
@@ -40,7 +40,8 @@ def tokens_part() -> str:
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
-SmolLM2 at {PATTERN}, by the number of calibration tokens. Up to 64k tokens `best` makes four epochs of its refit, over 262k one.
+SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#wikitext2), [262k](#protocol). `best` makes four epochs of
+its refit over 4k and 16k tokens, and one over 262k. At 16k it is an older version.
 
 ![accuracy against tokens](tokens.svg)
 
@@ -78,6 +79,6 @@ def draw(axes: Any, data: dict[str, Any]) -> None:
         axes.axhline(value, color="black", linewidth=0.8, linestyle=TEXTS[text], label=f"dense, {text}")
     axes.set(xscale="log", xlabel="calibration tokens", ylabel="perplexity", ylim=(0, None))
     ticks = [point[0] for point in data["lines"]["best"]["wikitext2-test.txt"]]
-    axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks])
+    axes.set_xticks(ticks, [f"{tokens / 1000:.0f}k" for tokens in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
