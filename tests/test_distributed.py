@@ -53,9 +53,9 @@ def alone():
     return {name: ranks.run(name) for name in ranks.RUNS}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_gives_the_same_model(processes, alone, tmp_path):
+def test_several_processes_give_the_same_model(alone, tmp_path):
     """Sums are in fp64, so that their order hardly ever reaches fp32: layer errors to 1e-6, and nearly all weights."""
+    processes = 3  # which share ten batches unevenly
     done = in_processes(processes, TESTS / "ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr
     for name, (model, report) in alone.items():

@@ -60,9 +60,9 @@ def test_the_hessian_of_every_projection_is_that_of_the_equations():
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="the trained Mamba lies in ../shared, which is not here")
-def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt_and_magnitude(tmp_path):
+def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt(tmp_path):
     figures = {}
-    for solver in ("magnitude", "sparsegpt", "mrp"):
+    for solver in ("sparsegpt", "mrp"):
         report = secateur.prune(
             TRAINED, tmp_path / solver, pattern="50%", solver=solver, calibration=TEXT, samples=16, seq_len=128
         )
@@ -71,4 +71,4 @@ def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt_and_magnitude(tmp_p
         assert all(matrix.sparsity == 0.5 for matrix in report.matrices)
         text = TEXT.with_name("wikitext2-test.txt")
         figures[solver] = secateur.evaluate(tmp_path / solver, text, seq_len=256, max_tokens=2048)["perplexity"]
-    assert figures["mrp"] < figures["sparsegpt"] < figures["magnitude"]
+    assert figures["mrp"] < figures["sparsegpt"]
