@@ -8,11 +8,12 @@ turn, of equal length. The modules differ a little between versions of Python, s
 
 from __future__ import annotations
 
-import argparse
 import json
 import sysconfig
 from itertools import chain
 from pathlib import Path
+
+from common import arguments_of
 
 TEST = ("argparse", "csv", "fractions", "heapq", "pathlib", "sched", "shelve", "textwrap")
 # Letters of a record, and records of each kind.
@@ -21,10 +22,7 @@ LENGTH, RECORDS = 6000, 100
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, "text")
     (arguments.out / "code-test.txt").write_text("\n\n".join(module(name) for name in TEST), encoding="utf-8")
     text = pieces(arguments.text.read_text(encoding="utf-8"))
     code = pieces("\n\n".join(module(name) for name in other_modules()))

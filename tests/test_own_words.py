@@ -179,8 +179,12 @@ def test_a_padding_token_without_an_embedding_pads_nothing():
 def test_the_sketch_writes_as_many_tokens_as_it_counts(monkeypatch):
     """Prompts of the median length alone, as a batch stops at its longest."""
     found = []
-    monkeypatch.setattr("secateur.calibration.own_words.write_windows", lambda _model, _tok, prompts, *_: (
-        found.append(prompts), torch.zeros(1, prompts.length, dtype=torch.long))[1])  # fmt: skip
+
+    def written(_model, _tokenizer, prompts, *_):
+        found.append(prompts)
+        return torch.zeros(1, prompts.length, dtype=torch.long)
+
+    monkeypatch.setattr("secateur.calibration.own_words.write_windows", written)
     ids = [[3] * 4] * 40 + [[3] * 20] * 41
     OwnWords(Prompts(ids, 64), 8, 0, 512).sketch(tiny_model("llama"), character_tokenizer(), InMemory(), quiet)
     assert {len(each) for each in found[0].ids} == {20}

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from comparisons import MAIN, cells, gap_closed, names, patterns_of, read, recipes_of, spread
+from comparisons import COLOURS, MAIN, cells, gap_closed, names, patterns_of, read, recipes_of, spread
 from packed_page import measured_line, models_table
 from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
@@ -37,7 +37,6 @@ VARIANTS = {
     "mrp+solver.mask=M+solver.compensation=S": "MS",
     "mrp+solver.mask=M+solver.compensation=M": "MM",
 }
-COLOURS = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
 TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
     "sparsegpt": "--solver sparsegpt",
@@ -243,7 +242,7 @@ def pictures() -> list[Picture]:
         for recipe in COLOURS
     }
     data = {"dense": comparison.cells["dense"]["perplexity"][TEXT], "means": means}
-    return [Picture(DOCS / "perplexity.svg", data, draw), *tokens_picture()]
+    return [Picture(DOCS / "perplexity.svg", data, draw), tokens_picture()]
 
 
 def draw(axes: Any, data: dict[str, Any]) -> None:

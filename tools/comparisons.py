@@ -15,6 +15,7 @@ from secateur.comparison.table import tables
 
 COMPARISONS = RESULTS / "compare"
 MAIN = "wikitext2"
+COLOURS = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "best": "#1b5e20"}
 
 
 def read(name: str) -> Comparison:

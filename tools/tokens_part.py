@@ -5,38 +5,48 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from comparisons import cells, gap_closed, names, read, spread
+from comparisons import COLOURS, cells, gap_closed, read, spread
 from pages import DOCS, Picture, table
 
-from secateur.comparison.results import Comparison
-
-# From few tokens to many.
-FOLDERS = ("tokens-4k", "wikitext2", "protocol")
-PATTERN, RECIPES = "50%", ("sparsegpt", "best")
-LABELS = {"sparsegpt": "sparsegpt", "best": "best", "best+refit.epochs=1+refit.prediction_blocks=1": "best"}
-COLOURS = {"sparsegpt": "#8fb3d9", "best": "#1b5e20"}
+# Folders of the comparisons, from few tokens to many, and how they name the recipe `best`.
+FOLDERS = {"tokens-4k": "best", "wikitext2": "best", "protocol": "best+refit.epochs=1+refit.prediction_blocks=1"}
+PATTERN = "50%"
 TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 
 
-def found() -> dict[int, Comparison]:
-    """Calibration tokens -> comparison, of those that are there."""
-    there = [read(name) for name in FOLDERS if name in names()]
-    return {each.settings["samples"] * each.settings["seq_len"]: each for each in there}
-
-
-def perplexity(comparison: Comparison, label: str, text: str) -> float | None:
-    """Mean over seeds; None where a recipe was not run."""
-    recipes = [recipe for recipe, shown in LABELS.items() if shown == label]
-    values = [cell["perplexity"][text] for recipe in recipes for cell in cells(comparison, recipe, PATTERN).values()]
-    return statistics.mean(values) if values else None
+def measured() -> list[dict[str, Any]]:
+    """Tokens, perplexities by text and recipe, and gaps by text, of each folder."""
+    found = []
+    for folder, best in FOLDERS.items():
+        comparison = read(folder)
+        recipes = {"sparsegpt": cells(comparison, "sparsegpt", PATTERN), "best": cells(comparison, best, PATTERN)}
+        found.append(
+            {
+                "tokens": comparison.settings["samples"] * comparison.settings["seq_len"],
+                "dense": {text: comparison.cells["dense"]["perplexity"][text] for text in TEXTS},
+                "perplexity": {
+                    recipe: {
+                        text: statistics.mean(cell["perplexity"][text] for cell in seeds.values()) for text in TEXTS
+                    }
+                    for recipe, seeds in recipes.items()
+                },
+                "gaps": {text: spread(gap_closed(comparison, best, PATTERN, text)) for text in TEXTS},
+            }
+        )
+    return found
 
 
 def tokens_part() -> str:
     """A table and a picture."""
-    rows = [row(tokens, comparison) for tokens, comparison in found().items()]
-    if not rows:
-        return ""
-    head = ["tokens", *(f"{recipe}, {text}" for recipe in RECIPES for text in TEXTS)]
+    rows = [
+        [
+            f"{each['tokens']:,}",
+            *(f"{value:.2f}" for texts in each["perplexity"].values() for value in texts.values()),
+            *each["gaps"].values(),
+        ]
+        for each in measured()
+    ]
+    head = ["tokens", *(f"{recipe}, {text}" for recipe in ("sparsegpt", "best") for text in TEXTS)]
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
@@ -50,35 +60,21 @@ its refit over 4k and 16k tokens, and one over 262k. At 16k it is an older versi
 """
 
 
-def row(tokens: int, comparison: Comparison) -> list[str]:
-    """A row of the table."""
-    shown = [perplexity(comparison, recipe, text) for recipe in RECIPES for text in TEXTS]
-    ours = next(recipe for recipe, label in LABELS.items() if label == "best" and cells(comparison, recipe, PATTERN))
-    gaps = [spread(gap_closed(comparison, ours, PATTERN, text)) for text in TEXTS]
-    return [f"{tokens:,}", *("" if each is None else f"{each:.2f}" for each in shown), *gaps]
+def tokens_picture() -> Picture:
+    """Perplexity against tokens."""
+    return Picture(DOCS / "tokens.svg", measured(), draw)
 
 
-def tokens_picture() -> list[Picture]:
-    """Perplexity against tokens; none where nothing was measured."""
-    lines = {
-        recipe: {text: [[tokens, perplexity(each, recipe, text)] for tokens, each in found().items()] for text in TEXTS}
-        for recipe in RECIPES
-    }
-    dense = {text: next(iter(found().values())).cells["dense"]["perplexity"][text] for text in TEXTS} if found() else {}
-    return [Picture(DOCS / "tokens.svg", {"dense": dense, "lines": lines}, draw)] if found() else []
-
-
-def draw(axes: Any, data: dict[str, Any]) -> None:
+def draw(axes: Any, data: list[dict[str, Any]]) -> None:
     """Perplexity against calibration tokens, a line for each recipe and text."""
-    for recipe, texts in data["lines"].items():
-        for text, points in texts.items():
-            known = [point for point in points if point[1] is not None]
-            name = f"{recipe}, {text}"
-            axes.plot(*zip(*known, strict=True), TEXTS[text], marker="o", color=COLOURS[recipe], label=name)
-    for text, value in data["dense"].items():
-        axes.axhline(value, color="black", linewidth=0.8, linestyle=TEXTS[text], label=f"dense, {text}")
+    tokens = [each["tokens"] for each in data]
+    for recipe in ("sparsegpt", "best"):
+        for text, line in TEXTS.items():
+            values = [each["perplexity"][recipe][text] for each in data]
+            axes.plot(tokens, values, line, marker="o", color=COLOURS[recipe], label=f"{recipe}, {text}")
+    for text, line in TEXTS.items():
+        axes.axhline(data[0]["dense"][text], color="black", linewidth=0.8, linestyle=line, label=f"dense, {text}")
     axes.set(xscale="log", xlabel="calibration tokens", ylabel="perplexity", ylim=(0, None))
-    ticks = [point[0] for point in data["lines"]["best"]["wikitext2-test.txt"]]
-    axes.set_xticks(ticks, [f"{tokens / 1000:.0f}k" for tokens in ticks])
+    axes.set_xticks(tokens, [f"{number / 1000:.0f}k" for number in tokens])
     axes.minorticks_off()
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)

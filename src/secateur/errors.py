@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from difflib import get_close_matches
 
@@ -34,6 +35,15 @@ class SecateurError(ValueError):
         made = copy(self)
         made.args = (f"{place}: {self.raw}",)
         return made
+
+
+@contextmanager
+def errors_within(place: str) -> Iterator[None]:
+    """Within this context an error's message begins with the place where it happened."""
+    try:
+        yield
+    except SecateurError as error:
+        raise error.within(place) from error
 
 
 class UnsupportedModelError(SecateurError):

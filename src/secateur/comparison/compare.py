@@ -32,7 +32,7 @@ from secateur.calibration.documents import OWN_WORDS, is_own_words, prompts_of
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.presets import PRESETS
@@ -221,10 +221,8 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
                 f"then pass ‹peer_python=PEER/bin/python›"
             )
         return
-    try:
+    with errors_within(f"{recipe} at {pattern}"):
         resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
-    except SecateurError as error:
-        raise error.within(f"{recipe} at {pattern}") from error
 
 
 def _open(out: Path, settings: ComparisonSettings) -> Comparison:

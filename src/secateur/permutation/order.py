@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from secateur.calibration.dense_pass import DensePass, run_dense_pass
 from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Progress, Stream, no_progress
+from secateur.errors import errors_within
 from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import has_head
 from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
-from secateur.numerics.damping import NotPositiveDefiniteError
 from secateur.numerics.hessian import Hessian
 from secateur.permutation.channels import ChannelOrder, Channels, order_of
 from secateur.permutation.discovery import (
@@ -137,7 +137,8 @@ class OrderSearch:
                 hessian = hessians.pop(group.leader.name)
                 for matrix, input_dim in group.members:
                     if is_wanted(matrix):
-                        scores = _costs_of(matrix, input_dim, hessian)
+                        with errors_within(matrix.name):
+                            scores = costs_of_zeros(matrix.weight(input_dim).float(), hessian)
                         for channels in inner.get(matrix.name, ()):
                             self._order_inner(layout, channels, scores, self.patterns[matrix.name], seed)
                         if reads_residual(matrix):
@@ -201,13 +202,6 @@ def can_copy(parameters: Iterable[nn.Parameter], memory: MemoryBudget) -> bool:
     """Whether there is memory for copies of some weights in fp32, as they are and in another order."""
     weights = sum(parameter.numel() for parameter in parameters)
     return weights <= TRIAL_WEIGHTS and (memory.limit is None or 8 * weights <= memory.limit // 2)
-
-
-def _costs_of(matrix: Matrix, input_dim: int, hessian: Hessian) -> Float[Tensor, "R C"]:
-    try:
-        return costs_of_zeros(matrix.weight(input_dim).float(), hessian)
-    except NotPositiveDefiniteError as error:
-        raise error.within(matrix.name) from error
 
 
 def costs_of_zeros(W: Float[Tensor, "R C"], hessian: Hessian) -> Float[Tensor, "R C"]:

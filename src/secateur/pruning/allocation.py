@@ -17,9 +17,8 @@ from torch import Tensor
 
 from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Stream
+from secateur.errors import errors_within
 from secateur.models.blocks import Block
-from secateur.models.matrices import Matrix
-from secateur.numerics.damping import NotPositiveDefiniteError
 from secateur.numerics.hessian import Hessian
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
@@ -151,18 +150,13 @@ def _over_dense_blocks(
                     hessian = hessians.pop(group.leader.name)
                     for matrix, input_dim in group.members:
                         if matrix in own and matrix.name in wanted:
-                            measured[matrix.name] = _measured(measure, matrix, input_dim, hessian)
+                            with errors_within(matrix.name):
+                                W = matrix.weight(input_dim).float()
+                                measured[matrix.name] = measure(matrix.name, W, hessian)
             stream.hidden = stream.outputs(block)
         context.progress("allocation", index + 1, len(blocks))
     found = distributed.all_gather_items(measured)
     return {each.name: found[each.name] for block in blocks for each in block.matrices if each.name in wanted}
-
-
-def _measured(measure: Callable[[str, Tensor, Hessian], Any], matrix: Matrix, input_dim: int, hessian: Hessian) -> Any:
-    try:
-        return measure(matrix.name, matrix.weight(input_dim).float(), hessian)
-    except NotPositiveDefiniteError as error:
-        raise error.within(matrix.name) from error
 
 
 @dataclass(frozen=True)

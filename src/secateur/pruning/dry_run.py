@@ -33,9 +33,9 @@ from secateur.pruning.block_refit import (
 )
 from secateur.pruning.context import RunContext
 from secateur.pruning.fisher import output_fisher_information
-from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, prune_block
+from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, end_of, prune_block
 from secateur.pruning.loss_curves import curve_levels, loss_curve
-from secateur.pruning.predictions import ModelEnd, PredictionDivergence
+from secateur.pruning.predictions import PredictionDivergence
 from secateur.recipe.rules import matrix_recipe
 
 SAMPLE_TOKENS = 2048  # at least, in two batches or more
@@ -178,10 +178,8 @@ def _seconds_of_predictions(
     The last block gets the hidden states in front of the first: they take as long.
     """
     refit, block = context.recipe.refit, dense.blocks[-1]
-    if refit is None or not refit.prediction_blocks or not block.matrices:
-        return 0.0
-    end = ModelEnd.of(model, structure.chains, sample, context.store)
-    if end is None:
+    end = end_of(model, structure.chains, sample, context)
+    if refit is None or end is None or not block.matrices:
         return 0.0
     stream = dense.stream
     with context.store.onload_block(block), end.behind(block):

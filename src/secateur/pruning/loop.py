@@ -19,7 +19,7 @@ from secateur.calibration.dense_pass import DensePass, run_dense_pass
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import InputGroup, observation_passes
 from secateur.calibration.stream import Batch, Stream
-from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.errors import SecateurError, UnsupportedModelError, errors_within
 from secateur.models.blocks import Block
 from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
@@ -41,6 +41,7 @@ from secateur.pruning.depth import DepthMeter
 from secateur.pruning.matrix_step import prune_matrix
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.recipe.patterns import NM
+from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS, BlockFigures, BlockReport, DepthReport, MatrixReport
 from secateur.runtime import distributed
@@ -110,8 +111,11 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
             if not context.store.is_reordered:
                 _reorder_channels(model, first, dense, batches, context)
             outcome.notices.append(REORDERED if context.store.is_reordered else "no channels could be reordered")
-        end = _end_of(model, structure.chains, batches, context)
-        outcome.notices += _aim_notices(end, context)
+        end = end_of(model, structure.chains, batches, context)
+        if end is None and _aims_at_predictions(context.recipe):
+            outcome.notices.append(
+                "the model does not predict a token at every position, so the last blocks aim at their own outputs"
+            )
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
             if chain is not first:
@@ -155,22 +159,18 @@ def _reorder_channels(
         hidden[index] = order.of_hidden(hidden[index])
 
 
-def _end_of(
+def _aims_at_predictions(recipe: Recipe) -> bool:
+    return recipe.refit is not None and recipe.refit.prediction_blocks > 0
+
+
+def end_of(
     model: nn.Module, chains: Sequence[BlockChain], batches: Sequence[Batch], context: RunContext
 ) -> ModelEnd | None:
-    """What lies behind the last blocks, where their refit minimises the divergence of the predictions."""
-    refit = context.recipe.refit
-    if refit is None or not refit.prediction_blocks:
+    """What lies behind the last blocks, where their refit minimises the divergence of the predictions; else None."""
+    if not _aims_at_predictions(context.recipe):
         return None
     own = [batches[number] for number in distributed.shard(len(batches))]
     return ModelEnd.of(model, chains, own, context.store)
-
-
-def _aim_notices(end: ModelEnd | None, context: RunContext) -> list[str]:
-    refit = context.recipe.refit
-    if end is not None or refit is None or not refit.prediction_blocks:
-        return []
-    return ["the model does not predict a token at every position, so the last blocks aim at their own outputs"]
 
 
 def _prune_chain(
@@ -380,9 +380,7 @@ def _check_widths(stream: Stream, context: RunContext) -> None:
         for group in groups:
             for matrix, input_dim in group.members:
                 columns = matrix.weight(input_dim).shape[1]
-                try:
+                with errors_within(matrix.name):
                     matrix_recipe(context.recipe, matrix.name).pattern.check_width(columns)
                     if context.recipe.refine is not None:
                         check_columns(columns, stream.hidden[0].device)
-                except SecateurError as error:
-                    raise error.within(matrix.name) from error

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, errors_within
 from secateur.models.matrices import Matrix
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.pruning.context import RunContext
@@ -53,12 +53,10 @@ def prune_matrix(
     view, hessian, target = matrix.weight(input_dim), moments.hessian, context.recipe.target
     W = view.to(torch.float32, copy=True)  # in an fp32 model .float() would alias what is overwritten below
     solver = matrix_recipe(context.recipe, matrix.name).solver
-    try:
+    with errors_within(matrix.name):
         wanted = W if target is None else dense_target_weights(W, moments, target, write_gain)
         while (solved := _solve(solver, wanted, hessian, pattern, row_scale, context)) is None:
             context.workspace.halve("the solver's work", W.device)
-    except SecateurError as error:
-        raise error.within(matrix.name) from error
     saved = solved.weight.to(context.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise SecateurError(
