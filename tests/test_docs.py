@@ -152,6 +152,7 @@ def test_pictures_of_the_pages_are_there():
             assert (page.parent / target).is_file(), f"{page}: {target}"
 
 
+@pytest.mark.long
 def test_the_example_notebook_runs_from_top_to_bottom(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     from nbclient import NotebookClient

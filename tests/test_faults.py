@@ -22,6 +22,7 @@ def shim(tmp_path_factory):
     return made
 
 
+@pytest.mark.long
 def test_a_sample_of_faults_breaks_no_promise(shim):
     chance = random.Random(1)
     calls = harness.calls_of_scenarios(shim)

@@ -60,6 +60,7 @@ def test_the_hessian_of_every_projection_is_that_of_the_equations():
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="the trained Mamba lies in ../shared, which is not here")
+@pytest.mark.long
 def test_a_trained_mamba_loses_less_by_mrp_than_by_sparsegpt(tmp_path):
     figures = {}
     for solver in ("sparsegpt", "mrp"):

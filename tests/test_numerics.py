@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import damp, loss, problem, refit_oracle
+from jaxtyping import TypeCheckError
 
 import secateur
 from secateur.numerics.conjugate_gradients import MaskedInverse, Stop, masked_cg
@@ -17,6 +18,12 @@ from secateur.solvers.sweep import estimate_pruned, solve_pruned
 
 def random_keep(rows: int, columns: int, seed: int = 1, share: float = 0.5) -> torch.Tensor:
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > share
+
+
+def test_shapes_in_signatures_are_checked_here():
+    """By conftest.py. Without it, a wrong shape would pass in silence wherever torch broadcasts it."""
+    with pytest.raises(TypeCheckError, match="Float"):
+        inverse_factor(torch.eye(4)[:3])
 
 
 def test_inverse_factor_gives_every_trailing_inverse():

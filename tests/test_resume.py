@@ -100,6 +100,7 @@ def stop_at(monkeypatch, step, error):
     return count
 
 
+@pytest.mark.long
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(source, tmp_path, monkeypatch):
     """Stopped at every third wait for the disk: over three blocks that is at each of the four waits of a block."""
     out, step, stopped = tmp_path / "out", 1, 0
@@ -141,6 +142,7 @@ def test_shards_hold_what_one_file_holds(source, sharded):
     assert load_file(source / "by-transformers/model.safetensors").keys() == whole.keys()
 
 
+@pytest.mark.long
 def test_saving_goes_on_where_it_was_stopped_and_holds_nothing_twice(source, sharded, tmp_path, monkeypatch):
     """Stopped at every third wait for the disk after the last block: whole shards stay, and their blocks go."""
     out, step, kept, sizes = tmp_path / "out", BEGINS + 3 * WAITS_A_BLOCK + 1, [], []
@@ -531,6 +533,7 @@ def test_two_runs_on_one_folder(source, tmp_path):
     check_as_if_never_stopped(source, out)
 
 
+@pytest.mark.long
 def test_kill_at_random_moments(source, tmp_path):
     """The real command, killed as by a power cut, again and again until it gets through."""
     out, chance = tmp_path / "out", random.Random(0)
