@@ -25,7 +25,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from common import arguments_of, write_result
-from torch import Tensor
 
 HERE = Path(__file__).parent
 TESTS = ("tests/test_gpu.py", "tests/test_devices.py", "tests/test_triton_kernel.py")
@@ -91,23 +90,23 @@ def on(packed: Any, device: str) -> Any:
 
 
 def prefill_2_4(device: str, small: bool) -> dict[str, Any]:
-    """2:4 weights by `torch.sparse.to_sparse_semi_structured` against dense bf16, for prompts."""
+    """2:4 weights by `secateur.to_semi_structured` against dense bf16, for prompts."""
     if small:
         return {"rows": []}
-    from torch.sparse import to_sparse_semi_structured
-
-    from secateur import solve
+    from secateur import solve, to_semi_structured
 
     found = []
     for shape in SHAPES:
         weight = torch.randn(shape, device=device)
         mask = solve(weight, torch.eye(shape[1], device=device), "2:4", solver="magnitude").weight != 0
         dense = (weight * mask).bfloat16()
-        sparse: Tensor = to_sparse_semi_structured(dense)
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
+        layer.weight.data = dense.clone()
+        to_semi_structured(layer)
         for tokens in (64, 512, 2048):
             x = torch.randn(tokens, shape[1], device=device).bfloat16()
             times = {
-                "2:4": microseconds(lambda x=x, s=sparse: torch.nn.functional.linear(x, s), device),
+                "2:4": microseconds(lambda x=x, layer=layer: layer(x), device),
                 "torch bf16": microseconds(lambda x=x, d=dense: torch.nn.functional.linear(x, d), device),
             }
             found.append({"shape": shape, "tokens": tokens, "microseconds": times})

@@ -198,3 +198,23 @@ def test_a_packed_model_on_the_gpu_is_dense_there_and_saved_packed(tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@on_gpu
+def test_two_four_matrices_become_tensors_of_torch(monkeypatch):
+    if pretended_gpu.loaded():  # cuSPARSELt has no counterpart on a CPU, and neither backend's product has
+        monkeypatch.setattr("torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS", True)
+    model = tiny_model("llama", torch.bfloat16, hidden_size=64, intermediate_size=128).cuda().eval()
+    settings = {"solver": "magnitude", "calibration": BATCHES, "exclude": ["*.o_proj"]}
+    pruned = secateur.prune(model, pattern="2:4", **settings).matrices
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text = BATCHES[0].cuda()
+    logits = model(text).logits
+    assert set(secateur.to_semi_structured(model)) == {matrix.name for matrix in pruned}
+    for matrix in pruned:
+        weight = model.get_submodule(matrix.name).weight
+        assert type(weight).__name__.startswith("SparseSemiStructuredTensor")
+        if pretended_gpu.loaded() or type(weight).__name__.endswith("CUTLASS"):
+            assert torch.equal(weight.to_dense(), dense[f"{matrix.name}.weight"])
+    if not pretended_gpu.loaded():
+        torch.testing.assert_close(model(text).logits, logits, rtol=0.05, atol=0.05)

@@ -181,8 +181,8 @@ Of a matrix, against dense bf16. Random weights; real ones shrink about as much 
 
 - **Large batches.** Arithmetic decides there. At a batch of 512 int8 values are slower than torch's dense product. Above a batch of 512 with
   AMX, 16 with AVX-512 and 8 with AVX2, weights are unpacked in tiles for torch's product.
-- **GPUs**: not measured. On a GPU, layers are dense. A Triton kernel exists and is correct in the interpreter; `benchmarks/gpu.py`
-  measures it.
+- **GPUs**: not measured. On a GPU, packed layers are dense; 2:4 has [its own way](guides/pack.md#24-on-an-nvidia-gpu). A Triton
+  kernel exists and is correct in the interpreter. `benchmarks/gpu.py` measures both.
 - **Other runtimes** (vLLM, llama.cpp, ONNX): they read the ordinary checkpoint, where zeros gain nothing.
 - **Models whose code reads weights itself** (Mamba's `dt_proj`), fused experts, fp16 and fp32 values: unpacked to dense when loaded, and
   the model says so once. Their files are still smaller.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from secateur.api.models import bench, env, evaluate, inspect, load, pack, push, unpack, write_report
     from secateur.api.pruning import coverage_of, dry_run, prune, solve
     from secateur.errors import SecateurError
+    from secateur.models.semi_structured import to_semi_structured
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.recipe.recipe import CalibrationText, Recipe, Rule
     from secateur.recipe.solvers import ADMM, MRP, Magnitude, SparseGPT, Wanda
@@ -61,6 +62,7 @@ _HOME = {
     "prune": "secateur.api.pruning",
     "push": "secateur.api.models",
     "solve": "secateur.api.pruning",
+    "to_semi_structured": "secateur.models.semi_structured",
     "unpack": "secateur.api.models",
     "write_report": "secateur.api.models",
 }
@@ -99,6 +101,7 @@ __all__ = [
     "prune",
     "push",
     "solve",
+    "to_semi_structured",
     "unpack",
     "write_report",
 ]
