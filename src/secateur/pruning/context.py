@@ -33,8 +33,8 @@ class BlockStore(WeightPlacement, Protocol):
         """Whether that was done."""
         ...
 
-    def finished(self, block: Block, /) -> BlockFigures | None:
-        """The figures of a block that an earlier process finished; None where it has to be pruned."""
+    def reuse(self, block: Block, /) -> BlockFigures | None:
+        """Take a block that an earlier process finished: its figures, or None where it has to be pruned."""
         ...
 
     def commit(self, block: Block, figures: BlockFigures, /) -> None:
@@ -54,7 +54,7 @@ class InMemoryStore(InMemory):
             parameter.copy_(order.applied(name, parameter.data))
         self.is_reordered = True
 
-    def finished(self, _block: Block) -> None:
+    def reuse(self, _block: Block) -> None:
         """Nothing was finished before."""
 
     def commit(self, _block: Block, _figures: BlockFigures) -> None:
@@ -73,7 +73,7 @@ class DroppedBlocks:
     def reorder(self, _model: nn.Module, _order: ChannelOrder) -> None:
         """Keep nothing."""
 
-    def finished(self, _block: Block) -> None:
+    def reuse(self, _block: Block) -> None:
         """Nothing was finished before."""
 
     def commit(self, _block: Block, _figures: BlockFigures) -> None:

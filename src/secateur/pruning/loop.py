@@ -208,7 +208,7 @@ def _prune_chain(
         with context.store.onload_block(block):
             dense_outputs = None if stream.dense is None else stream.outputs(block, of_dense=True)
             meter.advance_dense(block, dense_outputs)
-            figures = context.store.finished(block)
+            figures = context.store.reuse(block)
             stage = "prune" if figures is None else "replay"  # of what an earlier process pruned, which is faster
             if figures is None:
                 seed, behind = recipe.seed + number, end if number >= total - looking else None

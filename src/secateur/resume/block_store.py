@@ -80,8 +80,8 @@ class JournalledBlocks:
         """Onload as the placement does."""
         return self.placement.onload_model(model, stubbed)
 
-    def finished(self, block: Block) -> BlockFigures | None:
-        """The figures of a block that an earlier process finished.
+    def reuse(self, block: Block) -> BlockFigures | None:
+        """Take a block that an earlier process finished: its figures, or None where it has to be pruned.
 
         Raises:
             SecateurError: a damaged file.
