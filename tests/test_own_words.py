@@ -190,13 +190,31 @@ def test_the_sketch_writes_as_many_tokens_as_it_counts(monkeypatch):
     assert {len(each) for each in found[0].ids} == {20}
 
 
-@pytest.mark.parametrize("source", ["self", "text.txt"])
-def test_a_share_without_prompts_is_refused(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+def test_a_part_of_nothing_is_refused():
     text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
-    with pytest.raises(SecateurError, match="needs calibration=.self:PROMPTS"):
-        calibration_batches(source, character_tokenizer(bos=True), tiny_model("llama").config, text)
+    with pytest.raises(SecateurError, match="has none: name a text"):
+        calibration_batches("self", character_tokenizer(bos=True), tiny_model("llama").config, text)
+
+
+@pytest.mark.parametrize("source", [None, "text.txt"])
+def test_a_text_is_gone_on_from_where_a_share_is_asked_for(tmp_path, monkeypatch, source):
+    """The shipped one too. `self:TEXT` is all of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("secateur.calibration.documents.shipped_text", lambda _name: "the cat sat on the mat. " * 40)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    tokenizer, config = character_tokenizer(), tiny_model("llama").config
+
+    def of(source, own_words):
+        return calibration_batches(
+            source, tokenizer, config, CalibrationText(samples=8, seq_len=24, own_words=own_words)
+        )
+
+    quarter = of(source, 0.25).to_write
+    assert quarter is not None
+    assert quarter.number == 2
+    assert of(source, None).to_write is None
+    assert of(source, 0.0).to_write is None
+    assert of(source, 1.0).to_write == of("self:text.txt", None).to_write
 
 
 def test_a_share_of_the_sequences_is_text(tmp_path):
@@ -252,6 +270,16 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, nu
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert report.calibration["written"] == 6
     assert not (tmp_path / ".out.secateur").exists()
+    assert "6 x 24 tokens of text that the dense model wrote" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_says_how_much_the_model_wrote(tmp_path):
+    save_checkpoint(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    settings = SETTINGS | {"solver": "magnitude", "settings": {"calibration.own_words": 0.5}}
+    secateur.prune(tmp_path / "dense", tmp_path / "out", calibration=tmp_path / "text.txt", **settings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "6 x 24 tokens of text.txt, 3 of the sequences written by the dense model, which went on from it" in card
 
 
 def test_a_dry_run_counts_the_writing(tmp_path, monkeypatch):

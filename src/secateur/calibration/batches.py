@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.calibration.documents import (
     check_is_name,
+    has_no_text,
     is_dataset,
     is_own_words,
     name_of,
@@ -98,39 +99,49 @@ def calibration_batches(
             "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
         )
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
-    _check_own_words(source, text)
-    if is_own_words(source):
-        return _own_words(source, tokenizer, config, text, length, seed, batch_tokens)
+    share = _share_of_own_words(source, text)
+    if share or is_own_words(source):
+        return _own_words(source, share, tokenizer, config, text, length, seed, batch_tokens)
     drawn, notices = _draw(source, tokenizer, config, text, length, text.samples, seed)
     batches = _batched(drawn, batch_tokens)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
     return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
 
 
-def _check_own_words(source: Any, text: CalibrationText) -> None:
-    """Check that a share of own words goes with prompts, whose text is the rest.
+def _share_of_own_words(source: str | Path | None, text: CalibrationText) -> float:
+    """Share of the sequences that the model writes.
 
     Raises:
-        SecateurError: it has none.
+        SecateurError: a part of `self`, which has no text for the others.
     """
-    if text.own_words < 1 and (not is_own_words(source) or prompts_of(source) is None):
+    if text.own_words is None:
+        return float(is_own_words(source))
+    if text.own_words < 1 and has_no_text(source):
         raise SecateurError(
-            f"calibration.own_words={text.own_words:g} mixes a text with what the model writes, which needs "
-            f"‹calibration=self:PROMPTS›, but it is {source!r}"
+            f"calibration.own_words={text.own_words:g} mixes what the model writes with a text, and ‹calibration=self› "
+            f"has none: name a text"
         )
+    return text.own_words
 
 
 def _own_words(
-    source: Any, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int, batch_tokens: int
+    source: str | Path | None,
+    share: float,
+    tokenizer: Any,
+    config: Any,
+    text: CalibrationText,
+    length: int,
+    seed: int,
+    batch_tokens: int,
 ) -> CalibrationBatches:
-    """What the model is to write, and the windows of the prompts' text that go with it."""
-    place = prompts_of(source)
-    number = text.samples if place is None else round(text.samples * text.own_words)
+    """What the model is to write, and the windows of the text that go with it."""
+    number = round(text.samples * share)
     batches: list[Batch] = []
     notices: list[str] = []
-    if place is None:
+    if has_no_text(source):
         prompts = Prompts.none(tokenizer, length)
     else:
+        place = prompts_of(source) if source is not None and is_own_words(source) else source
         documents = read_documents(place, seed, text_field=text.text_field)
         if is_dataset(place):  # it may have no end
             documents = islice(documents, text.samples)
@@ -142,7 +153,7 @@ def _own_words(
     to_write = OwnWords(prompts, number, seed, batch_tokens)
     asked = {"asked": torch.tensor([number, length, seed])}
     digest = _digest([*batches, asked, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
-    origin = {"source": str(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
+    origin = {"source": name_of(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
     if not number:
         return CalibrationBatches(_batched(batches[0]["input_ids"], batch_tokens), origin, notices)
     return CalibrationBatches(batches, origin, notices, to_write)

@@ -323,6 +323,11 @@ def is_own_words(source: str | Path | None) -> bool:
     return str(source) == OWN_WORDS or str(source).startswith(f"{OWN_WORDS}:")
 
 
+def has_no_text(source: str | Path | None) -> bool:
+    """Whether a source is `self` alone: the model begins from nothing."""
+    return str(source) == OWN_WORDS
+
+
 def prompts_of(source: str | Path) -> str | None:
     """The text that the model goes on from; None where it starts from nothing."""
     return str(source).partition(":")[2] or None

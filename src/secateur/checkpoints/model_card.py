@@ -59,7 +59,7 @@ def model_card(report: Report, title: str) -> str:
         f"| share of the model's weights in them | {share:.1%} |",
         f"| mean relative layer error, before any block refit | {report.mean_relative_error:.4f} |",
         f"| recipe | {recipe.summary()} |",
-        f"| calibration | {_amount(report.calibration)} of {_file_name(report.calibration['source'])} |",
+        f"| calibration | {_amount(report.calibration)} of {_texts(report.calibration)} |",
         "",
         *_quality(report),
         *_speed(report),
@@ -137,10 +137,19 @@ def _amount(calibration: dict[str, Any]) -> str:
     return f"{calibration['samples']} sequences"
 
 
+def _texts(calibration: dict[str, Any]) -> str:
+    """What was read, and how much of it the dense model wrote."""
+    source, written = calibration["source"], calibration.get("written", 0)
+    text = prompts_of(source) if is_own_words(source) else source
+    if text is None:
+        return "text that the dense model wrote"
+    if not written:
+        return _file_name(text)
+    share = "all" if written == calibration["samples"] else written
+    return f"{_file_name(text)}, {share} of the sequences written by the dense model, which went on from it"
+
+
 def _file_name(source: str) -> str:
-    if is_own_words(source):
-        prompts = prompts_of(source)
-        return "text that the dense model wrote" + ("" if prompts is None else f" from {one_line(file_name(prompts))}")
     return one_line(file_name(source))
 
 

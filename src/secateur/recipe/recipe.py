@@ -81,11 +81,12 @@ class CalibrationText:
         "empty = the shipped text. Data sets: c4, wikitext2, ptb, or any on the hub. self:PROMPTS = the model answers "
         "the chats of a file, or goes on from its text.",
     )
-    own_words: Number = Field(
-        default=1.0,
+    own_words: Number | None = Field(
+        default=None,
         ge=0,
         le=1,
-        description="Share of the sequences that the model writes, with self:PROMPTS. The others are text of PROMPTS.",
+        description="Share of the sequences that the model writes, going on from the text; empty = all of them with "
+        "self, none without.",
     )
     text_field: str | None = Field(
         default=None, description="Field or column that holds the text; empty = found by the form of the records."
