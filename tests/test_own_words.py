@@ -194,6 +194,8 @@ def test_a_part_of_nothing_is_refused():
     text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
     with pytest.raises(SecateurError, match="has none: name a text"):
         calibration_batches("self", character_tokenizer(bos=True), tiny_model("llama").config, text)
+    with pytest.raises(SecateurError, match="holds tensors: name a text"):
+        calibration_batches([torch.ones(1, 24, dtype=torch.long)], None, tiny_model("llama").config, text)
 
 
 @pytest.mark.parametrize("source", [None, "text.txt"])

@@ -87,6 +87,11 @@ def calibration_batches(
             prompts that leave no room for an answer.
     """
     if source is not None and not isinstance(source, str | Path):
+        if text.own_words:
+            raise SecateurError(
+                f"calibration.own_words={text.own_words:g} lets the model go on from a text, and ‹calibration› holds "
+                f"tensors: name a text"
+            )
         return _from_tensors(source, config)
     check_is_name(source)
     if source == OWN_BATCHES and not Path(OWN_BATCHES).exists():
