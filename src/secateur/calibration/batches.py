@@ -19,8 +19,8 @@ from secateur.calibration.documents import (
     is_dataset,
     is_own_words,
     name_of,
-    prompts_of,
     read_documents,
+    text_of,
 )
 from secateur.calibration.own_words import OwnWords, Prompts
 from secateur.calibration.stream import Batch
@@ -146,7 +146,7 @@ def _own_words(
     if has_no_text(source):
         prompts = Prompts.none(tokenizer, length)
     else:
-        place = prompts_of(source) if source is not None and is_own_words(source) else source
+        place = text_of(source)
         documents = read_documents(place, seed, text_field=text.text_field)
         if is_dataset(place):  # it may have no end
             documents = islice(documents, text.samples)

@@ -328,14 +328,14 @@ def has_no_text(source: str | Path | None) -> bool:
     return str(source) == OWN_WORDS
 
 
-def prompts_of(source: str | Path) -> str | None:
-    """The text that the model goes on from; None where it starts from nothing."""
-    return str(source).partition(":")[2] or None
+def text_of(source: str | Path | None) -> str | Path | None:
+    """The text that a source names, of `self:PROMPTS` the prompts; None for the shipped text, and for `self`."""
+    return str(source).partition(":")[2] or None if is_own_words(source) else source
 
 
 def text_place(source: str | Path) -> Path | None:
     """The file or folder that a source names, if it does."""
-    named = prompts_of(source) if is_own_words(source) else source
+    named = text_of(source)
     place = None if named is None else user_path(named)
     return place if place is not None and place.exists() else None
 

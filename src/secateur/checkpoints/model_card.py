@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from secateur.calibration.documents import is_own_words, prompts_of
+from secateur.calibration.documents import text_of
 from secateur.checkpoints.load import Checkpoint
 from secateur.reporting.page import file_name
 from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, Report
@@ -139,14 +139,13 @@ def _amount(calibration: dict[str, Any]) -> str:
 
 def _texts(calibration: dict[str, Any]) -> str:
     """What was read, and how much of it the dense model wrote."""
-    source, written = calibration["source"], calibration.get("written", 0)
-    text = prompts_of(source) if is_own_words(source) else source
+    text, written = text_of(calibration["source"]), calibration.get("written", 0)
     if text is None:
         return "text that the dense model wrote"
     if not written:
-        return _file_name(text)
+        return _file_name(str(text))
     share = "all" if written == calibration["samples"] else written
-    return f"{_file_name(text)}, {share} of the sequences written by the dense model, which went on from it"
+    return f"{_file_name(str(text))}, {share} of the sequences written by the dense model, which went on from it"
 
 
 def _file_name(source: str) -> str:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.documents import OWN_WORDS, is_own_words, prompts_of
+from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
@@ -361,8 +361,8 @@ def _column(settings: ComparisonSettings, text: str | None) -> str:
 
 def _content(text: str | None) -> str:
     """Name of a text, with the digest of a file's content; of prompts too, where the model writes the text."""
-    if text is not None and is_own_words(text) and (prompts := prompts_of(text)) is not None:
-        return f"{OWN_WORDS}:{_content(prompts)}"
+    if is_own_words(text) and (prompts := text_of(text)) is not None:
+        return f"{OWN_WORDS}:{_content(str(prompts))}"
     if text is None or not Path(text).is_file():
         return "shipped text" if text is None else text
     return f"{Path(text).name}{DIGEST}{sha256(Path(text))[:16]}"
