@@ -16,7 +16,7 @@ from filelock import FileLock
 from models import save_checkpoint
 
 from secateur.cli import app as cli
-from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe, run_cell
 from secateur.comparison.page import to_html
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, to_csv
@@ -32,6 +32,13 @@ def settings(tmp_path):
     return ComparisonSettings(
         str(tmp_path / "model"), text, samples=8, seq_len=32, texts=(text,), eval_seq_len=32, max_tokens=320
     )
+
+
+@pytest.fixture
+def cells_here(monkeypatch):
+    """Run cells in this process: a fresh one imports for seconds."""
+    module = "secateur.comparison.compare"
+    monkeypatch.setattr(f"{module}._in_own_process", lambda settings, cell, *more: run_cell(settings, cell, *more))
 
 
 def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
@@ -59,6 +66,7 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["cells"].keys() == second.cells.keys()
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_processes_share_the_cells_of_a_table(settings, tmp_path):
     said: list[str] = []
     run = {"out": tmp_path / "out", "say": said.append}
@@ -150,6 +158,7 @@ def test_processes_of_torchrun_are_refused(settings, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
     """This environment has no llm-compressor; the message has the peer's last lines."""
     with pytest.raises(ValueError, match=r"(?s)llm-compressor failed \(exit code 1\):.*No module named"):
@@ -164,6 +173,7 @@ def test_a_failing_cell_is_named(settings, tmp_path):
     assert list(json.loads((tmp_path / "out" / "compare.json").read_text())["cells"]) == ["dense"]
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_two_texts_of_one_name_have_two_columns_and_changed_texts_another_table(settings, tmp_path):
     twin = tmp_path / "other" / "text.txt"
     twin.parent.mkdir()
@@ -190,6 +200,7 @@ def test_prompts_of_own_words_count_by_content_and_not_by_folder(tmp_path):
     assert kept[0].startswith("self:prompts.txt sha256:")
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["compare", settings.model, "--recipes", "magnitude", "--patterns", "50%", "--seeds", "0,1"]
