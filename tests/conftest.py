@@ -58,6 +58,15 @@ def main(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def cells_here(monkeypatch):
+    """Run cells in this process: a fresh one imports for seconds."""
+    from secateur.comparison.compare import run_cell
+
+    module = "secateur.comparison.compare"
+    monkeypatch.setattr(f"{module}._in_own_process", lambda settings, cell, *more: run_cell(settings, cell, *more))
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the longest tests, so that none runs alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -16,7 +16,7 @@ from filelock import FileLock
 from models import save_checkpoint
 
 from secateur.cli import app as cli
-from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe, run_cell
+from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe
 from secateur.comparison.page import to_html
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, to_csv
@@ -32,13 +32,6 @@ def settings(tmp_path):
     return ComparisonSettings(
         str(tmp_path / "model"), text, samples=8, seq_len=32, texts=(text,), eval_seq_len=32, max_tokens=320
     )
-
-
-@pytest.fixture
-def cells_here(monkeypatch):
-    """Run cells in this process: a fresh one imports for seconds."""
-    module = "secateur.comparison.compare"
-    monkeypatch.setattr(f"{module}._in_own_process", lambda settings, cell, *more: run_cell(settings, cell, *more))
 
 
 def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):

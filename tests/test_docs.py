@@ -64,6 +64,7 @@ def blocks(page):
     return [(kind, text) for kind, text in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.usefixtures("cells_here")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_and_example_of_a_page_runs(page, sandbox, main, monkeypatch):
     batches = [{"input_ids": batch} for batch in tokens()]
