@@ -18,6 +18,7 @@ from secateur.checkpoints.inspection import inspect_folder
 from secateur.checkpoints.load import BROKEN
 from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
+from secateur.models.matrices import parameter_of
 from secateur.packed.encoding import Compression
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
@@ -129,7 +130,8 @@ def packing_config(num_files: int) -> dict[str, Any]:
 
 def transposed_matrices(report: Report) -> set[str]:
     """Names of the pruned tensors that are stored as (inputs, outputs)."""
-    return {f"{matrix.name}.weight" for matrix in report.matrices if matrix.input_dim == 0}
+    names = {parameter_of(matrix.name) for matrix in report.matrices if matrix.input_dim == 0}
+    return names | {f"{name}.weight" for name in names}
 
 
 def entries_of(path: Path, transposed: set[str], values: Values = "same") -> list[Entry]:

@@ -130,7 +130,7 @@ def _pack_files(folder: Path, report: Report) -> None:
     transposed = transposed_matrices(report)
     for path in sorted(folder.glob("model*.safetensors")):
         packed = path.with_name(path.name.replace("model", "packed", 1))
-        write_weights(packed, entries_of(path, transposed), "zstd")
+        write_weights(packed, entries_of(path, transposed, report.the_recipe.values), "zstd")
         path.unlink()
 
 

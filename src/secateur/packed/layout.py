@@ -17,14 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.numerics.int8 import best_scales, from_int8, to_int8
 from secateur.packed import kernels
 
 ROWS, COLUMNS = 16, 2  # of a block
 VALUE_PADDING = 64  # bytes that kernels may read after the last value
 Values = Literal["same", "int8"]
 WORTH = 0.9  # of a tensor's bytes, at most, for it to be packed
-SCALE_SHARES = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
-TINY = 1e-30
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -114,10 +113,9 @@ def pack(tensor: Tensor, transposed: bool = False) -> PackedTensor:
 
 
 def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
-    """Pack a dense tensor with its kept values rounded to int8, symmetric, with one scale a row.
+    """Pack a dense tensor with its kept values rounded to int8, symmetric, with one scale a row (`best_scales`).
 
-    The scale of a row is its largest value / 127, times the one of `SCALE_SHARES` with the least squared error. A kept
-    value that rounds to 0 stays in the mask.
+    Weights that a run with `values: int8` saved come back bit for bit. A kept value that rounds to 0 stays in the mask.
 
     Args:
         tensor: bfloat16, float16 or float32, of two or three dimensions, finite.
@@ -128,31 +126,15 @@ def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
     """
     if not tensor.isfinite().all():
         raise SecateurError("it holds values that are not finite, which int8 can't")
-    exact = tensor.detach().float()
-    matrices = exact.mT if transposed else exact
-    scales = _int8_scales(matrices)
-    rounded = _rounded(matrices, scales)
+    matrices = tensor.detach().mT if transposed else tensor.detach()
+    scales = best_scales(matrices)
     bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
     is_kept = _arranged(bits, transposed) != 0
-    found = _arranged(rounded.to(torch.int8), False)[is_kept]
+    found = _arranged(to_int8(matrices, scales), False)[is_kept]
     values = _with_padding(torch.from_numpy(found))
     return PackedTensor(
         tuple(tensor.shape), tensor.dtype, transposed, _masks_of(is_kept), values, len(found), scales.reshape(-1)
     )
-
-
-def _int8_scales(matrices: Float[Tensor, "... rows columns"]) -> Float[Tensor, "... rows"]:
-    largest = matrices.abs().amax(-1) / 127
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for share in SCALE_SHARES:
-        scales = largest * share
-        error = (_rounded(matrices, scales) * scales[..., None] - matrices).square().sum(-1)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-    return best
-
-
-def _rounded(matrices: Float[Tensor, "... rows columns"], scales: Float[Tensor, "... rows"]) -> Tensor:
-    return (matrices / scales.clamp_min(TINY)[..., None]).round().clamp(-127, 127)
 
 
 def _arranged(bits: Tensor, transposed: bool) -> np.ndarray:
@@ -214,7 +196,7 @@ def _unpack_by_numpy(packed: PackedTensor) -> Tensor:
     matrices = padded[:, : packed.rows, : packed.columns]
     if packed.scales is None:
         return matrices.view(packed.dtype)
-    return (matrices.float() * packed.scales.view(packed.stack, packed.rows, 1)).to(packed.dtype)
+    return from_int8(matrices, packed.scales.view(packed.stack, packed.rows), packed.dtype)
 
 
 def is_mapped(encoded: Tensor, packed: PackedTensor) -> bool:

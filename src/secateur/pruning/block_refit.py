@@ -31,7 +31,9 @@ from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Stream
 from secateur.errors import SecateurError
 from secateur.models.blocks import Block
+from secateur.numerics.int8 import nearest_int8
 from secateur.pruning.context import StorageOf, keep_dtype
+from secateur.recipe.recipe import Recipe
 from secateur.recipe.steps import BlockRefit
 from secateur.runtime import distributed
 
@@ -82,6 +84,13 @@ def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, str
     return HiddenStates.of(blends, stream.memory, len(dense_outputs))
 
 
+def int8_matrices_of(block: Block, stream: Stream, recipe: Recipe) -> list[Tensor]:
+    """A block's matrices as (outputs, inputs), where the recipe rounds them to 8 bits; else none."""
+    if recipe.values != "int8":
+        return []
+    return [matrix.weight(input_dim) for group in stream.groups[block.name] for matrix, input_dim in group.members]
+
+
 def refit_block(
     block: Block,
     objective: Objective,
@@ -89,6 +98,7 @@ def refit_block(
     options: BlockRefit,
     seed: int = 0,
     storage_of: StorageOf = keep_dtype,
+    int8_matrices: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """Refit a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
 
@@ -105,6 +115,8 @@ def refit_block(
         seed: fixes the validation batches and the order of the others.
         storage_of: dtype that each matrix is saved in; every candidate is rounded to it, so that the validation batches
             judge what is saved.
+        int8_matrices: the block's matrices that are saved in 8 bits, as (outputs, inputs); rounded like that too, while
+            the masters are not (a straight-through estimator, arXiv 1308.3432).
 
     Returns:
         `val_loss_before`, `val_loss_after`, `best_epoch` (0 = as solved) and `rate`, of that epoch or the last attempt.
@@ -120,7 +132,7 @@ def refit_block(
     order = torch.randperm(shared.num_batches, generator=generator).tolist()
     num_val = min(max(1, round(options.val_fraction * len(order))), len(order) - 1)
     val, train = order[:num_val], order[num_val:]
-    weights = MaskedMasterWeights(block, storage_of)
+    weights = MaskedMasterWeights(block, storage_of, int8_matrices)
     as_solved, before = weights.snapshot(), shared.mean(val)
     if not math.isfinite(before):
         raise SecateurError(
@@ -268,8 +280,9 @@ class MaskedMasterWeights:
     Norms and biases stay: moving them gained nothing when it was measured.
     """
 
-    def __init__(self, block: Block, storage_of: StorageOf) -> None:
+    def __init__(self, block: Block, storage_of: StorageOf, int8_matrices: Sequence[Tensor] = ()) -> None:
         """Copy a pruned block's matrices and their masks."""
+        self.int8_matrices = int8_matrices
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
         kept = [_kept(block, parameter) for parameter in self.parameters]
         names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
@@ -314,6 +327,8 @@ class MaskedMasterWeights:
         """Write the masters to the model, rounded as they are saved."""
         for parameter, master, storage in zip(self.parameters, self.masters, self.storage, strict=True):
             parameter.data.copy_(master if storage == parameter.dtype else master.to(storage))
+        for matrix in self.int8_matrices:
+            matrix.copy_(nearest_int8(matrix))
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the parameters."""

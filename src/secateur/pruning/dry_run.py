@@ -27,6 +27,7 @@ from secateur.pruning.block_refit import (
     MaskedMasterWeights,
     Objective,
     OutputError,
+    int8_matrices_of,
     refit_block,
     refit_targets,
     within_tokens,
@@ -157,8 +158,9 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
             targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
             objective = OutputError(block, stream, targets)
             whole = within_tokens(options, round(scale * stream.num_tokens))
+            int8 = int8_matrices_of(block, stream, recipe)
             _, refitting = _timed(
-                lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of)
+                lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of, int8)
             )
             refit = aiming + refitting
     context.progress("one block", 1, 1)

@@ -31,6 +31,7 @@ from secateur.pruning.block_refit import (
     Objective,
     OutputError,
     check_batches,
+    int8_matrices_of,
     refit_block,
     refit_targets,
     within_tokens,
@@ -251,7 +252,8 @@ def _prune_and_refit(
             objective: Objective = OutputError(block, stream, targets)
         else:
             objective = PredictionDivergence(block, stream, dense_outputs, end)
-        figures = refit_block(block, objective, len(stream.hidden), refit, seed, context.storage_of)
+        int8 = int8_matrices_of(block, stream, context.recipe)
+        figures = refit_block(block, objective, len(stream.hidden), refit, seed, context.storage_of, int8)
     name = OUTPUT_ERROR if end is None else PREDICTIONS
     report = BlockReport(name=block.name, objective=name, seconds=time.perf_counter() - started, **figures)
     return BlockFigures(matrices, report, context.workspace.limit)

@@ -23,6 +23,7 @@ from secateur.recipe.rules import matrix_recipe
 from secateur.reporting.figures import MatrixReport
 from secateur.runtime.chunking import max_chunk_bytes
 from secateur.solvers import Solved, solve_checked
+from secateur.solvers.rounding import round_to_int8
 from secateur.solvers.swaps import refine_by_swaps
 
 
@@ -57,7 +58,11 @@ def prune_matrix(
         wanted = W if target is None else dense_target_weights(W, moments, target, write_gain)
         while (solved := _solve(solver, wanted, hessian, pattern, row_scale, context)) is None:
             context.workspace.halve("the solver's work", W.device)
-    saved = solved.weight.to(context.storage_of(matrix.name, view.dtype)).masked_fill_(~solved.keep, 0.0)
+    dtype, weight = context.storage_of(matrix.name, view.dtype), solved.weight
+    if context.recipe.values == "int8":
+        coarser = max(dtype, view.dtype, key=lambda each: torch.finfo(each).eps)
+        weight = round_to_int8(weight, solved.keep, hessian.damped.matrix, coarser)
+    saved = weight.to(dtype).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise SecateurError(
             f"{matrix.name}: the pruned weights are not finite in {saved.dtype}; use a larger damping "

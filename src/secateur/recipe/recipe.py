@@ -129,6 +129,11 @@ class Recipe:
         default="dense",
         description="Weight files: dense, which everything loads. packed = smaller, and faster with secateur.",
     )
+    values: Literal["same", "int8"] = Field(
+        default="same",
+        description="Kept weights: same = in the model's dtype; int8 = rounded to 8 bits, with what is left of a layer "
+        "making up for it. `pack --values int8` then rounds nothing.",
+    )
     max_memory: Size | None = Field(
         default=None,
         description="Cap besides the weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",
@@ -218,6 +223,8 @@ class Recipe:
             parts.append("refined by swaps")
         if self.refit is not None:
             parts.append(f"block refit of {self.refit.epochs} epoch{'s' * (self.refit.epochs != 1)}")
+        if self.values != "same":
+            parts.append(f"{self.values} values")
         if self.rules:
             parts.append(f"{len(self.rules)} rule{'s' * (len(self.rules) != 1)}")
         return ", ".join(parts)
