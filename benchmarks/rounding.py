@@ -3,13 +3,12 @@
     python benchmarks/rounding.py --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json
 
 Layer errors are those of real matrices (`--matrices`, of tests/golden and others like it). Whole models are pruned by
-each recipe, with one seed, packed, and read back as the numbers that the packed files hold. `--fewer` leaves them out.
+each recipe, with one seed. `--fewer` leaves them out.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +21,7 @@ import secateur
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.packed.layout import pack_int8, unpack
 from secateur.recipe.patterns import parse_pattern
+from secateur.recipe.recipe import Recipe
 from secateur.recipe.solvers import MRP
 from secateur.solvers import solve_checked
 from secateur.solvers.rounding import round_to_int8
@@ -76,29 +76,36 @@ def layer_errors(path: str, pattern: str) -> dict[str, float]:
 
 
 def whole_model(args: Any, recipe: str, pattern: str, scratch: Path) -> dict[str, Any]:
-    """Seconds and perplexities of one recipe: values as before, rounded afterwards, and rounded while pruning."""
-    found: dict[str, Any] = {}
-    for values in ("same", "int8"):
-        started = time.perf_counter()
+    """Figures of one recipe with values as before, rounded afterwards, and rounded while pruning.
+
+    The masks of a run depend on all that went before, so two runs differ by more than rounding. Where every matrix has
+    the same pattern, the pruned model is also rounded by the descent, its masks and all else kept: by magnitude, which
+    prunes the zeros that are there. Then the divergence from it is that of rounding alone.
+    """
+    options = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.seq_len}
+    int8: dict[str, Any] = {"values": "int8"}
+    secateur.prune(args.model, scratch / "same", recipe=recipe, pattern=pattern, **options)
+    secateur.prune(args.model, scratch / "while pruning", recipe=recipe, pattern=pattern, settings=int8, **options)
+    secateur.pack(scratch / "same", scratch / "packed", values="int8")
+    secateur.unpack(scratch / "packed", scratch / "nearest")
+    names = ["same", "while pruning", "nearest"]
+    if Recipe.preset(recipe, pattern).allocation is None:
+        names.append("descended")
         secateur.prune(
-            args.model, scratch / values, recipe=recipe, pattern=pattern, settings={"values": values},
-            calibration=args.calibration, samples=args.samples, seq_len=args.seq_len,
-        )  # fmt: skip
-        found[values] = {"seconds": time.perf_counter() - started}
-    found["nearest"] = {}
-    for name, source in (("nearest", "same"), ("int8", "int8")):
-        secateur.pack(scratch / source, scratch / f"{name}-packed", values="int8")
-        secateur.unpack(scratch / f"{name}-packed", scratch / name) if name == "nearest" else None
-    for name, each in found.items():
-        each |= {Path(text).name: figures(scratch / name, args.model, text, args.max_tokens) for text in args.texts}
-        print(recipe, pattern, name, each, flush=True)
+            scratch / "same", scratch / "descended", solver="magnitude", pattern=pattern, settings=int8, **options
+        )
+    found = {
+        name: {Path(text).name: figures(scratch, name, text, args.max_tokens) for text in args.texts} for name in names
+    }
+    print(recipe, pattern, found, flush=True)
     return found
 
 
-def figures(folder: Path, dense: str, text: str, max_tokens: int) -> dict[str, float]:
-    """Perplexity, and the divergence from the dense model."""
-    found = secateur.evaluate(folder, text, against=dense, max_tokens=max_tokens)
-    return {"perplexity": found["perplexity"], "kl": found["against"]["kl"]}
+def figures(scratch: Path, name: str, text: str, max_tokens: int) -> dict[str, float]:
+    """Perplexity, and for what was rounded alone the divergence from what it was before."""
+    against = scratch / "same" if name in ("nearest", "descended") else None
+    found = secateur.evaluate(scratch / name, text, against=against, max_tokens=max_tokens)
+    return {"perplexity": found["perplexity"]} | ({"kl": found["against"]["kl"]} if against else {})
 
 
 if __name__ == "__main__":
