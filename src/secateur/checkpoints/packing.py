@@ -5,6 +5,7 @@ Every matrix with enough zeros is packed, whoever made them; everything else sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from secateur.calibration.stream import Progress
 from secateur.checkpoints.inspection import inspect_folder
@@ -66,7 +68,8 @@ def pack_folder(
         raise SecateurError(f"{folder} is not what was saved, so it is not packed: {problems[0]}")
     files = sorted(set(shards.values()))
     transposed = transposed_matrices(read_metadata(folder)) if (folder / METADATA).is_file() else set()
-    by_file = {path: entries_of(path, transposed, values) for path in files}
+    make = pack_int8 if values == "int8" else pack
+    by_file = {path: entries_of(path, transposed, make) for path in files}
     count = sum(entry.is_packed for entries in by_file.values() for entry in entries)
     if not count:
         raise SecateurError(_why_not_worth(folder, files))
@@ -134,15 +137,15 @@ def transposed_matrices(report: Report) -> set[str]:
     return names | {f"{name}.weight" for name in names}
 
 
-def entries_of(path: Path, transposed: set[str], values: Values = "same") -> list[Entry]:
-    """What to write of a dense file: each tensor, packed where that pays."""
+def entries_of(path: Path, transposed: set[str], make: Callable[[Tensor, bool], PackedTensor]) -> list[Entry]:
+    """What to write of a dense file: each tensor, packed by `make` where that pays."""
     found = []
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             tensor = file.get_tensor(name)
             worth = is_worth_packing(tensor)
             read = (
-                partial(_read_packed, path, name, name in transposed, values)
+                partial(_read_packed, path, name, name in transposed, make)
                 if worth
                 else partial(read_tensor, path, name)
             )
@@ -150,8 +153,9 @@ def entries_of(path: Path, transposed: set[str], values: Values = "same") -> lis
     return found
 
 
-def _read_packed(path: Path, name: str, is_transposed: bool, values: Values) -> PackedTensor:
-    make = pack_int8 if values == "int8" else pack
+def _read_packed(
+    path: Path, name: str, is_transposed: bool, make: Callable[[Tensor, bool], PackedTensor]
+) -> PackedTensor:
     return make(read_tensor(path, name), is_transposed)
 
 

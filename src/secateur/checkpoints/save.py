@@ -24,6 +24,7 @@ from secateur.checkpoints.packing import entries_of, packed_card, packing_config
 from secateur.models.matrices import layer_of, parameter_of
 from secateur.packed.files import INDEX as PACKED_INDEX
 from secateur.packed.files import write_index, write_weights
+from secateur.packed.layout import pack, pack_int8_where_exact
 from secateur.recipe.sizes import parse_size
 from secateur.reporting.report import Report
 from secateur.resume.publish import Publisher, read_outcome
@@ -130,7 +131,8 @@ def _pack_files(folder: Path, report: Report) -> None:
     transposed = transposed_matrices(report)
     for path in sorted(folder.glob("model*.safetensors")):
         packed = path.with_name(path.name.replace("model", "packed", 1))
-        write_weights(packed, entries_of(path, transposed, report.the_recipe.values), "zstd")
+        make = pack_int8_where_exact if report.the_recipe.values == "int8" else pack
+        write_weights(packed, entries_of(path, transposed, make), "zstd")
         path.unlink()
 
 

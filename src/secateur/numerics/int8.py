@@ -11,7 +11,11 @@ from torch import Tensor
 
 LARGEST = 127
 SCALE_SHARES = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
-TINY = 1e-30
+
+
+def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The dtype with fewer digits: of a weight that is rounded to both."""
+    return max(one, other, key=lambda each: torch.finfo(each).eps)
 
 
 def widest_scales(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R"]:
@@ -41,11 +45,16 @@ def best_scales(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R"]:
 
 def to_int8(W: Float[Tensor, "*stack R C"], scales: Float[Tensor, "*stack R"]) -> Int8[Tensor, "*stack R C"]:
     """The nearest whole number of each weight."""
-    return (W.float() / scales.clamp_min(TINY)[..., None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return (W.float() / nonzero(scales)[..., None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+
+
+def nonzero(scales: Float[Tensor, "*stack R"]) -> Float[Tensor, "*stack R"]:
+    """The scales to divide by: 1 for a row of zeros."""
+    return torch.where(scales > 0, scales, 1.0)
 
 
 def from_int8(
     values: Int8[Tensor, "*stack R C"], scales: Float[Tensor, "*stack R"], dtype: torch.dtype
 ) -> Float[Tensor, "*stack R C"]:
-    """The weights that whole numbers and scales stand for."""
-    return (values.float() * scales[..., None]).to(dtype)
+    """The weights that whole numbers and scales stand for. None is -0.0, which packing would take for a kept one."""
+    return (values.float() * scales[..., None]).to(dtype).add_(0.0)

@@ -137,6 +137,16 @@ def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
     )
 
 
+def pack_int8_where_exact(tensor: Tensor, transposed: bool = False) -> PackedTensor:
+    """Pack a dense tensor, bit for bit: with int8 values where it was rounded to such, else as `pack` does."""
+    if tensor.isfinite().all():
+        packed = pack_int8(tensor, transposed)
+        bits = BITS[tensor.dtype]
+        if torch.equal(unpack(packed).view(bits), tensor.detach().contiguous().view(bits)):
+            return packed
+    return pack(tensor, transposed)
+
+
 def _arranged(bits: Tensor, transposed: bool) -> np.ndarray:
     """The weights (panels, blocks, 16 rows, 2 columns), with zeros beyond the matrix."""
     matrices = bits.mT if transposed else bits

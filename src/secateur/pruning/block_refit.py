@@ -31,9 +31,8 @@ from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Stream
 from secateur.errors import SecateurError
 from secateur.models.blocks import Block
-from secateur.numerics.int8 import nearest_int8
-from secateur.pruning.context import StorageOf, keep_dtype
-from secateur.recipe.recipe import Recipe
+from secateur.numerics.int8 import coarser, nearest_int8
+from secateur.pruning.context import RunContext, StorageOf, keep_dtype
 from secateur.recipe.steps import BlockRefit
 from secateur.runtime import distributed
 
@@ -41,6 +40,7 @@ BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25
 # Stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better.
 STOP_AFTER_FIRST = 1.05
+Int8Matrices = Sequence[tuple[Tensor, torch.dtype]]  # as (outputs, inputs), and the dtype that holds the rounded ones
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
 
@@ -84,11 +84,13 @@ def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, str
     return HiddenStates.of(blends, stream.memory, len(dense_outputs))
 
 
-def int8_matrices_of(block: Block, stream: Stream, recipe: Recipe) -> list[Tensor]:
-    """A block's matrices as (outputs, inputs), where the recipe rounds them to 8 bits; else none."""
-    if recipe.values != "int8":
+def int8_matrices_of(block: Block, stream: Stream, context: RunContext) -> Int8Matrices:
+    """The matrices of a block that is saved in 8 bits; else none."""
+    if context.recipe.values != "int8":
         return []
-    return [matrix.weight(input_dim) for group in stream.groups[block.name] for matrix, input_dim in group.members]
+    members = [member for group in stream.groups[block.name] for member in group.members]
+    views = [(matrix.name, matrix.weight(input_dim)) for matrix, input_dim in members]
+    return [(view, coarser(view.dtype, context.storage_of(name, view.dtype))) for name, view in views]
 
 
 def refit_block(
@@ -98,7 +100,7 @@ def refit_block(
     options: BlockRefit,
     seed: int = 0,
     storage_of: StorageOf = keep_dtype,
-    int8_matrices: Sequence[Tensor] = (),
+    int8_matrices: Int8Matrices = (),
 ) -> dict[str, Any]:
     """Refit a pruned block's kept weights in place; zeros stay zero, and nothing outside the block changes.
 
@@ -115,8 +117,8 @@ def refit_block(
         seed: fixes the validation batches and the order of the others.
         storage_of: dtype that each matrix is saved in; every candidate is rounded to it, so that the validation batches
             judge what is saved.
-        int8_matrices: the block's matrices that are saved in 8 bits, as (outputs, inputs); rounded like that too, while
-            the masters are not (a straight-through estimator, arXiv 1308.3432).
+        int8_matrices: the block's matrices that are saved in 8 bits; rounded like that too, while the masters are not
+            (a straight-through estimator, arXiv 1308.3432).
 
     Returns:
         `val_loss_before`, `val_loss_after`, `best_epoch` (0 = as solved) and `rate`, of that epoch or the last attempt.
@@ -280,7 +282,7 @@ class MaskedMasterWeights:
     Norms and biases stay: moving them gained nothing when it was measured.
     """
 
-    def __init__(self, block: Block, storage_of: StorageOf, int8_matrices: Sequence[Tensor] = ()) -> None:
+    def __init__(self, block: Block, storage_of: StorageOf, int8_matrices: Int8Matrices = ()) -> None:
         """Copy a pruned block's matrices and their masks."""
         self.int8_matrices = int8_matrices
         self.parameters = list({id(matrix.parameter): matrix.parameter for matrix in block.matrices}.values())
@@ -327,8 +329,8 @@ class MaskedMasterWeights:
         """Write the masters to the model, rounded as they are saved."""
         for parameter, master, storage in zip(self.parameters, self.masters, self.storage, strict=True):
             parameter.data.copy_(master if storage == parameter.dtype else master.to(storage))
-        for matrix in self.int8_matrices:
-            matrix.copy_(nearest_int8(matrix))
+        for matrix, dtype in self.int8_matrices:
+            matrix.copy_(nearest_int8(matrix.to(dtype)))
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the parameters."""

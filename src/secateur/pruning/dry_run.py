@@ -158,7 +158,7 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
             targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
             objective = OutputError(block, stream, targets)
             whole = within_tokens(options, round(scale * stream.num_tokens))
-            int8 = int8_matrices_of(block, stream, recipe)
+            int8 = int8_matrices_of(block, stream, context)
             _, refitting = _timed(
                 lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of, int8)
             )

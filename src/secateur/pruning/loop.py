@@ -252,7 +252,7 @@ def _prune_and_refit(
             objective: Objective = OutputError(block, stream, targets)
         else:
             objective = PredictionDivergence(block, stream, dense_outputs, end)
-        int8 = int8_matrices_of(block, stream, context.recipe)
+        int8 = int8_matrices_of(block, stream, context)
         figures = refit_block(block, objective, len(stream.hidden), refit, seed, context.storage_of, int8)
     name = OUTPUT_ERROR if end is None else PREDICTIONS
     report = BlockReport(name=block.name, objective=name, seconds=time.perf_counter() - started, **figures)

@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, errors_within
 from secateur.models.matrices import Matrix
 from secateur.numerics.hessian import Hessian, relative_error
+from secateur.numerics.int8 import coarser
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import Moments, dense_target_weights
 from secateur.recipe.patterns import Pattern
@@ -56,13 +57,11 @@ def prune_matrix(
     solver = matrix_recipe(context.recipe, matrix.name).solver
     with errors_within(matrix.name):
         wanted = W if target is None else dense_target_weights(W, moments, target, write_gain)
-        while (solved := _solve(solver, wanted, hessian, pattern, row_scale, context)) is None:
+        storage = context.storage_of(matrix.name, view.dtype)
+        dtype = coarser(storage, view.dtype)
+        while (solved := _solve(solver, wanted, hessian, pattern, row_scale, context, dtype)) is None:
             context.workspace.halve("the solver's work", W.device)
-    dtype, weight = context.storage_of(matrix.name, view.dtype), solved.weight
-    if context.recipe.values == "int8":
-        coarser = max(dtype, view.dtype, key=lambda each: torch.finfo(each).eps)
-        weight = round_to_int8(weight, solved.keep, hessian.damped.matrix, coarser)
-    saved = weight.to(dtype).masked_fill_(~solved.keep, 0.0)
+    saved = solved.weight.to(storage).masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise SecateurError(
             f"{matrix.name}: the pruned weights are not finite in {saved.dtype}; use a larger damping "
@@ -93,8 +92,9 @@ def _solve(
     pattern: Pattern,
     row_scale: Float[Tensor, " R"] | None,
     context: RunContext,
+    dtype: torch.dtype,
 ) -> Solved | None:
-    """The solver's answer, refined where asked for; rows are scaled for the choice among them, and back.
+    """The solver's answer, refined and rounded where asked for; rows are scaled for the choice among them, and back.
 
     None where a GPU's memory is too small for it at this chunk size.
     """
@@ -105,6 +105,10 @@ def _solve(
             solved = solve_checked(solver, W * scale, hessian, pattern)
             if refine is not None:
                 solved = refine_by_swaps(refine, W * scale, solved, hessian, pattern)
+            solved = replace(solved, weight=solved.weight / scale)
+            if context.recipe.values == "int8":
+                rounded = round_to_int8(solved.weight, solved.keep, hessian.damped.matrix, dtype)
+                solved = replace(solved, weight=rounded)
     except torch.OutOfMemoryError:
         return None
-    return replace(solved, weight=solved.weight / scale)
+    return solved

@@ -131,8 +131,8 @@ class Recipe:
     )
     values: Literal["same", "int8"] = Field(
         default="same",
-        description="Kept weights: same = in the model's dtype; int8 = rounded to 8 bits, with what is left of a layer "
-        "making up for it. `pack --values int8` then rounds nothing.",
+        description="Kept weights: same = in the model's dtype; int8 = rounded to 8 bits, where errors of some weights "
+        "make up for those of others. `pack --values int8` then rounds no matrix of the run again.",
     )
     max_memory: Size | None = Field(
         default=None,
