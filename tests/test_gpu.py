@@ -58,6 +58,7 @@ def check_alike(ours, theirs, report, other):
         *({"recipe": recipe} for recipe in ("fast", "balanced", "best")),
         *({"solver": "mrp", "settings": {"target.kind": kind}} for kind in ("dense", "residual")),
         {"solver": "mrp", "settings": {"true_sequential": True}},
+        {"recipe": "balanced", "settings": {"values": "int8"}},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
