@@ -5,7 +5,8 @@
 Packs the two pruned models to scratch folders, and measures every model by `secateur bench` and `secateur eval`. Run it
 on a quiet machine. The dense int8 model is torchao's, the dense int4 one optimum-quanto's (`pip install torchao
 optimum-quanto`); without them, or with `--fewer`, they are left out.
-Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names.
+Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names. Without
+`--half` and `--most` only the dense int8 model is added, with the dense one of the same run to compare it with.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ def main() -> None:
                 print(name, speeds[name][-1], flush=True)
         if not args.fewer and (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
             others[args.name] = {"dense int4 (optimum-quanto)": int4}
-        results[args.name] = {
+        rows = {
             name: fastest(found).to_dict() | {"model": name, "perplexity": perplexities[name]}
             for name, found in speeds.items()
         }
+        if not args.half:
+            dense = rows.pop("dense bf16")
+            rows = results[args.name] | {name: row | {"against": dense} for name, row in rows.items()}
+        results[args.name] = rows
         settings = {
             "prompt_tokens": PROMPT,
             "new_tokens": NEW,
@@ -61,7 +66,7 @@ def variants(args: Any, scratch: Path) -> dict[str, Path]:
     found = {"dense bf16": dense}
     if not args.fewer and (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
         found["dense int8 (torchao)"] = int8
-    for share, folder in (("50%", args.half), ("70%", args.most)):
+    for share, folder in (("50%", args.half), ("70%", args.most)) if args.half else ():
         for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")):
             if not args.fewer or name != "packed 70%, int8":
                 found[name] = scratch / name

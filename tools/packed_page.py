@@ -17,8 +17,9 @@ def models_table() -> str:
     """Every model's variants: size, memory, speed, perplexity, with ratios to the dense one."""
     rows = []
     for model, variants in [pair for found in measured() for pair in found["models"].items()]:
-        dense = variants["dense bf16"]
-        for name, found in variants.items():
+        for name in sorted(variants, key=lambda name: not name.startswith("dense")):
+            found = variants[name]
+            dense = found.get("against", variants["dense bf16"])
             rows.append(
                 [
                     f"{model}, {name}",
@@ -50,8 +51,20 @@ def measured_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({tokens}). SmolLM2 was pruned by `balanced`, on the text of the next table."
-    )
+        f"{settings['text']} ({tokens}). SmolLM2 was pruned by `balanced`, on the text of the next table. {apart_line()}"
+    ).rstrip()
+
+
+def apart_line() -> str:
+    """Which rows are compared with another run's dense model than the one that the table shows."""
+    rows = [
+        f"{model}, {name}"
+        for found in measured()
+        for model, variants in found["models"].items()
+        for name, each in variants.items()
+        if "against" in each
+    ]
+    return f"Measured in another run, against its dense model: {'; '.join(rows)}." if rows else ""
 
 
 def int4_line() -> str:
