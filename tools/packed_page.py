@@ -137,17 +137,18 @@ ROUNDINGS = {
 
 def rounding_table() -> str:
     """Perplexities by how values were rounded, and the divergence from the model that was not."""
+    models = read_result("rounding")["models"]
+    texts = " / ".join(name.removesuffix(".txt") for name in next(iter(models.values()))["same"])
     rows = []
-    for recipe, found in read_result("rounding")["models"].items():
+    for recipe, found in models.items():
         for name, label in ROUNDINGS.items():
             if name in found:
-                texts = found[name].values()
-                divergences = [f"{each['kl']:.4f}" for each in texts if "kl" in each]
-                perplexities = " / ".join(f"{each['perplexity']:.2f}" for each in texts)
+                figures = found[name].values()
+                divergences = [f"{each['kl']:.4f}" for each in figures if "kl" in each]
+                perplexities = " / ".join(f"{each['perplexity']:.2f}" for each in figures)
                 rows.append(
                     [f"`{recipe.split()[0]}`, {recipe.split()[1]}", label, perplexities, " / ".join(divergences)]
                 )
-    texts = " / ".join(name.removesuffix(".txt") for name in found["same"])
     return table(["recipe", "int8 values", f"perplexity, {texts}", "divergence from not rounded"], rows)
 
 
