@@ -11,7 +11,7 @@ from helpers import damp, loss, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import save_checkpoint, tiny_model, tokens
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import SecateurError
@@ -98,9 +98,7 @@ def packed_tensors(folder):
     """Every packed tensor of a folder, by its name."""
     found = {}
     for path in folder.glob("packed*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found |= {name: decode(each) for name, each in tensors.items() if is_encoded(each)}
+        found |= {name: decode(each) for name, each in load_file(path).items() if is_encoded(each)}
     return found
 
 
