@@ -203,6 +203,16 @@ def test_a_hessian_wider_than_a_band_is_whole_and_symmetric():
     assert torch.allclose(found.double(), X.double().T @ X.double() / 60, rtol=1e-5, atol=1e-6)
 
 
+def test_a_hessian_of_bf16_inputs_loses_nothing_to_bf16_units():
+    X = torch.randn(512, 401, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    setting = torch.backends.mkldnn.matmul
+    before, total = setting.fp32_precision, HessianAccumulator(401, X.device)
+    total.add(X)
+    assert setting.fp32_precision == before
+    exact = X.double().T @ X.double() / 512
+    assert torch.allclose(total.finish().H.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_empty_hessian_is_refused():
     with pytest.raises(AssertionError, match="no token"):
         HessianAccumulator(3, torch.device("cpu")).finish()

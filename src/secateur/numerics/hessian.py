@@ -8,8 +8,11 @@ Shape legend: T tokens, R output rows, C input columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,13 +86,17 @@ class HessianAccumulator:
         self.tokens = 0
 
     def add(self, X: Float[Tensor, "T C"]) -> None:
-        """Add inputs, one token a row, in any floating dtype. Cost: about T C^2 / 2 multiply-adds."""
-        X = X.float()
-        columns = X.shape[1]
-        band = BAND.get(X.device.type, BAND_ON_DEVICE)
-        for start in range(0, columns, band):
-            end = min(start + band, columns)
-            self.upper[start:end, start:] += X[:, start:end].T @ X[:, start:]
+        """Add inputs, one token a row, in any floating dtype. Cost: about T C^2 / 2 multiply-adds.
+
+        A product of two bf16 numbers is exact in fp32. So bf16 units, where a CPU has them, lose nothing on inputs in
+        bf16, and take a third of the time.
+        """
+        columns, band = X.shape[1], BAND.get(X.device.type, BAND_ON_DEVICE)
+        with _bf16_products() if X.dtype == torch.bfloat16 else nullcontext():
+            X = X.float()
+            for start in range(0, columns, band):
+                end = min(start + band, columns)
+                self.upper[start:end, start:] += X[:, start:end].T @ X[:, start:]
         self.tokens += len(X)
 
     def finish(self, damping: float = DEFAULT_DAMPING) -> Hessian:
@@ -97,3 +104,16 @@ class HessianAccumulator:
         assert self.tokens > 0, "no token was added"
         upper = self.upper.div_(self.tokens).float().triu_()
         return Hessian(upper.add_(upper.triu(1).T), self.tokens, damping=damping)
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let a CPU's bf16 units compute products of fp32 tensors whose numbers are all bf16; sums stay fp32."""
+    backends: Any = torch.backends  # its settings are not declared
+    setting = backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
