@@ -43,6 +43,7 @@ ORDER = (
     "checkpoints",
     "evaluation",
     "training",
+    "request",
     "run",
     "api",
     "comparison",

@@ -346,7 +346,7 @@ def test_a_file_that_changes_at_the_last_moment_is_kept(source, out, tmp_path, m
 
 def test_a_refused_run_leaves_what_a_killed_one_may_replace(source, out, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("secateur.run.ModelSource.load", stop)
+        patched.setattr("secateur.request.ModelSource.load", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(source, out, seed=7, overwrite=True)
     with pytest.raises(ValueError, match="resume"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import Conversation
-from secateur.calibration.own_words import OwnWords, Prompts, write_windows
+from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory
 from secateur.recipe.recipe import CalibrationText
@@ -105,14 +105,25 @@ def test_a_long_prompt_does_not_cut_the_texts_of_short_ones():
     assert {*lengths} == {10, 59}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1])
-def test_a_share_that_writes_nothing_is_plain_text(tmp_path, share):
+@pytest.mark.parametrize("number", [0, None, "auto"])
+def test_plain_text_is_plain_text(tmp_path, number):
+    """Also where the model is to write as much as it can, and can't."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
-    text = CalibrationText(samples=4, seq_len=24, own_words=share)
+    text = CalibrationText(samples=4, seq_len=24, own_words=number)
     config = tiny_model("llama").config
-    data = calibration_batches(f"self:{tmp_path}/text.txt", character_tokenizer(), config, text, batch_tokens=24)
+    data = calibration_batches(tmp_path / "text.txt", character_tokenizer(), config, text, batch_tokens=24)
     assert data.to_write is None
     assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(1, 24)] * 4
+
+
+@pytest.mark.parametrize(("seq_len", "number"), [(24, 16), (4096, 8), (16384, 2), (40000, 1)])
+def test_by_itself_a_model_writes_as_many_sequences_up_to_a_number_of_tokens(tmp_path, seq_len, number):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 6000)
+    text = CalibrationText(samples=16 if seq_len == 24 else 12, seq_len=seq_len, own_words="auto")
+    config = tiny_model("llama", max_position_embeddings=40000).config
+    data = calibration_batches(tmp_path / "text.txt", character_tokenizer(), config, text, can_write=True)
+    assert data.to_write is not None
+    assert data.to_write.number == number
 
 
 def test_prompts_of_any_length_are_padded_on_the_left():
@@ -129,12 +140,15 @@ def test_prompts_of_any_length_are_padded_on_the_left():
 @pytest.mark.parametrize(
     ("source", "own_words", "message"),
     [
-        ("self", 1.0, "no token that opens a text"),
-        ("self:{tmp}/empty.txt", 1.0, "holds no prompt"),
-        ("self:{tmp}/none.txt", 1.0, "not a file, folder or data set"),
-        ("self:{tmp}/long.jsonl", 1.0, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),
-        ("self:{tmp}/answer.jsonl", 1.0, "no message of a user"),
-        ("self:{tmp}/few.txt", 0.5, "less than one sequence"),
+        ("self", None, "no token that opens a text"),
+        ("self:{tmp}/empty.txt", None, "holds no prompt"),
+        ("self:{tmp}/none.txt", None, "not a file, folder or data set"),
+        ("self:{tmp}/long.jsonl", None, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),
+        ("self:{tmp}/answer.jsonl", None, "no message of a user"),
+        ("self:{tmp}/long.jsonl", 4, "adds to a text, and .*self.* lets the model write every sequence"),
+        ("{tmp}/few.txt", 4, "less than one sequence"),
+        ("{tmp}/long.jsonl", 4, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),
+        ("{tmp}/answer.jsonl", 4, "no message of a user"),
     ],
 )
 def test_prompts_that_can_not_work_are_refused(tmp_path, source, own_words, message):
@@ -190,64 +204,98 @@ def test_the_sketch_writes_as_many_tokens_as_it_counts(monkeypatch):
     assert {len(each) for each in found[0].ids} == {20}
 
 
-def test_a_part_of_nothing_is_refused():
-    text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
-    with pytest.raises(SecateurError, match="has none: name a text"):
-        calibration_batches("self", character_tokenizer(bos=True), tiny_model("llama").config, text)
+def test_tensors_are_no_text_to_go_on_from():
+    tokens, config = [torch.ones(1, 24, dtype=torch.long)], tiny_model("llama").config
     with pytest.raises(SecateurError, match="holds tensors: name a text"):
-        calibration_batches([torch.ones(1, 24, dtype=torch.long)], None, tiny_model("llama").config, text)
+        calibration_batches(tokens, None, config, CalibrationText(own_words=2))
+    assert calibration_batches(tokens, None, config, CalibrationText(own_words="auto"), can_write=True).to_write is None
 
 
 @pytest.mark.parametrize("source", [None, "text.txt"])
-def test_a_text_is_gone_on_from_where_a_share_is_asked_for(tmp_path, monkeypatch, source):
-    """The shipped one too. `self:TEXT` is all of it."""
+def test_a_text_is_gone_on_from_where_that_is_asked_for(tmp_path, monkeypatch, source):
+    """The shipped one too, from the prompts of `self:TEXT`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("secateur.calibration.documents.shipped_text", lambda _name: "the cat sat on the mat. " * 40)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     tokenizer, config = character_tokenizer(), tiny_model("llama").config
 
-    def of(source, own_words):
-        return calibration_batches(
-            source, tokenizer, config, CalibrationText(samples=8, seq_len=24, own_words=own_words)
-        )
+    def of(source, samples, own_words):
+        text = CalibrationText(samples=samples, seq_len=24, own_words=own_words)
+        return calibration_batches(source, tokenizer, config, text, can_write=True)
 
-    quarter = of(source, 0.25).to_write
-    assert quarter is not None
-    assert quarter.number == 2
-    assert of(source, None).to_write is None
-    assert of(source, 0.0).to_write is None
-    assert of(source, 1.0).to_write == of("self:text.txt", None).to_write
+    on_top = of(source, 8, 2)
+    assert on_top.to_write is not None
+    assert on_top.to_write.number == 2
+    assert on_top.to_write == of("self:text.txt", 2, None).to_write == of("self:text.txt", 2, "auto").to_write
+    assert torch.equal(on_top.batches[0]["input_ids"], torch.cat([e["input_ids"] for e in of(source, 8, 0).batches]))
 
 
-def test_a_share_of_the_sequences_is_text(tmp_path):
+def test_chats_that_can_not_be_answered_are_gone_on_from_where_the_model_writes_by_itself(tmp_path):
+    """A chat that is too long for a window, one without a user's message, and one that can be answered."""
+    chats = [
+        [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "so " * 20}],
+        [{"role": "assistant", "content": "word " * 9}],
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer, config = character_tokenizer(chat=True), tiny_model("llama").config
+    text = CalibrationText(samples=2, seq_len=48, own_words="auto")
+    data = calibration_batches(tmp_path / "chats.jsonl", tokenizer, config, text, can_write=True)
+    assert data.to_write is not None
+    lengths = [len(each) for each in data.to_write.prompts.ids]
+    answered = tokenizer.apply_chat_template(chats[2][:1], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert data.to_write.prompts.ids[-1] == answered
+    assert {*lengths[:-1]} == {48 // 8}
+
+
+def test_the_text_comes_with_what_the_model_writes(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     tokenizer, model = character_tokenizer(), tiny_model("llama")
-    text = CalibrationText(samples=8, seq_len=24, own_words=0.25)
-    data = calibration_batches(f"self:{tmp_path}/text.txt", tokenizer, model.config, text)
+    text = CalibrationText(samples=6, seq_len=24, own_words=2)
+    data = calibration_batches(tmp_path / "text.txt", tokenizer, model.config, text)
     assert data.to_write is not None
-    assert data.to_write.number == 2
     whole = data.with_written(data.to_write.write(model, tokenizer, InMemory(), quiet))
     rows = torch.cat([batch["input_ids"] for batch in whole.batches])
     spoken = [tokenizer.decode(row) for row in rows]
     assert sum("cat sat" in each or "the mat" in each for each in spoken) >= 6
-    assert len(rows) == 8
+    assert len(rows) == whole.origin["samples"] == 8
     assert whole.origin["written"] == 2
 
 
 def test_another_number_of_sequences_is_another_run(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
     found = set()
-    for samples, share, seed in (
-        (8, 0.5, 0),
-        (16, 0.75, 0),
-        (8, 1.0, 0),
-        (8, 1.0, 1),
-    ):
-        text = CalibrationText(samples=samples, seq_len=24, own_words=share)
+    for samples, number, seed in ((8, 4, 0), (8, 5, 0), (9, 4, 0), (8, 4, 1), (8, 0, 0)):
+        text = CalibrationText(samples=samples, seq_len=24, own_words=number)
         config = tiny_model("llama").config
-        data = calibration_batches(f"self:{tmp_path}/text.txt", character_tokenizer(), config, text, seed)
-        found.add(data.origin["sha256"])
-    assert len(found) == 4
+        found.add(
+            calibration_batches(tmp_path / "text.txt", character_tokenizer(), config, text, seed).origin["sha256"]
+        )
+    assert len(found) == 5
+
+
+def test_who_writes_text():
+    """Not an encoder, whose predictions look at later tokens, nor a model without a head."""
+    from transformers import BertConfig, BertLMHeadModel, BertModel
+
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    decoder = BertConfig(**config.to_dict() | {"is_decoder": True})
+    assert can_write(tiny_model("llama"), InMemory())
+    assert can_write(BertLMHeadModel(decoder), InMemory())
+    assert not can_write(BertLMHeadModel(config), InMemory())
+    assert not can_write(BertModel(config), InMemory())
+
+
+def test_best_lets_the_model_write_where_it_can(tmp_path):
+    """And a finished run is found again, without the model."""
+    save_checkpoint(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    asked = {"recipe": "best", "calibration": tmp_path / "text.txt", "samples": 4, "seq_len": 24}
+    report = secateur.prune(tmp_path / "dense", tmp_path / "out", **asked)
+    assert report.calibration["samples"] == 8
+    assert report.calibration["written"] == 4
+    again = secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **asked)
+    assert again.identity == report.identity
 
 
 @pytest.mark.parametrize(("at", "number"), [("dense pass", 1), ("prune", 1)])
@@ -278,10 +326,10 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, nu
 def test_the_card_says_how_much_the_model_wrote(tmp_path):
     save_checkpoint(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
-    settings = SETTINGS | {"solver": "magnitude", "settings": {"calibration.own_words": 0.5}}
+    settings = SETTINGS | {"solver": "magnitude", "settings": {"calibration.own_words": 3}}
     secateur.prune(tmp_path / "dense", tmp_path / "out", calibration=tmp_path / "text.txt", **settings)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "6 x 24 tokens of text.txt, 3 of the sequences written by the dense model, which went on from it" in card
+    assert "9 x 24 tokens of text.txt, 3 of the sequences written by the dense model, which went on from it" in card
 
 
 def test_a_dry_run_counts_the_writing(tmp_path, monkeypatch):

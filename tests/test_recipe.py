@@ -27,7 +27,7 @@ from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import SECTIONS, parse_settings
 from secateur.recipe.solvers import MRP, SOLVERS
 from secateur.recipe.steps import BlockRefit
-from secateur.run import Request
+from secateur.request import Request
 from secateur.storage.json_files import sealed
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
@@ -368,7 +368,7 @@ def test_batches_are_as_large_as_the_steps_of_a_refit(tmp_path):
     ):  # 2048 tokens at most
         recipe = resolve_recipe("fast", changes, samples=256, seq_len=64)
         request = Request(recipe, str(tmp_path / "text.txt"), None, lambda *_: None)
-        batches = request.calibration(character_tokenizer(), config).batches
+        batches = request.calibration(character_tokenizer(), config, lambda: False).batches
         assert {len(batch["input_ids"]) for batch in batches[:-1]} == {windows}
 
 

@@ -4,119 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.calibration.batches import BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
+from secateur.calibration.batches import CalibrationBatches, Texts
 from secateur.calibration.documents import text_place
-from secateur.checkpoints.load import Checkpoint, load, load_config_and_tokenizer
+from secateur.calibration.own_words import can_write
+from secateur.checkpoints.load import Checkpoint, load_config_and_tokenizer
 from secateur.checkpoints.model_card import facts_of_source
 from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.matrices import all_parameters
-from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
+from secateur.models.placement import InMemory, OffloadedWeights
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import prune_model
-from secateur.recipe.recipe import OWN_BATCHES, Recipe
+from secateur.recipe.recipe import Recipe
 from secateur.reporting.report import METADATA, Report, read_metadata
-from secateur.reporting.stages import StageClock
+from secateur.request import ModelSource, Request
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
-from secateur.resume.kept import kept_windows
 from secateur.resume.manifest import Manifest, RunManifest, journal_of
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
-from secateur.runtime.environment import default_device, environment, environment_number, processor_name
-from secateur.runtime.memory import MemoryBudget, memory_budget
+from secateur.runtime.environment import environment, environment_number, processor_name
+from secateur.runtime.memory import MemoryBudget
 from secateur.sources.other_files import check_links
-from secateur.sources.resolve import resolve
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What to load, and how."""
-
-    name: str
-    device: str | None
-    trust_remote_code: bool
-    allow_pickle: bool
-
-    def folder(self) -> Path:
-        """Where the model is; rank 0 downloads or converts it where needed, and the others find it."""
-        if not distributed.is_main():
-            distributed.barrier()
-        folder = resolve(self.name, self.trust_remote_code, self.allow_pickle)
-        if distributed.is_main():
-            distributed.barrier()
-        return folder
-
-    def load(self, folder: Path, scratch: Path) -> Checkpoint:
-        """The model in a folder, mapped from its files, and from files in `scratch` made for it; one GPU a rank."""
-        device = self.device or default_device()
-        if device == "cuda" and distributed.world_size() > 1:
-            device = f"cuda:{distributed.local_rank()}"
-        converted = scratch / f"converted-{distributed.rank()}"
-        found = load(str(folder), device, self.trust_remote_code, self.allow_pickle, converted)
-        return replace(found, name=self.name)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run is asked for.
-
-    Args:
-        recipe: what to do.
-        texts: what to calibrate on: the recipe's source, or tensors.
-        offload_dir: folder for hidden states.
-        progress: called with the stage, what is done, and the total; it takes the time.
-    """
-
-    recipe: Recipe
-    texts: Texts
-    offload_dir: str | Path | None
-    progress: StageClock
-
-    def calibration(self, tokenizer: Any, config: Any) -> CalibrationBatches:
-        """Batches of the size that the recipe works best with."""
-        refit = self.recipe.refit
-        size = BATCH_TOKENS if refit is None else refit.step_tokens
-        return calibration_batches(self.texts, tokenizer, config, self.recipe.calibration, self.recipe.seed, size)
-
-    def written(
-        self,
-        data: CalibrationBatches,
-        model: nn.Module,
-        tokenizer: Any,
-        placement: WeightPlacement,
-        manifest: RunManifest | None = None,
-    ) -> CalibrationBatches:
-        """The batches with what the model has to write; a manifest keeps that for a resumed run."""
-        to_write = data.to_write
-        if to_write is None:
-            return data
-
-        def write() -> Tensor:
-            return to_write.write(model, tokenizer, placement, self.progress)
-
-        return data.with_written(
-            distributed.broadcast_object(write()) if manifest is None else kept_windows(manifest, write)
-        )
-
-    def memory(self, journal: Path | None = None) -> MemoryBudget:
-        """The memory budget; under a cap, hidden states go to the journal unless a folder is named."""
-        found = memory_budget(self.recipe.max_memory, self.offload_dir)
-        return replace(found, folder=journal) if found.limit is not None and found.folder is None else found
 
 
 def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Request) -> Report:
@@ -133,7 +56,8 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
         tokenizer = tokenizer or model.tokenizer
     else:
         module, name, notices = model, type(model).__name__, []
-    data = request.written(request.calibration(tokenizer, config_of(module)), module, tokenizer, InMemory())
+    data = request.calibration(tokenizer, config_of(module), lambda: can_write(module, InMemory()))
+    data = request.written(data, module, tokenizer, InMemory())
     parameter = next(module.parameters())
     where = _environment(str(parameter.device), parameter.dtype)
     if isinstance(model, Checkpoint):
@@ -165,13 +89,15 @@ def prune_to_folder(
         place = journal_of(out)
         checkpoint = source.load(folder, place)
         checkpoint.notices += check_links(folder)
-        data = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model))
+        placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        data = request.calibration(
+            checkpoint.tokenizer, config_of(checkpoint.model), lambda: can_write(checkpoint.model, placement)
+        )
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data.origin, where)
         memory = request.memory(place)
         manifest = begin_run(journal, out, before, identity, overwrite)
-        placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         reordered = place / f"reordered-{distributed.rank()}"
         blocks = JournalledBlocks(
             manifest, placement, _storage_of(checkpoint), lambda order: map_reordered(checkpoint, order, reordered)
@@ -206,8 +132,13 @@ def estimate_run(
     with TemporaryDirectory() as scratch:
         checkpoint = source.load(folder, Path(scratch))
         check_links(folder)
-        data, writing = request.calibration(checkpoint.tokenizer, config_of(checkpoint.model)), 0.0
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        data, writing = (
+            request.calibration(
+                checkpoint.tokenizer, config_of(checkpoint.model), lambda: can_write(checkpoint.model, placement)
+            ),
+            0.0,
+        )
         if data.to_write is not None:
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, placement, request.progress)
             data = data.with_written(windows)
@@ -325,10 +256,13 @@ def _finished(
 
 def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, overwrite: bool) -> Report | None:
     config, tokenizer = load_config_and_tokenizer(folder, source.trust_remote_code)
-    data = request.calibration(tokenizer, config)
-    wanted = _identity(source.name, folder, request.recipe, data.origin, {})
     try:
         report = read_metadata(out)
+    except SecateurError as error:
+        return _nothing_to_keep(error, overwrite)
+    data = request.calibration(tokenizer, config, lambda: report.calibration.get("written", 0) > 0)
+    wanted = _identity(source.name, folder, request.recipe, data.origin, {})
+    try:
         # Versions and threads may differ: the model is there.
         names = ("model", "recipe", "calibration")
         different = sorted(name for name in names if report.identity.get(name) != wanted[name])
@@ -337,10 +271,18 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
         if found := first_damage(out, report.files):
             raise SecateurError(f"{found}: the finished model in {out} is damaged or was changed")
     except SecateurError as error:
-        if overwrite:
-            return None
-        raise SecateurError(f"{error.raw}: choose another folder, or pass ‹overwrite› to replace it") from error
+        return _nothing_to_keep(error, overwrite)
     return report
+
+
+def _nothing_to_keep(error: SecateurError, overwrite: bool) -> None:
+    """Pass where what is in the folder may be replaced.
+
+    Raises:
+        SecateurError: it may not.
+    """
+    if not overwrite:
+        raise SecateurError(f"{error.raw}: choose another folder, or pass ‹overwrite› to replace it") from error
 
 
 def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
@@ -368,10 +310,3 @@ def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
     check_apart(out, [folder, *(place for place in (named, texts_at) if place is not None and place.exists())])
     if (place := real_path(named)).is_dir() and place in out.parents:
         raise SecateurError(f"{out} lies in the model's folder {named}: write to a folder outside of it")
-
-
-def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:
-    """The recipe with what it is calibrated on, and the texts themselves."""
-    if calibration is None or isinstance(calibration, str | Path):
-        return recipe, recipe.calibration.source
-    return replace(recipe, calibration=replace(recipe.calibration, source=OWN_BATCHES)), calibration

@@ -31,7 +31,8 @@ from secateur.recipe.sizes import parse_size
 from secateur.recipe.steps import SwapRefinement
 from secateur.reporting.report import Report
 from secateur.reporting.stages import StageClock
-from secateur.run import ModelSource, Request, estimate_run, prune_in_memory, prune_to_folder, texts_of
+from secateur.request import ModelSource, Request, texts_of
+from secateur.run import estimate_run, prune_in_memory, prune_to_folder
 from secateur.runtime import distributed
 from secateur.runtime.environment import check_device, default_device
 from secateur.solvers import Solved, solve_checked

@@ -31,6 +31,7 @@ from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
+AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
 
@@ -69,6 +70,7 @@ def calibration_batches(
     text: CalibrationText,
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
+    can_write: bool = False,
 ) -> CalibrationBatches:
     """Calibration batches from a text, or from the caller's token tensors or batches.
 
@@ -81,15 +83,16 @@ def calibration_batches(
             notice.
         seed: fixes which windows are drawn, and in which order.
         batch_tokens: tokens a batch, in whole windows, at least one.
+        can_write: whether the model writes text, for `own_words: auto`.
 
     Raises:
         SecateurError: nothing to read, a text shorter than a window, a window longer than the model's positions, or
             prompts that leave no room for an answer.
     """
     if source is not None and not isinstance(source, str | Path):
-        if text.own_words:
+        if text.own_words and text.own_words != AUTO:
             raise SecateurError(
-                f"calibration.own_words={text.own_words:g} lets the model go on from a text, and ‹calibration› holds "
+                f"calibration.own_words={text.own_words} lets the model go on from a text, and ‹calibration› holds "
                 f"tensors: name a text"
             )
         return _from_tensors(source, config)
@@ -104,64 +107,68 @@ def calibration_batches(
             "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
         )
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
-    share = _share_of_own_words(source, text)
-    if share or is_own_words(source):
-        return _own_words(source, share, tokenizer, config, text, length, seed, batch_tokens)
+    if source is not None and is_own_words(source):
+        return _all_own_words(source, tokenizer, config, text, length, seed, batch_tokens)
     drawn, notices = _draw(source, tokenizer, config, text, length, text.samples, seed)
-    batches = _batched(drawn, batch_tokens)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
-    return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+    number = _own_words_on_top(text, length, can_write)
+    if not number:
+        batches = _batched(drawn, batch_tokens)
+        return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
+    prompts = _prompts(source, tokenizer, config, text, length, seed)
+    to_write = OwnWords(prompts, number, seed, batch_tokens)
+    batches = [{"input_ids": drawn}]
+    origin |= {"samples": len(drawn) + number, "sha256": _digest([*batches, *_asked(to_write)])}
+    return CalibrationBatches(batches, origin, notices, to_write)
 
 
-def _share_of_own_words(source: str | Path | None, text: CalibrationText) -> float:
-    """Share of the sequences that the model writes.
+def _own_words_on_top(text: CalibrationText, length: int, can_write: bool) -> int:
+    """Sequences that the model writes on top of those of a text."""
+    if text.own_words == AUTO:
+        return min(text.samples, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
+    return text.own_words or 0
+
+
+def _all_own_words(
+    source: str | Path, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int, batch_tokens: int
+) -> CalibrationBatches:
+    """What the model is to write, all of it.
 
     Raises:
-        SecateurError: a part of `self`, which has no text for the others.
+        SecateurError: a number of sequences on top, of `self`.
     """
-    if text.own_words is None:
-        return float(is_own_words(source))
-    if text.own_words < 1 and has_no_text(source):
+    if text.own_words not in (None, AUTO):
         raise SecateurError(
-            f"calibration.own_words={text.own_words:g} mixes what the model writes with a text, and ‹calibration=self› "
-            f"has none: name a text"
+            f"calibration.own_words={text.own_words} adds to a text, and ‹calibration=self› lets the model write every "
+            f"sequence: leave one of them out"
         )
-    return text.own_words
-
-
-def _own_words(
-    source: str | Path | None,
-    share: float,
-    tokenizer: Any,
-    config: Any,
-    text: CalibrationText,
-    length: int,
-    seed: int,
-    batch_tokens: int,
-) -> CalibrationBatches:
-    """What the model is to write, and the windows of the text that go with it."""
-    number = round(text.samples * share)
-    batches: list[Batch] = []
-    notices: list[str] = []
     if has_no_text(source):
         prompts = Prompts.none(tokenizer, length)
     else:
-        place = text_of(source)
-        documents = read_documents(place, seed, text_field=text.text_field)
-        if is_dataset(place):  # it may have no end
-            documents = islice(documents, text.samples)
-        prompts = Prompts.of(documents, tokenizer, length, name_of(place))
-        if number < text.samples:
-            drawn, notices = _draw(place, tokenizer, config, text, length, text.samples - number, seed)
-            batches = [{"input_ids": drawn}]
+        prompts = _prompts(source, tokenizer, config, text, length, seed)
+    to_write = OwnWords(prompts, text.samples, seed, batch_tokens)
+    origin = {"source": name_of(source), "samples": text.samples, "seq_len": length, "seed": seed}
+    return CalibrationBatches([], origin | {"sha256": _digest(_asked(to_write))}, [], to_write)
+
+
+def _prompts(
+    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int
+) -> Prompts:
+    """What the model goes on from, of a text."""
+    place = text_of(source)
+    documents = read_documents(place, seed, text_field=text.text_field)
+    if is_dataset(place):  # it may have no end
+        documents = islice(documents, text.samples)
+    prompts = Prompts.of(documents, tokenizer, length, name_of(place), strict=text.own_words != AUTO)
     check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
-    to_write = OwnWords(prompts, number, seed, batch_tokens)
-    asked = {"asked": torch.tensor([number, length, seed])}
-    digest = _digest([*batches, asked, *({"input_ids": torch.tensor(each)} for each in prompts.ids)])
-    origin = {"source": name_of(source), "samples": text.samples, "seq_len": length, "seed": seed, "sha256": digest}
-    if not number:
-        return CalibrationBatches(_batched(batches[0]["input_ids"], batch_tokens), origin, notices)
-    return CalibrationBatches(batches, origin, notices, to_write)
+    return prompts
+
+
+def _asked(to_write: OwnWords) -> list[Batch]:
+    """What decides what the model writes, as tensors."""
+    prompts = to_write.prompts
+    asked = {"asked": torch.tensor([to_write.number, prompts.length, to_write.seed])}
+    return [asked, *({"input_ids": torch.tensor(each)} for each in prompts.ids)]
 
 
 def _draw(

@@ -23,7 +23,7 @@ from secateur.calibration.documents import Conversation, Document
 from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening
 from secateur.errors import SecateurError
-from secateur.models.blocks import device_of, forward_errors
+from secateur.models.blocks import ForwardError, device_of, forward_errors, run_without_cache
 from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
@@ -33,6 +33,7 @@ BATCH = 16  # sequences that are written together
 SILENT_ROUNDS = 3  # after which a model that ends every text at once is given up
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
+PROBE_TOKENS, SAME = 8, 1e-3  # tells whether predictions depend on later tokens
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,33 @@ class Prompts:
         return cls([start], length)
 
     @classmethod
-    def of(cls, documents: Iterable[Document], tokenizer: Any, length: int, what: str) -> Prompts:
+    def of(cls, documents: Iterable[Document], tokenizer: Any, length: int, what: str, strict: bool = True) -> Prompts:
         """Chats up to the last message of a user, and the text of others in pieces of an eighth of a window.
 
+        Args:
+            documents: what to go on from.
+            tokenizer: of the model.
+            length: tokens of a window.
+            what: name of the text in messages.
+            strict: False cuts what can't be a prompt as it is into pieces: chats that are too long, or without a
+                user's message.
+
         Raises:
-            SecateurError: no text, a chat without a user's message, or a prompt as long as a window.
+            SecateurError: no text, and where strict a chat without a user's message, or a prompt as long as a window.
         """
         found: list[list[int]] = []
+        size = max(1, length // PROMPT_SHARE)
         for number, document in enumerate(documents, 1):
-            if isinstance(document, Conversation):
-                found.append(_question(document, tokenizer, f"{what}, chat {number}"))
+            if not isinstance(document, Conversation):
+                found += _pieces(encode_text(document, tokenizer), tokenizer, size)
+                continue
+            question = _question(document, tokenizer)
+            if strict and question is None:
+                raise SecateurError(f"{what}, chat {number}: no message of a user, which the model could answer")
+            if question is None or (not strict and len(question) >= length):
+                found += _pieces(encode_chat(document, tokenizer), tokenizer, size)
             else:
-                found += _pieces(document, tokenizer, max(1, length // PROMPT_SHARE))
+                found.append(question)
         if not found:
             raise SecateurError(f"{what} holds no prompt: it is empty")
         if longest := [len(each) for each in found if len(each) >= length]:
@@ -127,19 +143,46 @@ class OwnWords:
         return whole, seconds * (length - usual) / new * -(-self.number // BATCH)
 
 
-def _question(chat: Conversation, tokenizer: Any, place: str) -> list[int]:
-    """A chat up to the last message of a user, and what opens the answer."""
+def _question(chat: Conversation, tokenizer: Any) -> list[int] | None:
+    """A chat up to the last message of a user, and what opens the answer; None without such a message."""
     last = max((number for number, each in enumerate(chat.messages) if each["role"] == "user"), default=-1)
     if last < 0:
-        raise SecateurError(f"{place}: no message of a user, which the model could answer")
+        return None
     return encode_chat(Conversation(chat.messages[: last + 1], chat.tools), tokenizer, answer=True)
 
 
-def _pieces(text: str, tokenizer: Any, size: int) -> list[list[int]]:
+def _pieces(ids: list[int], tokenizer: Any, size: int) -> list[list[int]]:
     """Pieces of a text of equal size, each with what opens a text; a text shorter than that is one piece."""
-    ids, prefix = encode_text(text, tokenizer), opening(tokenizer)
+    prefix = opening(tokenizer)
     starts = range(0, max(1, len(ids) - size + 1), size) if ids else ()
     return [[*prefix, *ids[start : start + size]] for start in starts]
+
+
+@torch.no_grad()
+def can_write(model: Any, placement: WeightPlacement) -> bool:
+    """Whether a model writes text: it generates, and no prediction depends on a later token.
+
+    Cost: a few forward passes over a few tokens.
+    """
+    if not _generates(model):
+        return False
+    check_runnable(model)
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = torch.arange(1, 2 * PROBE_TOKENS + 1).view(2, -1) % vocabulary
+    ids[1, :-1] = ids[0, :-1]  # two texts that differ in the last token alone
+    with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
+        ids = ids.to(device_of(model))
+        try:
+            one, other = run_without_cache(model, model, input_ids=ids).logits[:, :-1].float()
+            _sampled(model, ids, torch.ones_like(ids), 2)
+        except ForwardError:
+            return False
+    return bool((one - other).abs().max() <= SAME * one.abs().max())
+
+
+def _generates(model: Any) -> bool:
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def check_can_write(model: Any) -> None:
@@ -148,8 +191,7 @@ def check_can_write(model: Any) -> None:
     Raises:
         SecateurError: it does not.
     """
-    can = getattr(model, "can_generate", None)
-    if can is None or not can() or getattr(model.config, "is_encoder_decoder", False):
+    if not _generates(model):
         raise SecateurError(
             f"{type(model).__name__} can't write text: ‹calibration=self› is for causal language models"
         )
@@ -228,8 +270,6 @@ def _go_on(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """Each prompt with what the model writes after it, until it ends or the window is full."""
-    from transformers import GenerationConfig
-
     # Any token does, as it is masked. One that was added to the tokenizer alone has no embedding.
     known = range(len(model.get_input_embeddings().weight))
     pad = next((each for each in (tokenizer.pad_token_id, *ends) if each in known), 0)
@@ -237,19 +277,28 @@ def _go_on(
     device = device_of(model)
     ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=device)
+    rows = _sampled(model, ids, mask, length - longest, ends, pad)[:, longest:].tolist()
+    return [[*prompt, *_until_end(row, ends)] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _sampled(
+    model: Any, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], new: int, ends: Sequence[int] = (), pad: int = 0
+) -> Int[Tensor, "B N"]:
+    """Token ids with those that the model draws after them, from its predictions as they are."""
+    from transformers import GenerationConfig
+
     options = GenerationConfig(
         do_sample=True,
         use_cache=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - longest,
+        max_new_tokens=new,
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
     )
     with forward_errors(model):
-        rows = model.generate(ids, attention_mask=mask, generation_config=options)[:, longest:].tolist()
-    return [[*prompt, *_until_end(row, ends)] for prompt, row in zip(prompts, rows, strict=True)]
+        return model.generate(ids, attention_mask=mask, generation_config=options)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

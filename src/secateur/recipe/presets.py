@@ -32,18 +32,19 @@ def balanced(pattern: Pattern) -> dict[str, Any]:
 
 
 def best(pattern: Pattern) -> dict[str, Any]:
-    """Joint mask search, a longer block refit, and for unstructured patterns an allocation.
+    """Joint mask search, a longer block refit, text of the model's own, and for unstructured patterns an allocation.
 
     At n:m patterns there is no allocation: mixed patterns don't run on hardware made for one. The time goes to the
     search.
     """
     refit = {"epochs": 4, "most_tokens": BEST_REFIT_TOKENS, "step_tokens": 1024, "val_fraction": 0.125}
     refit |= {"prediction_blocks": 1}
+    calibration = {"own_words": "auto"}
     if isinstance(pattern, NM):
-        solver = {"name": "admm", "search_iterations": 40}
-        return {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+        solver, refit = {"name": "admm", "search_iterations": 40}, refit | {"strength": NM_REFIT_STRENGTH}
+        return {"solver": solver, "refit": refit, "calibration": calibration}
     solver = {"name": "admm", "search_iterations": 12}
-    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
+    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}, "calibration": calibration}
 
 
 PRESETS: dict[str, Callable[[Pattern], dict[str, Any]]] = {"fast": fast, "balanced": balanced, "best": best}

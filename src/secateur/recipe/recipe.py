@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
 
 from secateur.recipe.declare import Field, Number, RecipeError, Switch, Whole, options, plain, validated
@@ -81,12 +82,10 @@ class CalibrationText:
         "empty = the shipped text. Data sets: c4, wikitext2, ptb, or any on the hub. self:PROMPTS = the model answers "
         "the chats of a file, or goes on from its text.",
     )
-    own_words: Number | None = Field(
+    own_words: Annotated[Whole, Ge(0)] | Literal["auto"] | None = Field(
         default=None,
-        ge=0,
-        le=1,
-        description="Share of the sequences that the model writes, going on from the text; empty = all of them with "
-        "self, none without.",
+        description="Sequences that the model writes on top of `samples`, going on from the text; empty = none. auto = "
+        "as many again, at most 32,768 tokens, where the model writes text.",
     )
     text_field: str | None = Field(
         default=None, description="Field or column that holds the text; empty = found by the form of the records."
