@@ -298,6 +298,16 @@ def test_best_lets_the_model_write_where_it_can(tmp_path):
     assert again.identity == report.identity
 
 
+def test_a_model_that_memory_hardly_holds_writes_nothing_by_itself(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    asked = SETTINGS | {"calibration": tmp_path / "text.txt", "settings": {"calibration.own_words": "auto"}}
+    assert secateur.prune(tmp_path / "dense", tmp_path / "whole", **asked).calibration["written"] == 6
+    monkeypatch.setattr("secateur.run.total_memory", lambda _device: 1000)
+    assert "written" not in secateur.prune(tmp_path / "dense", tmp_path / "streamed", **asked).calibration
+    assert secateur.dry_run(tmp_path / "dense", **asked).num_tokens == 6 * 24
+
+
 @pytest.mark.parametrize(("at", "number"), [("dense pass", 1), ("prune", 1)])
 def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, number):
     """Killed before or after the first block; the second process may not write anything."""

@@ -8,8 +8,9 @@ from typing import Any
 from comparisons import COLOURS, cells, gap_closed, read, spread
 from pages import DOCS, Picture, table
 
-# Folders of the comparisons, from few tokens to many, and how they name the recipe `best`.
-FOLDERS = {"tokens-4k": "best", "wikitext2": "best", "protocol": "best+refit.epochs=1+refit.prediction_blocks=1"}
+# Folders of the comparisons, from few tokens to many, and how they name `best` on the text alone.
+ALONE = "best+calibration.own_words=0"
+FOLDERS = {"tokens-4k": ALONE, "tokens-16k": ALONE, "protocol": f"{ALONE}+refit.epochs=1"}
 PATTERN = "50%"
 TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 
@@ -50,8 +51,8 @@ def tokens_part() -> str:
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
-SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#wikitext2), [262k](#protocol). `best` makes four epochs of
-its refit over 4k and 16k tokens, and one over 262k. At 16k it is an older version.
+SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#tokens-16k), [262k](#protocol). `best` makes four epochs of
+its refit over 4k and 16k tokens, and one over 262k. Here it has the text alone, without what the model would write on top.
 
 ![accuracy against tokens](tokens.svg)
 

@@ -22,7 +22,7 @@ from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.matrices import all_parameters
-from secateur.models.placement import InMemory, OffloadedWeights
+from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import prune_model
@@ -36,7 +36,7 @@ from secateur.resume.output_folder import check_apart, check_may_replace, check_
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
-from secateur.runtime.memory import MemoryBudget
+from secateur.runtime.memory import MemoryBudget, total_memory
 from secateur.sources.other_files import check_links
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
@@ -91,7 +91,7 @@ def prune_to_folder(
         checkpoint.notices += check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         data = request.calibration(
-            checkpoint.tokenizer, config_of(checkpoint.model), lambda: can_write(checkpoint.model, placement)
+            checkpoint.tokenizer, config_of(checkpoint.model), lambda: _writes(checkpoint, placement)
         )
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
@@ -133,12 +133,10 @@ def estimate_run(
         checkpoint = source.load(folder, Path(scratch))
         check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        data, writing = (
-            request.calibration(
-                checkpoint.tokenizer, config_of(checkpoint.model), lambda: can_write(checkpoint.model, placement)
-            ),
-            0.0,
+        data = request.calibration(
+            checkpoint.tokenizer, config_of(checkpoint.model), lambda: _writes(checkpoint, placement)
         )
+        writing = 0.0
         if data.to_write is not None:
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, placement, request.progress)
             data = data.with_written(windows)
@@ -230,6 +228,12 @@ def _check_same_on_all_ranks(model: nn.Module, data: CalibrationBatches, recipe:
             "the processes were given different models, calibration batches or recipes: give each the same, and all "
             "batches, which are then sharded"
         )
+
+
+def _writes(checkpoint: Checkpoint, placement: WeightPlacement) -> bool:
+    """Whether a model writes text, and takes at most half of memory: else each token would read it from its files."""
+    size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
+    return size <= total_memory(checkpoint.device) // 2 and can_write(checkpoint.model, placement)
 
 
 def _room(device: str) -> int:

@@ -122,3 +122,10 @@ def peak_resident_bytes() -> int:
 def available_bytes() -> int:
     """Memory of this machine that processes can still take."""
     return psutil.virtual_memory().available
+
+
+def total_memory(device: str) -> int:
+    """Memory of a GPU, or of this machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
