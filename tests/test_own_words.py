@@ -145,6 +145,7 @@ def test_prompts_of_any_length_are_padded_on_the_left():
         ("self:{tmp}/none.txt", None, "not a file, folder or data set"),
         ("self:{tmp}/long.jsonl", None, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),
         ("self:{tmp}/answer.jsonl", None, "no message of a user"),
+        ("self:{tmp}/answer.jsonl", "auto", "no message of a user"),
         ("self:{tmp}/long.jsonl", 4, "adds to a text, and .*self.* lets the model write every sequence"),
         ("{tmp}/few.txt", 4, "less than one sequence"),
         ("{tmp}/long.jsonl", 4, "a prompt in .*long.jsonl has .* tokens, and a sequence has 24"),

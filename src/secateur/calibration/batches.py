@@ -159,7 +159,8 @@ def _prompts(
     documents = read_documents(place, seed, text_field=text.text_field)
     if is_dataset(place):  # it may have no end
         documents = islice(documents, text.samples)
-    prompts = Prompts.of(documents, tokenizer, length, name_of(place), strict=text.own_words != AUTO)
+    is_asked_for = is_own_words(source) or text.own_words != AUTO
+    prompts = Prompts.of(documents, tokenizer, length, name_of(place), strict=is_asked_for)
     check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
     return prompts
 
