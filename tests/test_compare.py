@@ -213,23 +213,28 @@ def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, mo
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the process in /proc")
-def test_a_cell_ends_with_the_comparison_that_was_killed(tmp_path):
-    """The parent is killed while its cell's process sleeps; that one must not go on alone."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_cell_ends_with_the_comparison_that_was_stopped(tmp_path, how):
+    """The parent is stopped while its cell's process sleeps; neither waits for the end of the cell."""
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, sys, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from multiprocessing import get_context\n"
-        "from secateur.comparison.compare import end_with_parent\n"
+        "import os, time\n"
+        "from secateur.cli.process import prepare_process\n"
+        "from secateur.comparison.compare import own_process\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=end_with_parent)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    pool.submit(time.sleep, 600).result()\n"
+        "    prepare_process()\n"
+        "    with own_process() as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         cell = int(parent.stdout.readline())
-        parent.kill()
+        parent.send_signal(how)
+        try:
+            assert parent.wait(60) != 0
+        finally:
+            parent.kill()
     for _ in range(100):
         if not is_running(cell):
             return

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -255,13 +255,25 @@ def _agree(known: Any, now: Any) -> bool:
 def _in_own_process(
     settings: ComparisonSettings, cell: Cell, tasks: Sequence[str], peer_python: Path | None
 ) -> dict[str, Any]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+    with own_process() as pool:
         try:
             return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
         except SecateurError as error:
             raise error.within(f"cell {cell.key}") from error
         except BrokenProcessPool as error:
             raise SecateurError(f"cell {cell.key}: its process died; it may have run out of memory") from error
+
+
+@contextmanager
+def own_process() -> Iterator[ProcessPoolExecutor]:
+    """A pool of one process, which ends at once where this one is stopped (Ctrl-C, SIGTERM) or killed."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+        try:
+            yield pool
+        except (KeyboardInterrupt, SystemExit):
+            for child in active_children():  # the pool would wait for it
+                child.terminate()
+            raise
 
 
 def end_with_parent() -> None:
