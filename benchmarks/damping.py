@@ -11,19 +11,20 @@ blocks.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import arguments_of, write_result
-from torch import nn
 
 import secateur
 from secateur.calibration.batches import calibration_batches
+from secateur.calibration.dense_pass import run_dense_pass
+from secateur.calibration.stream import Batch, no_progress
 from secateur.checkpoints.load import load
 from secateur.models.determinism import deterministic_forward
-from secateur.models.discovery import find_block_chains
-from secateur.numerics.hessian import Hessian, HessianAccumulator, relative_error
+from secateur.models.discovery import BlockChain, find_block_chains
+from secateur.numerics.hessian import Hessian, relative_error
 from secateur.recipe.recipe import CalibrationText, Recipe
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -37,12 +38,9 @@ def main() -> None:
         rows=96, pattern="50%",
     )  # fmt: skip
     rows = [row for name, W, seen, held in watched(args) for row in errors(name, W, seen, held, args.pattern)]
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "text", "model")}
-    write_result(args.out, {"settings": settings | {"text": args.text.name}, "rows": rows})
-
-
-class _Enough(Exception):
-    """Ends a forward pass behind the block."""
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings |= {"text": args.text.name, "model": Path(args.model).name}
+    write_result(args.out, {"settings": settings, "rows": rows})
 
 
 @torch.no_grad()
@@ -51,41 +49,30 @@ def watched(args: argparse.Namespace) -> list[tuple[str, torch.Tensor, Hessian, 
     checkpoint = load(args.model)
     model = checkpoint.model
     text = CalibrationText(samples=args.samples + args.held_out, seq_len=args.seq_len)
-    data = calibration_batches(str(args.text), checkpoint.tokenizer, model.config, text, batch_tokens=args.seq_len)
-    windows = torch.cat([batch["input_ids"] for batch in data.batches])
-    block = find_block_chains(model, {"input_ids": windows[:1]}, Recipe()).chains[0].blocks[args.block].module
-    layers: dict[str, Any] = {name: block.get_submodule(name) for name in args.matrices}
-    sums: list[dict[str, HessianAccumulator]] = [
-        {name: HessianAccumulator(layer.weight.shape[1], layer.weight.device) for name, layer in layers.items()}
-        for _ in range(2)
-    ]
-    current = sums[0]
-
-    def watching(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            current[name].add(inputs[0].flatten(0, -2))
-
-        return add
-
-    def end(*_: Any) -> None:
-        raise _Enough
-
-    for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear)
-        layer.register_forward_pre_hook(watching(name))
-    block.register_forward_hook(end)
+    batches = calibration_batches(
+        str(args.text), checkpoint.tokenizer, model.config, text, batch_tokens=args.seq_len
+    ).batches
     with deterministic_forward(model):
-        for number, window in enumerate(windows):
-            current = sums[number >= args.samples]
-            try:
-                model(input_ids=window[None], use_cache=False)
-            except _Enough:
-                continue
-    chosen = {
-        name: layer.weight[torch.linspace(0, len(layer.weight) - 1, args.rows).long()].float()
-        for name, layer in layers.items()
-    }
-    return [(name, W, sums[0][name].finish(), sums[1][name].finish()) for name, W in chosen.items()]
+        chain = find_block_chains(model, batches[0], Recipe()).chains[0]
+        parts = (batches[: args.samples], batches[args.samples :])
+        seen, held = (hessians_of(model, chain, part, args.block) for part in parts)
+    found = []
+    for matrix in chain.blocks[args.block].matrices:
+        if matrix.name.endswith(tuple(args.matrices)):
+            weight = matrix.stored[torch.linspace(0, len(matrix.stored) - 1, args.rows).long()].float()
+            found.append((matrix.name, weight, seen[matrix.name], held[matrix.name]))
+    return found
+
+
+def hessians_of(model: Any, chain: BlockChain, batches: list[Batch], number: int) -> dict[str, Hessian]:
+    """The Hessians of a dense block's matrices."""
+    dense = run_dense_pass(model, chain, batches, no_progress)
+    stream, block = dense.stream, dense.blocks[number]
+    for before in dense.blocks[:number]:
+        stream.hidden = stream.outputs(before)
+    groups = stream.groups[block.name]
+    by_leader = stream.observe(block, groups)
+    return {matrix.name: by_leader[group.leader.name] for group in groups for matrix, _ in group.members}
 
 
 def errors(name: str, W: torch.Tensor, seen: Hessian, held: Hessian, pattern: str) -> list[dict[str, Any]]:

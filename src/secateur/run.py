@@ -90,9 +90,7 @@ def prune_to_folder(
         checkpoint = source.load(folder, place)
         checkpoint.notices += check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        data = request.calibration(
-            checkpoint.tokenizer, config_of(checkpoint.model), lambda: _writes(checkpoint, placement)
-        )
+        data = _calibration_of(checkpoint, request, placement)
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data.origin, where)
@@ -133,9 +131,7 @@ def estimate_run(
         checkpoint = source.load(folder, Path(scratch))
         check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        data = request.calibration(
-            checkpoint.tokenizer, config_of(checkpoint.model), lambda: _writes(checkpoint, placement)
-        )
+        data = _calibration_of(checkpoint, request, placement)
         writing = 0.0
         if data.to_write is not None:
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, placement, request.progress)
@@ -230,10 +226,13 @@ def _check_same_on_all_ranks(model: nn.Module, data: CalibrationBatches, recipe:
         )
 
 
-def _writes(checkpoint: Checkpoint, placement: WeightPlacement) -> bool:
-    """Whether a model writes text, and takes at most half of memory: else each token would read it from its files."""
+def _calibration_of(checkpoint: Checkpoint, request: Request, placement: WeightPlacement) -> CalibrationBatches:
+    """Batches for a loaded model; it writes by itself if half of memory holds it, as each token reads all weights."""
     size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
-    return size <= total_memory(checkpoint.device) // 2 and can_write(checkpoint.model, placement)
+    fits = size <= total_memory(checkpoint.device) // 2
+    return request.calibration(
+        checkpoint.tokenizer, config_of(checkpoint.model), lambda: fits and can_write(checkpoint.model, placement)
+    )
 
 
 def _room(device: str) -> int:

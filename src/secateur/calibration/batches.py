@@ -109,7 +109,7 @@ def calibration_batches(
     length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
     if source is not None and is_own_words(source):
         return _all_own_words(source, tokenizer, config, text, length, seed, batch_tokens)
-    drawn, notices = _draw(source, tokenizer, config, text, length, text.samples, seed)
+    drawn, notices = _draw(source, tokenizer, config, text, length, seed)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
     number = _own_words_on_top(text, length, can_write)
     if not number:
@@ -173,9 +173,10 @@ def _asked(to_write: OwnWords) -> list[Batch]:
 
 
 def _draw(
-    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, number: int, seed: int
+    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int
 ) -> tuple[Int[Tensor, "N T"], list[str]]:
     """Windows drawn from a text, and what the user should know."""
+    number = text.samples
     limit = number * length if is_dataset(source) else None
     ids = encode(read_documents(source, seed, text_field=text.text_field), tokenizer, limit)
     windows = cut_windows(ids, length, tokenizer, what=name_of(source))
