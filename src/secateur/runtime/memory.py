@@ -127,5 +127,5 @@ def available_bytes() -> int:
 def total_memory(device: str) -> int:
     """Memory of a GPU, or of this machine."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total
