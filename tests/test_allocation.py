@@ -134,6 +134,30 @@ def test_curve_is_the_loss_of_a_real_refit():
     assert found.losses == sorted(found.losses)
 
 
+def test_a_curve_of_few_tokens_does_not_flatter_where_the_hessian_is_shrunk():
+    """24 kept weights of 48 fit 24 tokens exactly: without shrinkage the matrix seems to lose nothing."""
+    from secateur.numerics.damping import shrinkage_for
+    from secateur.numerics.hessian import Hessian
+
+    generator = torch.Generator().manual_seed(0)
+    X, W = (torch.randn(24, 48, generator=generator, dtype=torch.float64) for _ in range(2))
+    fisher, levels = torch.ones(24, dtype=torch.float64), [Unstructured(0.4)]
+    flattering, fair = (
+        loss_curves.loss_curve(W, Hessian(X.T @ X / 24, 24, damping=1e-6, shrinkage=share), fisher, levels).losses[0]
+        for share in (0.0, shrinkage_for(48, 24))
+    )
+    real = float(W.square().flatten().sort().values[: round(0.4 * W.numel())].sum())  # inputs are uncorrelated
+    assert flattering < 0.01 * real
+    assert 0.4 * real < fair < 1.2 * real
+
+
+def test_an_allocation_looks_at_its_tokens_in_whole_sequences():
+    assert al.sequences_of(8192, sequences=32, num_tokens=32 * 512) == 16
+    assert al.sequences_of(8192, sequences=128, num_tokens=128 * 2048) == 4
+    assert al.sequences_of(1, sequences=4, num_tokens=2048) == 1
+    assert al.sequences_of(16384, sequences=3, num_tokens=3 * 12) > 3  # all that there are
+
+
 def test_a_curve_costs_nothing_where_dead_inputs_do():
     from helpers import problem
 
@@ -143,7 +167,8 @@ def test_a_curve_costs_nothing_where_dead_inputs_do():
     H[:24] = 0
     H[:, :24] = 0
     levels = [Unstructured(0.3), Unstructured(0.5), Unstructured(0.6)]
-    losses = loss_curves.loss_curve(W, Hessian(H, 1), torch.ones(24, dtype=torch.float64), levels).losses
+    hessian = Hessian(H, 1)
+    losses = loss_curves.loss_curve(W, hessian, torch.ones(24, dtype=torch.float64), levels).losses
     assert losses[:2] == [0.0, 0.0]
     assert losses[2] > 0
 
@@ -154,7 +179,7 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
     batches = [{"input_ids": ids} for ids in tokens(4)]
     blocks = find_blocks(model)
     with torch.no_grad():
-        found = output_fisher_information(model, blocks, batches, windows=3, seed=7, placement=InMemory())
+        found = output_fisher_information(model, blocks, batches, sequences=3, seed=7, placement=InMemory())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     seen: dict[str, list[torch.Tensor]] = {}
     for block in blocks:
@@ -181,9 +206,9 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
 
     with torch.no_grad(), _eager_experts(model):
         few = [{"input_ids": torch.tensor([[5]])}]
-        one_token = output_fisher_information(model, blocks, few, windows=1, seed=0, placement=InMemory())
+        one_token = output_fisher_information(model, blocks, few, sequences=1, seed=0, placement=InMemory())
         everyone = [{"input_ids": ids} for ids in tokens(64)]
-        found = output_fisher_information(model, blocks, everyone, windows=64, seed=0, placement=InMemory())
+        found = output_fisher_information(model, blocks, everyone, sequences=64, seed=0, placement=InMemory())
     rows = {name: squares for name, squares in found.items() if "layers.0.mlp.experts.down_proj" in name}
     idle = [squares for name, squares in one_token.items() if "layers.0.mlp.experts.down_proj" in name]
     assert sorted(bool((squares > 0).any()) for squares in idle) == [False, False, False, True]
@@ -262,7 +287,9 @@ def test_sensitivity_counts_every_use_of_a_blocks_output():
     ids = tokens(2)[0]
     blocks = find_blocks(model)
     with torch.no_grad():
-        found = output_fisher_information(model, blocks, [{"input_ids": ids}], windows=1, seed=0, placement=InMemory())
+        found = output_fisher_information(
+            model, blocks, [{"input_ids": ids}], sequences=1, seed=0, placement=InMemory()
+        )
     seen: list[torch.Tensor] = []
     name = "inner.model.layers.0.mlp.down_proj"
     model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: seen.append(out[0]))

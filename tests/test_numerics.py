@@ -9,8 +9,15 @@ from jaxtyping import TypeCheckError
 
 import secateur
 from secateur.numerics.conjugate_gradients import MaskedInverse, Stop, masked_cg
-from secateur.numerics.damping import DampedHessian, NotPositiveDefiniteError, inverse_factor, low_rank_plus_diagonal
-from secateur.numerics.hessian import Hessian, HessianAccumulator
+from secateur.numerics.damping import (
+    DampedHessian,
+    Damping,
+    NotPositiveDefiniteError,
+    inverse_factor,
+    low_rank_plus_diagonal,
+    shrinkage_for,
+)
+from secateur.numerics.hessian import Hessian, HessianAccumulator, relative_error
 from secateur.numerics.least_squares import refit_rows
 from secateur.runtime.chunking import max_chunk_bytes
 from secateur.solvers.sweep import estimate_pruned, solve_pruned
@@ -167,12 +174,59 @@ def test_dead_inputs_do_not_inflate_the_damping_of_others():
     assert DampedHessian(dead, 0.01).dead.nonzero()[:, 0].tolist() == [3, 9]
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.99])
+def test_shrinkage_is_a_mean_of_the_hessian_and_its_diagonal(shrinkage):
+    _, H = problem()
+    mean = (1 - shrinkage) * H + shrinkage * torch.diag(H.diagonal())
+    damped = DampedHessian(H, 0.01, shrinkage)
+    assert torch.allclose(damped.matrix, mean + 0.01 * H.diagonal().mean() * torch.eye(48, dtype=H.dtype), rtol=1e-12)
+    assert damped.figures == {"damping": [0.01], "shrinkage": shrinkage}
+
+
+def test_shrinkage_by_tokens_is_that_of_two_uncorrelated_tokens_an_input():
+    """T tokens, and C tokens sqrt(2 C) times a one-hot vector: their Hessian has the shape of the shrunk one."""
+    X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H, prior = X.T @ X / 64, torch.diag((X.square().mean(0) * 16).sqrt())
+    with_prior = (X.T @ X + prior.T @ prior) / (64 + 16)
+    shrunk = DampedHessian(H, 1e-12, shrinkage_for(8, 64)).matrix
+    assert torch.allclose(shrunk, with_prior, rtol=1e-9)
+    assert shrinkage_for(8, 10**9) < 1e-7
+    assert shrinkage_for(8, 0) == 1.0
+
+
+def test_a_hessian_is_shrunk_by_its_tokens():
+    sums = HessianAccumulator(6, torch.device("cpu"))
+    sums.add(torch.randn(24, 6))
+    assert sums.finish(Damping(0.02, "auto")).shrinkage == pytest.approx(1 / 3)
+    sums = HessianAccumulator(6, torch.device("cpu"))
+    sums.add(torch.randn(24, 6))
+    hessian = sums.finish(Damping(0.02, 0.25))
+    assert (hessian.shrinkage, hessian.damping) == (0.25, 0.02)
+    assert hessian.damped.figures["shrinkage"] == 0.25
+
+
+@pytest.mark.parametrize("solver", ["mrp", "sparsegpt"])
+def test_a_shrunk_hessian_of_few_tokens_prunes_better_for_other_tokens(solver):
+    """Inputs with a known covariance: the error on all tokens that could come, not on the few that were seen."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(96, 96, generator=generator, dtype=torch.float64) / 96**0.5 + torch.eye(96)
+    mixing *= torch.logspace(-1, 1, 96, dtype=torch.float64)[:, None]  # quiet and loud inputs
+    true, W = mixing @ mixing.T, torch.randn(16, 96, generator=generator, dtype=torch.float64)
+    X = torch.randn(144, 96, generator=generator, dtype=torch.float64) @ mixing.T
+
+    def error(**options: float) -> float:
+        weight = secateur.solve(W, X.T @ X / 144, "50%", solver, **options).weight
+        return relative_error(weight, W, true)
+
+    assert error(shrinkage=shrinkage_for(96, 144)) < 0.9 * min(error(), error(damping=0.1), error(damping=1.0))
+
+
 def test_failed_cholesky_is_retried_with_more_damping_and_recorded():
     values = torch.ones(16, dtype=torch.float64)
     values[0] = -0.05  # indefinite by rounding or by a bad sum: damping 0.01 and 0.1 differ in curing it
     Q = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     damped = DampedHessian(Q @ torch.diag(values) @ Q.T, 0.01)
-    assert damped.dampings == [0.01, 0.1]
+    assert damped.figures["damping"] == [0.01, 0.1]
 
 
 def test_hopeless_hessian_raises_after_three_retries():

@@ -20,7 +20,8 @@ from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
 from secateur.models.determinism import full_precision
 from secateur.models.placement import InMemory
-from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian
+from secateur.numerics.damping import DEFAULT_DAMPING
+from secateur.numerics.hessian import Hessian
 from secateur.numerics.problem import check_problem
 from secateur.pruning.dry_run import DryRun
 from secateur.recipe.patterns import Pattern
@@ -213,7 +214,8 @@ def solve(
     pattern: str | float | Pattern,
     solver: Any = "mrp",
     *,
-    damping: float = DEFAULT_DAMPING,
+    damping: float = DEFAULT_DAMPING.relative,
+    shrinkage: float = 0.0,
     refine: SwapRefinement | Mapping[str, Any] | None = None,
 ) -> Solved:
     """Prune one matrix, given the undamped Hessian `H = X X^T / T` of its inputs.
@@ -226,6 +228,8 @@ def solve(
         pattern: as for `prune`.
         solver: a solver's name, or options such as `{"name": "sparsegpt", "block": 64}`.
         damping: of the Hessian, relative to its mean diagonal.
+        shrinkage: share that entries of H off the diagonal lose, below 1. For an H of T tokens the presets use
+            `C / (C + T / 2)`; 0 = the paper's.
         refine: options of the exchanges after the solver, such as `{}` (up to 2048 columns on a CPU); None = no
             exchange.
 
@@ -233,14 +237,17 @@ def solve(
         SecateurError: no tensors, shapes that do not fit, NaN or infinity, values too large for fp32, a pattern that
             does not divide C, an unknown option.
     """
-    recipe = Recipe.from_dict({"pattern": pattern, "solver": solver, "damping": damping, "refine": refine})
+    if isinstance(shrinkage, str):
+        raise SecateurError(f"shrinkage is {shrinkage!r}: give a number, as H does not say how many tokens it is of")
+    options = {"pattern": pattern, "solver": solver, "damping": damping, "shrinkage": shrinkage, "refine": refine}
+    recipe = Recipe.from_dict(options)
     check_problem(W, H)
     recipe.pattern.check_width(W.shape[1])
     if recipe.refine is not None:
         check_columns(W.shape[1], W.device)
     dtype = torch.float64 if torch.float64 in (W.dtype, H.dtype) else torch.float32
     weights = W.detach().to(dtype)
-    hessian = Hessian(H.detach().to(dtype), tokens=0, damping=recipe.damping)
+    hessian = Hessian(H.detach().to(dtype), tokens=0, damping=recipe.damping, shrinkage=shrinkage)
     with torch.no_grad(), full_precision():
         solved = solve_checked(recipe.solver, weights, hessian, recipe.pattern)
         if recipe.refine is None:

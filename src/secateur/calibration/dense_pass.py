@@ -38,7 +38,7 @@ from secateur.models.discovery import BlockChain
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.models.stubs import stubbed
 from secateur.models.weight_uses import WeightUse, WeightWatcher
-from secateur.numerics.hessian import DEFAULT_DAMPING
+from secateur.numerics.damping import DEFAULT_DAMPING, Damping
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
 
@@ -71,7 +71,7 @@ def run_dense_pass(
     progress: Progress,
     placement: WeightPlacement | None = None,
     memory: MemoryBudget | None = None,
-    damping: float = DEFAULT_DAMPING,
+    damping: Damping = DEFAULT_DAMPING,
 ) -> DensePass:
     """Run the dense model over this rank's calibration batches and record how a chain's blocks are called.
 
@@ -149,7 +149,7 @@ def _run_blocks(
 
 
 def _put_together(
-    blocks: Sequence[Block], calls: _CallRecorder, seen: Observations, memory: MemoryBudget, damping: float
+    blocks: Sequence[Block], calls: _CallRecorder, seen: Observations, memory: MemoryBudget, damping: Damping
 ) -> DensePass:
     observed = [observed_block(block, seen) for block in blocks]
     found = [each.block for each in observed]

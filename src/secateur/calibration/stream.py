@@ -8,7 +8,7 @@ Shape legend: B sequences, T positions, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -21,7 +21,8 @@ from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import Block, BlockCall
 from secateur.models.matrices import owner_of
 from secateur.models.weight_uses import WeightUse, WeightWatcher
-from secateur.numerics.hessian import DEFAULT_DAMPING, Hessian, HessianAccumulator
+from secateur.numerics.damping import DEFAULT_DAMPING, Damping
+from secateur.numerics.hessian import Hessian, HessianAccumulator
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
 
@@ -47,7 +48,7 @@ class Stream:
             decoder's encoder is pruned by then). What blocks hand on next to hidden states (Gemma 3n's shared keys and
             values) is the pruned stream's in both.
         memory: where hidden states go.
-        damping: relative damping of the Hessians.
+        damping: of the Hessians.
         num_tokens: real tokens of all batches of all ranks.
     """
 
@@ -58,7 +59,7 @@ class Stream:
     routed: frozenset[str] = frozenset()
     dense: MutableSequence[Tensor] | None = None
     memory: MemoryBudget = field(default_factory=MemoryBudget)
-    damping: float = DEFAULT_DAMPING
+    damping: Damping = DEFAULT_DAMPING
     num_tokens: int = 0
 
     def first(self, sizes: Sequence[int], sequences: int) -> Stream:
@@ -92,7 +93,7 @@ class Stream:
     def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
         """Hessians by the name of each group's leader.
 
-        Those of experts with fewer tokens than inputs are shrunk toward all tokens' (`experts`).
+        Those of experts with fewer tokens than inputs are mixed with all tokens' (`experts`).
 
         Raises:
             SecateurError: a group that saw no token, or inputs that are not finite.
@@ -113,7 +114,8 @@ class Stream:
         hessians = finished_hessians(enough, sums.by_name, self.damping)
         if short:
             everything = self._observe_all_tokens(block, [group for group in groups if group.leader.name in short])
-            hessians |= {name: _shrunk(hessians.get(name), whole, short[name]) for name, whole in everything.items()}
+            for name, whole in everything.items():
+                hessians[name] = _mixed(hessians.get(name), whole, short[name], self.damping)
         return hessians
 
     def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
@@ -206,15 +208,17 @@ class _HessianSums:
         return self.by_name[name].tokens if name in self.by_name else 0
 
 
-def _shrunk(routed: Hessian | None, everything: Hessian, share: float) -> Hessian:
+def _mixed(routed: Hessian | None, everything: Hessian, share: float, damping: Damping) -> Hessian:
     """Weighted mean of an expert's Hessian and that of all tokens; `share` is the weight of the latter."""
     if routed is None:
-        return Hessian(everything.H, tokens=0, borrowed=1.0, damping=everything.damping)
-    return Hessian(torch.lerp(routed.H, everything.H, share), routed.tokens, share, everything.damping)
+        return replace(everything, tokens=0, borrowed=1.0)
+    tokens = round(1 / ((1 - share) ** 2 / routed.tokens + share**2 / everything.tokens))  # the effective number
+    H = torch.lerp(routed.H, everything.H, share)
+    return Hessian(H, routed.tokens, share, damping.relative, damping.shrinkage_of(len(H), tokens))
 
 
 def finished_hessians(
-    groups: Sequence[InputGroup], sums: dict[str, HessianAccumulator], damping: float
+    groups: Sequence[InputGroup], sums: dict[str, HessianAccumulator], damping: Damping
 ) -> dict[str, Hessian]:
     """The Hessian of each group; the sums are used up.
 

@@ -1,4 +1,4 @@
-"""Damping of the Hessian, its inverse factor, and its low-rank model.
+"""Damping and shrinkage of the Hessian, its inverse factor, and its low-rank model.
 
 Shape legend: C input columns, K rank.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +17,7 @@ from secateur.errors import SecateurError
 
 DAMPING_GROWTH = 10.0
 MAX_DAMPING_RETRIES = 3
+PRIOR_TOKENS_AN_INPUT = 2  # of what is best on held-out tokens, from 576 to 8960 inputs (docs/decisions.md)
 MAX_PRECONDITIONER_RANK = 64
 SUBSPACE_ITERATIONS = 2
 
@@ -24,9 +26,40 @@ class NotPositiveDefiniteError(SecateurError):
     """The Hessian stayed indefinite after every permitted increase of the damping."""
 
 
+@dataclass(frozen=True)
+class Damping:
+    """How much Hessians are damped and shrunk.
+
+    Args:
+        relative: what is added to the diagonal, relative to its mean.
+        shrinkage: share that entries off the diagonal lose, below 1; auto = by `shrinkage_for`.
+    """
+
+    relative: float = 0.01
+    shrinkage: float | Literal["auto"] = 0.0
+
+    def shrinkage_of(self, columns: int, tokens: int) -> float:
+        """The shrinkage of a Hessian of `columns` inputs and `tokens`."""
+        return shrinkage_for(columns, tokens) if self.shrinkage == "auto" else self.shrinkage
+
+
+DEFAULT_DAMPING = Damping()
+
+
+def shrinkage_for(columns: int, tokens: int) -> float:
+    """Share of the diagonal in a Hessian of few tokens: `C / (C + T / 2)`.
+
+    That is the mean of what T tokens say, and of 2 C tokens which say that the inputs are uncorrelated. Correlations
+    between many inputs are mostly chance when tokens are few, and what a solver makes of them is wrong on other text.
+    Shrinkage of a covariance to its diagonal: Schafer and Strimmer 2005.
+    """
+    prior = PRIOR_TOKENS_AN_INPUT * columns
+    return prior / (prior + tokens)
+
+
 @dataclass(eq=False)
 class DampedHessian:
-    """`Hd = H + damping * mean(diag H) * I` and its factors, each computed once when first asked for.
+    """`Hd = (1 - shrinkage) H + shrinkage diag(H) + damping mean(diag H) I`, and its factors, each computed once.
 
     The mean runs over live inputs. A dead input (`H_jj = 0`) gets the mean as its diagonal. It is decoupled from the
     others, since H is positive semi-definite and so its row is zero; it changes neither their damping nor their
@@ -35,10 +68,12 @@ class DampedHessian:
     Args:
         H: undamped Hessian (C, C), fp32 or fp64.
         damping: relative damping.
+        shrinkage: share of the diagonal, from 0 to below 1.
     """
 
     H: Float[Tensor, "C C"]
     damping: float
+    shrinkage: float = 0.0
 
     @cached_property
     def dead(self) -> Bool[Tensor, " C"]:
@@ -53,8 +88,8 @@ class DampedHessian:
         mean = diagonal[live].mean() if live.any() else torch.ones((), dtype=self.H.dtype, device=self.H.device)
         tried = [self.damping * DAMPING_GROWTH**k for k in range(MAX_DAMPING_RETRIES + 1)]
         for attempt, damping in enumerate(tried):
-            Hd = self.H.clone()
-            Hd.diagonal().add_(damping * mean)
+            Hd = self.H * (1 - self.shrinkage)
+            Hd.diagonal().add_(self.shrinkage * diagonal + damping * mean)
             Hd.diagonal()[self.dead] = mean
             factor = inverse_factor(Hd)
             if factor is not None:
@@ -80,9 +115,9 @@ class DampedHessian:
         return self.U.square().sum(0)
 
     @property
-    def dampings(self) -> list[float]:
-        """Every damping that was tried, in order; the last one is used."""
-        return self._factored[2]
+    def figures(self) -> dict[str, Any]:
+        """For the report: every damping that was tried, in order (the last one is used), and the shrinkage."""
+        return {"damping": self._factored[2], "shrinkage": self.shrinkage}
 
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:

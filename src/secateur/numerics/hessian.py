@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.numerics.damping import DampedHessian
+from secateur.numerics.damping import DEFAULT_DAMPING, DampedHessian, Damping
 
 BAND = {"cpu": 192}  # rows: 0.6 of a whole product's time from 576 to 4096 columns on a Zen 4
 BAND_ON_DEVICE = 2048
-DEFAULT_DAMPING = 0.01
 
 
 @dataclass(eq=False)
@@ -34,17 +33,19 @@ class Hessian:
         tokens: number of tokens behind it.
         borrowed: share of it from tokens that a router sends to other experts.
         damping: relative damping of `damped`.
+        shrinkage: share of the diagonal in `damped`.
     """
 
     H: Float[Tensor, "C C"]
     tokens: int
     borrowed: float = 0.0
-    damping: float = DEFAULT_DAMPING
+    damping: float = DEFAULT_DAMPING.relative
+    shrinkage: float = 0.0
 
     @cached_property
     def damped(self) -> DampedHessian:
         """The damped Hessian and its factors, computed once."""
-        return DampedHessian(self.H, self.damping)
+        return DampedHessian(self.H, self.damping, self.shrinkage)
 
     @property
     def input_energy(self) -> Float[Tensor, " C"]:
@@ -99,11 +100,12 @@ class HessianAccumulator:
                 self.upper[start:end, start:] += X[:, start:end].T @ X[:, start:]
         self.tokens += len(X)
 
-    def finish(self, damping: float = DEFAULT_DAMPING) -> Hessian:
+    def finish(self, damping: Damping = DEFAULT_DAMPING) -> Hessian:
         """The Hessian of all tokens added, in the memory of the sum. Nothing can be added afterwards."""
         assert self.tokens > 0, "no token was added"
         upper = self.upper.div_(self.tokens).float().triu_()
-        return Hessian(upper.add_(upper.triu(1).T), self.tokens, damping=damping)
+        shrinkage = damping.shrinkage_of(len(upper), self.tokens)
+        return Hessian(upper.add_(upper.triu(1).T), self.tokens, damping=damping.relative, shrinkage=shrinkage)
 
 
 @contextmanager

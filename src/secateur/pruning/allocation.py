@@ -7,6 +7,7 @@ Shape legend: R output rows, C input columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,8 +73,8 @@ def allocate(
     Raises:
         SecateurError: a matrix that saw none of the sequences, or a Hessian that can't be factored.
 
-    Cost: none without an allocation. Else a dense pass of every block over `windows` sequences with its Hessians, and
-        for `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
+    Cost: none without an allocation. Else a dense pass of every block over the allocation's tokens with its Hessians,
+        and for `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
     """
     recipe, allocation = context.recipe, context.recipe.allocation
     found = {matrix.name: matrix_recipe(recipe, matrix.name) for block in blocks for matrix in block.matrices}
@@ -82,14 +83,20 @@ def allocate(
     if allocation is None or not free:
         return fixed
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    windows = sum(sizes) if stream.routed else allocation.windows  # a router shows an expert only some tokens
-    first = stream.first(sizes, windows)
+    # A router shows an expert only some tokens.
+    sequences = sum(sizes) if stream.routed else sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
+    first = stream.first(sizes, sequences)
     if allocation.rule == "owl":
         allocated = _by_outliers(blocks, first, free, allocation, context)
     else:
-        fisher = output_fisher_information(model, blocks, batches, windows, recipe.seed, context.store, stream.memory)
+        fisher = output_fisher_information(model, blocks, batches, sequences, recipe.seed, context.store, stream.memory)
         allocated = _by_curves(blocks, first, free, fisher, allocation, context)
     return replace(allocated, patterns=fixed.patterns | allocated.patterns)
+
+
+def sequences_of(tokens: int, sequences: int, num_tokens: int) -> int:
+    """How many of the sequences hold `tokens`, if all are as long as their mean."""
+    return max(1, math.ceil(tokens * sequences / num_tokens))
 
 
 def _by_curves(

@@ -22,7 +22,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
-from secateur.pruning.allocation import LayerPatterns
+from secateur.pruning.allocation import LayerPatterns, sequences_of
 from secateur.pruning.block_refit import (
     MaskedMasterWeights,
     Objective,
@@ -99,7 +99,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         dense = max((found for found, _ in passes), key=lambda found: sum(bool(each.matrices) for each in found.blocks))
         block = next(block for block in dense.blocks if block.matrices)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
-        allocation = _seconds_of_allocation(model, dense, block, sample, context)
+        allocation = _seconds_of_allocation(model, dense, block, sample, context, scale)
         aiming = _seconds_of_predictions(model, structure, dense, sample, context, scale)
     num_blocks = len(structure.blocks)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -204,27 +204,32 @@ def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, co
 
 
 def _seconds_of_allocation(
-    model: nn.Module, dense: DensePass, block: Block, sample: Sequence[Batch], context: RunContext
+    model: nn.Module, dense: DensePass, block: Block, sample: Sequence[Batch], context: RunContext, scale: float
 ) -> float:
-    """Seconds of an allocation, from one sequence and one block."""
+    """Seconds of an allocation, from one sequence, and from one block on a few."""
     allocation = context.recipe.allocation
     if allocation is None or allocation.rule == "owl":  # OWL takes a dense pass over a few sequences
         return 0.0
     fisher, backward = _timed(
         lambda: output_fisher_information(model, dense.blocks, sample, 1, 0, context.store, context.memory)
     )
-    levels = curve_levels(context.recipe.pattern, allocation.spread)
+    stream, levels = dense.stream, curve_levels(context.recipe.pattern, allocation.spread)
+    groups = stream.groups[block.name]
 
     def measure() -> None:
-        hessians = dense.stream.observe(block, dense.stream.groups[block.name])
-        for group in dense.stream.groups[block.name]:
+        for group in groups:
             for matrix, input_dim in group.members:
-                W = matrix.weight(input_dim).float()
-                loss_curve(W, hessians[group.leader.name], fisher[matrix.name], levels)
+                hessian, W = hessians[group.leader.name], matrix.weight(input_dim).float()
+                loss_curve(W, hessian, fisher[matrix.name], levels)
 
     with context.store.onload_block(block):
+        hessians, observing = _timed(lambda: stream.observe(block, groups))
         _, curves = _timed(measure)
-    return allocation.windows * backward + len(dense.blocks) * curves
+    in_sample = sum(len(next(iter(batch.values()))) for batch in sample)
+    sequences = scale * in_sample
+    if not stream.routed:
+        sequences = min(sequences, sequences_of(allocation.tokens, in_sample, stream.num_tokens))
+    return sequences * backward + len(dense.blocks) * (sequences / in_sample * observing + curves)
 
 
 def _memory(

@@ -30,7 +30,7 @@ def output_fisher_information(
     model: Any,
     blocks: Sequence[Block],
     batches: Sequence[Batch],
-    windows: int,
+    sequences: int,
     seed: int,
     placement: WeightPlacement,
     memory: MemoryBudget | None = None,
@@ -45,7 +45,7 @@ def output_fisher_information(
         model: the dense model.
         blocks: its blocks.
         batches: model inputs, padding allowed; sequences are taken one at a time, by the rank that has their batch.
-        windows: how many sequences.
+        sequences: how many are taken.
         seed: of the labels.
         placement: where the weights are.
         memory: where hidden states go; None = they are held in memory.
@@ -61,7 +61,7 @@ def output_fisher_information(
     generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
     with _no_weight_gradients(model), torch.enable_grad():
-        for number, sequence in _own_sequences(batches, windows):
+        for number, sequence in _own_sequences(batches, sequences):
             generator.manual_seed(seed + number)  # every rank draws the same labels for a sequence
             with (
                 placement.onload_model(model),
@@ -100,7 +100,7 @@ def _means(
     if unseen := [matrix.name for matrix in matrices if matrix.name not in totals]:
         raise SecateurError(
             f"{unseen[0]} saw no token of the {done} sequences that the allocation looks at: raise "
-            f"‹allocation.windows›, or use ‹settings.allocation=none›"
+            f"‹allocation.tokens›, or use ‹settings.allocation=none›"
         )
     return {name: (total / tokens).float() for name, total in totals.items()}
 
@@ -194,7 +194,7 @@ def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
     return logits if real is None or len(real[0]) != len(logits) else logits[real[0].bool()]
 
 
-def _own_sequences(batches: Sequence[Batch], windows: int) -> Iterator[tuple[int, Batch]]:
+def _own_sequences(batches: Sequence[Batch], sequences: int) -> Iterator[tuple[int, Batch]]:
     """This rank's part of the first sequences of all batches, each as a batch of one, numbered.
 
     A batch whose inputs differ in length (patches of several pictures) can't be cut: it counts as one sequence.
@@ -204,7 +204,7 @@ def _own_sequences(batches: Sequence[Batch], windows: int) -> Iterator[tuple[int
     for index, batch in enumerate(batches):
         lengths = {len(value) for value in batch.values()}
         for row in range(lengths.pop()) if len(lengths) == 1 else [None]:
-            if number == windows:
+            if number == sequences:
                 return
             if index in dealt:
                 yield number, batch if row is None else {name: value[row : row + 1] for name, value in batch.items()}

@@ -25,6 +25,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import BlockChain, ModelStructure, find_block_chains
 from secateur.models.matrices import Matrix
+from secateur.numerics.damping import Damping
 from secateur.permutation.order import OrderSearch
 from secateur.pruning.allocation import LayerPatterns, allocate
 from secateur.pruning.block_refit import (
@@ -131,9 +132,8 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
 
 def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Batch], context: RunContext) -> DensePass:
     """The dense pass of a chain, checked against the recipe."""
-    found = run_dense_pass(
-        model, chain, batches, context.progress, context.store, context.memory, context.recipe.damping
-    )
+    damping = Damping(context.recipe.damping, context.recipe.shrinkage)
+    found = run_dense_pass(model, chain, batches, context.progress, context.store, context.memory, damping)
     found.check_none_missed()
     _check_widths(found.stream, context)
     if context.recipe.target is not None:

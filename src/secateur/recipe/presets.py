@@ -18,8 +18,8 @@ BEST_REFIT_TOKENS = 1 << 18
 
 
 def fast(_pattern: Pattern) -> dict[str, Any]:
-    """The paper's joint removal alone."""
-    return {"solver": {"name": "mrp"}}
+    """The paper's joint removal alone, with a Hessian that is shrunk."""
+    return {"solver": {"name": "mrp"}, "shrinkage": "auto"}
 
 
 def balanced(pattern: Pattern) -> dict[str, Any]:
@@ -27,8 +27,9 @@ def balanced(pattern: Pattern) -> dict[str, Any]:
     refit = {"epochs": 1, "rate": 0.00625}
     solver = {"name": "mrp", "tolerance": 0.02}
     if isinstance(pattern, NM):
-        return {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
-    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve", "windows": 4}}
+        return {"solver": solver, "shrinkage": "auto", "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+    allocation = {"rule": "curve", "tokens": 8192}
+    return {"solver": solver, "shrinkage": "auto", "refit": refit, "allocation": allocation}
 
 
 def best(pattern: Pattern) -> dict[str, Any]:
@@ -39,12 +40,12 @@ def best(pattern: Pattern) -> dict[str, Any]:
     """
     refit = {"epochs": 4, "most_tokens": BEST_REFIT_TOKENS, "step_tokens": 1024, "val_fraction": 0.125}
     refit |= {"prediction_blocks": 1}
-    calibration = {"own_words": "auto"}
+    found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}}
     if isinstance(pattern, NM):
-        solver, refit = {"name": "admm", "search_iterations": 40}, refit | {"strength": NM_REFIT_STRENGTH}
-        return {"solver": solver, "refit": refit, "calibration": calibration}
+        solver = {"name": "admm", "search_iterations": 40}
+        return found | {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
     solver = {"name": "admm", "search_iterations": 12}
-    return {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}, "calibration": calibration}
+    return found | {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
 
 
 PRESETS: dict[str, Callable[[Pattern], dict[str, Any]]] = {"fast": fast, "balanced": balanced, "best": best}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
 
 from secateur.recipe.declare import Field, Number, RecipeError, Switch, Whole, options, plain, validated
@@ -111,6 +111,11 @@ class Recipe:
     )
     solver: Solver = Field(default=MRP(), description="mrp, admm, sparsegpt, wanda, magnitude. Or a plug-in's.")
     damping: Number = Field(default=0.01, gt=0, description="Damping of Hessians, relative to their mean diagonal.")
+    shrinkage: Annotated[Number, Ge(0), Lt(1)] | Literal["auto"] = Field(
+        default=0.0,
+        description="Share that entries of Hessians off the diagonal lose, below 1. auto = C / (C + T / 2) for C "
+        "inputs and T tokens: correlations between many inputs are mostly chance when tokens are few.",
+    )
     target: DenseTarget | None = Field(default=None, description="Fit to the dense model; empty = to own outputs.")
     refine: SwapRefinement | None = Field(default=None, description="Exchanges to a 1-swap optimum after the solver.")
     refit: BlockRefit | None = Field(default=None, description="Refit of each block's kept weights.")

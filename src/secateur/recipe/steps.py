@@ -78,7 +78,9 @@ class Allocation:
         "losses, weighted by the Fisher information of each output row.",
     )
     spread: Number = Field(default=0.3, gt=0, lt=1, description="How far a matrix may be from the global sparsity.")
-    windows: Whole = Field(default=8, ge=1, description="Calibration sequences that the allocation looks at.")
+    tokens: Whole = Field(
+        default=16_384, ge=1, description="Calibration tokens that the allocation looks at, in whole sequences."
+    )
 
 
 @options

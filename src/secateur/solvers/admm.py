@@ -18,8 +18,6 @@ Shape legend: R output rows, C input columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -43,8 +41,8 @@ def solve_admm(options: ADMM, W: Float[Tensor, "R C"], hessian: Hessian, pattern
     damped, live = hessian.damped, zero_dead_inputs(W, hessian)
     keep, changed = search_mask(options, live, damped, pattern)
     weight, figures = refit_rows(live, keep, damped, options.tolerance, options.max_iterations)
-    info: dict[str, Any] = {"damping": damped.dampings, "search_iterations": options.search_iterations}
-    return restore_dead_inputs(Solved(weight, keep, info | {"changed_last": changed} | figures), W, hessian)
+    search = {"search_iterations": options.search_iterations, "changed_last": changed}
+    return restore_dead_inputs(Solved(weight, keep, damped.figures | search | figures), W, hessian)
 
 
 def search_mask(

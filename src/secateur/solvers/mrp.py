@@ -6,8 +6,6 @@ The paper's variants are named by two letters, mask and compensation, each S (si
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,7 +31,7 @@ def solve_mrp(options: MRP, W: Float[Tensor, "R C"], hessian: Hessian, pattern: 
     tile = options.block if isinstance(options.block, int) else SWEEP_TILE
     live = zero_dead_inputs(W, hessian)
     weight, keep = sweep(live, damped, pattern, mask, options.compensation, tile, mask_only=full_row)
-    info: dict[str, Any] = {"damping": damped.dampings, "mask": mask}
+    info = damped.figures | {"mask": mask}
     if isinstance(pattern, NM) and mask == "M":
         info["mask_search"] = "exhaustive" if pattern.num_masks <= MAX_ENUMERATED else "greedy with exchanges"
     if full_row:

@@ -19,4 +19,4 @@ def solve_sparsegpt(options: SparseGPT, W: Float[Tensor, "R C"], hessian: Hessia
     """
     damped, live = hessian.damped, zero_dead_inputs(W, hessian)
     weight, keep = sweep(live, damped, pattern, mask="S", compensation="S", tile=options.block)
-    return restore_dead_inputs(Solved(weight, keep, {"damping": damped.dampings}), W, hessian)
+    return restore_dead_inputs(Solved(weight, keep, damped.figures), W, hessian)
