@@ -56,7 +56,7 @@ def sandbox(prepared, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("secateur.calibration.documents.shipped_text", lambda _name: SENTENCE * 60)
+    monkeypatch.setattr("secateur.calibration.documents.shipped_text", lambda _name: SENTENCE * 30)
     return folder
 
 
