@@ -1,4 +1,4 @@
-"""Layer error on the calibration text and on held-out text, by the Hessian's damping.
+"""Layer error on the calibration text and on held-out text, by the Hessian's damping and shrinkage.
 
     python benchmarks/damping.py --model MODEL --text TEXT --block 4 --matrices self_attn.q_proj mlp.down_proj
         --out benchmarks/results/damping.json
@@ -11,6 +11,7 @@ blocks.
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from secateur.calibration.stream import Batch, no_progress
 from secateur.checkpoints.load import load
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import BlockChain, find_block_chains
+from secateur.numerics.damping import shrinkage_for
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.recipe.recipe import CalibrationText, Recipe
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+SHRINKAGES = (0.03, 0.1, 0.2, 0.5, "auto")  # with the default damping
 SOLVERS = ("sparsegpt", "mrp")
 
 
 def main() -> None:
-    """Watch a block, solve its matrices at each damping, and write one JSON."""
+    """Watch a block, solve its matrices at each damping and each shrinkage, and write one JSON."""
     args = arguments_of(
         __doc__, "text", model="smollm2", block=4, matrices=["mlp.down_proj"], samples=32, held_out=16, seq_len=512,
         rows=96, pattern="50%",
@@ -77,14 +80,17 @@ def hessians_of(model: Any, chain: BlockChain, batches: list[Batch], number: int
 
 def errors(name: str, W: torch.Tensor, seen: Hessian, held: Hessian, pattern: str) -> list[dict[str, Any]]:
     """Relative layer errors of one matrix."""
+    auto = shrinkage_for(W.shape[1], seen.tokens)
+    options: list[dict[str, Any]] = [{"damping": damping} for damping in DAMPINGS]
+    options += [{"shrinkage": auto if share == "auto" else float(share)} for share in SHRINKAGES]
     found = []
-    for solver in SOLVERS:
-        for damping in DAMPINGS:
-            pruned = secateur.solve(W, seen.H, pattern, solver, damping=damping).weight
-            row = {"matrix": name, "inputs": W.shape[1], "tokens": seen.tokens, "solver": solver, "damping": damping}
-            row |= {"error": relative_error(pruned, W, seen.H), "held_out": relative_error(pruned, W, held.H)}
-            found.append(row)
-            print(row, flush=True)
+    for solver, option in product(SOLVERS, options):
+        pruned = secateur.solve(W, seen.H, pattern, solver, **option).weight
+        row = {"matrix": name, "inputs": W.shape[1], "tokens": seen.tokens, "solver": solver} | option
+        row |= {"auto": option.get("shrinkage") == auto}
+        row |= {"error": relative_error(pruned, W, seen.H), "held_out": relative_error(pruned, W, held.H)}
+        found.append(row)
+        print(row, flush=True)
     return found
 
 
