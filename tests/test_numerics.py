@@ -13,6 +13,7 @@ from secateur.numerics.damping import (
     DampedHessian,
     Damping,
     NotPositiveDefiniteError,
+    inverse_diagonal_of_model,
     inverse_factor,
     low_rank_plus_diagonal,
     shrinkage_for,
@@ -172,6 +173,20 @@ def test_dead_inputs_do_not_inflate_the_damping_of_others():
     alone = DampedHessian(H[live][:, live], 0.01)
     assert torch.allclose(DampedHessian(dead, 0.01).matrix[live][:, live], alone.matrix)
     assert DampedHessian(dead, 0.01).dead.nonzero()[:, 0].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("rank", [1, 7, 48])
+def test_inverse_diagonal_of_a_low_rank_model(rank):
+    _, H = problem()
+    F, d = low_rank_plus_diagonal(damp(H), rank)
+    assert torch.allclose(inverse_diagonal_of_model(F, d), torch.linalg.inv(F @ F.T + torch.diag(d)).diagonal())
+
+
+def test_hd_without_a_factor_is_hd():
+    _, H = problem()
+    H[3] = H[:, 3] = 0
+    damped = DampedHessian(H, 0.02, 0.1)
+    assert torch.equal(damped.unfactored, damped.matrix)
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.99])

@@ -83,21 +83,29 @@ class DampedHessian:
     @cached_property
     def _factored(self) -> tuple[Tensor, Tensor, list[float]]:
         """(Hd, U, dampings tried). A failed Cholesky is retried with ten times the damping, up to three times."""
-        diagonal = self.H.diagonal()
-        live = ~self.dead
-        mean = diagonal[live].mean() if live.any() else torch.ones((), dtype=self.H.dtype, device=self.H.device)
         tried = [self.damping * DAMPING_GROWTH**k for k in range(MAX_DAMPING_RETRIES + 1)]
         for attempt, damping in enumerate(tried):
-            Hd = self.H * (1 - self.shrinkage)
-            Hd.diagonal().add_(self.shrinkage * diagonal + damping * mean)
-            Hd.diagonal()[self.dead] = mean
+            Hd = self._damped(damping)
             factor = inverse_factor(Hd)
             if factor is not None:
                 return Hd, factor, tried[: attempt + 1]
         raise NotPositiveDefiniteError(
-            f"the Hessian ({len(diagonal)} inputs) is not positive definite even with damping {tried[-1]:g}: use more "
+            f"the Hessian ({len(self.H)} inputs) is not positive definite even with damping {tried[-1]:g}: use more "
             f"calibration tokens, or a larger `damping`"
         )
+
+    def _damped(self, damping: float) -> Float[Tensor, "C C"]:
+        diagonal, live = self.H.diagonal(), ~self.dead
+        mean = diagonal[live].mean() if live.any() else torch.ones((), dtype=self.H.dtype, device=self.H.device)
+        Hd = self.H * (1 - self.shrinkage)
+        Hd.diagonal().add_(self.shrinkage * diagonal + damping * mean)
+        Hd.diagonal()[self.dead] = mean
+        return Hd
+
+    @property
+    def unfactored(self) -> Float[Tensor, "C C"]:
+        """Hd for what needs no factor, which takes C^3: computed anew each time, by the first damping."""
+        return self._damped(self.damping)
 
     @property
     def matrix(self) -> Float[Tensor, "C C"]:
@@ -121,8 +129,8 @@ class DampedHessian:
 
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Low-rank-plus-diagonal model of Hd; at rank sqrt(C) its row systems cost half a product with Hd."""
-        return low_rank_plus_diagonal(self.matrix, min(MAX_PRECONDITIONER_RANK, round(len(self.H) ** 0.5)))
+        """Low-rank-plus-diagonal model of Hd."""
+        return low_rank_plus_diagonal(self.matrix, model_rank(len(self.H)))
 
 
 def inverse_factor(H: Float[Tensor, "C C"]) -> Float[Tensor, "C C"] | None:
@@ -136,6 +144,20 @@ def inverse_factor(H: Float[Tensor, "C C"]) -> Float[Tensor, "C C"] | None:
         return None
     identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
     return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1).contiguous()
+
+
+def model_rank(columns: int) -> int:
+    """Rank of the low-rank model: at sqrt(C) its row systems cost half a product with Hd."""
+    return min(MAX_PRECONDITIONER_RANK, round(columns**0.5))
+
+
+def inverse_diagonal_of_model(F: Float[Tensor, "C K"], d: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    """Diagonal of `inv(F F^T + diag(d))`, by Woodbury. Cost: C K^2 multiply-adds."""
+    scaled = F / d[:, None]
+    core = F.T @ scaled
+    core.diagonal().add_(1.0)
+    L = torch.linalg.cholesky(core)
+    return 1 / d - torch.linalg.solve_triangular(L, scaled.T, upper=False).square().sum(0)
 
 
 def low_rank_plus_diagonal(H: Float[Tensor, "C C"], rank: int) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"]]:

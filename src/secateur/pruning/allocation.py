@@ -71,7 +71,7 @@ def allocate(
         context: its recipe has the rules and the allocation.
 
     Raises:
-        SecateurError: a matrix that saw none of the sequences, or a Hessian that can't be factored.
+        SecateurError: a matrix that saw none of the sequences.
 
     Cost: none without an allocation. Else a dense pass of every block over the allocation's tokens with its Hessians,
         and for `curve` a backward pass over them and a refit of 32 rows for each of 5 levels and matrix.
