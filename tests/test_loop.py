@@ -424,7 +424,8 @@ def test_experts_with_few_tokens_borrow_those_of_all():
     hook.remove()
     hidden, index, _ = seen["args"]
     dense = {name: layer.experts.get_parameter(name).detach().double() for name in ("gate_up_proj", "down_proj")}
-    report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=calibration)
+    settings = {"shrinkage": "auto"}
+    report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=calibration, settings=settings)
     assert "experts saw fewer calibration tokens than they have inputs" in report.notices[0]
     matrices = {matrix.name: matrix for matrix in report.matrices}
     for expert in range(8):
@@ -437,6 +438,8 @@ def test_experts_with_few_tokens_borrow_those_of_all():
             assert matrix.tokens == int(own.sum())
             share = max(0.0, 1 - int(own.sum()) / A.shape[1])
             assert matrix.borrowed == pytest.approx(share)
+            effective = round(1 / ((1 - share) ** 2 / max(1, int(own.sum())) + share**2 / len(A)))
+            assert matrix.figures["shrinkage"] == damping.shrinkage_for(A.shape[1], effective)
             routed = A[own].T @ A[own] / own.sum() if own.any() else 0.0
             H = share * (A.T @ A) / len(A) + (1 - share) * routed
             W = dense[name][expert]

@@ -9,7 +9,7 @@ from pages import DOCS, RESULTS, Picture, read_result, table
 
 # A recipe of llm-compressor, and ours to compare with it.
 PEERS = (
-    ("llmcompressor-sparsegpt", ("sparsegpt", "fast")),
+    ("llmcompressor-sparsegpt", ("sparsegpt", "fast+shrinkage=0")),
     ("llmcompressor-wanda", ("wanda",)),
 )
 

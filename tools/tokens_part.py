@@ -9,8 +9,12 @@ from comparisons import COLOURS, cells, gap_closed, read, spread
 from pages import DOCS, Picture, table
 
 # Folders of the comparisons, from few tokens to many, and how they name `best` on the text alone.
-ALONE = "best+calibration.own_words=0"
-FOLDERS = {"tokens-4k": ALONE, "tokens-16k": ALONE, "protocol": f"{ALONE}+refit.epochs=1"}
+ALONE = "best+calibration.own_words=0+shrinkage=0"
+FOLDERS = {
+    "tokens-4k": ALONE,
+    "tokens-16k": ALONE,
+    "protocol": ALONE.replace("+shrinkage", "+refit.epochs=1+shrinkage"),
+}
 PATTERN = "50%"
 TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 

@@ -367,7 +367,7 @@ def _few_tokens(matrices: Sequence[MatrixReport]) -> list[str]:
     worst = min(short, key=lambda matrix: matrix.tokens)
     return [
         f"{len(short)} matrices of experts saw fewer calibration tokens than they have inputs ({worst.name}: "
-        f"{worst.tokens} tokens, {worst.columns} inputs), so their Hessians were shrunk toward those of all the "
+        f"{worst.tokens} tokens, {worst.columns} inputs), so their Hessians were mixed with those of all the "
         f"layer's tokens: more calibration text would help"
     ]
 
