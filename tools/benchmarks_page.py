@@ -197,7 +197,9 @@ of a quiet machine.
 
 def main_cells(recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
     """Seed -> cell, of the README's table and picture."""
-    return cells(read(MAIN if recipe == "sparsegpt" else PRESETS), recipe, pattern)
+    if recipe == "sparsegpt":
+        return cells(read(MAIN), recipe, pattern)
+    return cells(read(PRESETS), recipe, pattern) or cells(read(PRESETS), f"{recipe}+shrinkage=0", pattern)
 
 
 def readme_table() -> str:
@@ -222,7 +224,7 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on twice the tokens: the model [writes as many again](docs/guides/data.md#text-that-the-model-writes), going on from the text.",
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on twice the tokens: the model [writes as many again](docs/guides/data.md#text-that-the-model-writes), going on from the text. Its figures at 70% and 2:4 are from before [Hessians were shrunk](docs/how/observe.md).",
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
     sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"
