@@ -81,7 +81,7 @@ def loss(new: Tensor, W: Tensor, H: Tensor, damping: float = 0.0) -> float:
 
 def solve_by(W: Tensor, H: Tensor, pattern: Any, solver: str = "mrp", **options: Any) -> secateur.Solved:
     """`secateur.solve` with the solver's options as keywords."""
-    others = {name: options.pop(name) for name in ("damping", "refine") if name in options}
+    others = {name: options.pop(name) for name in ("damping", "shrinkage", "refine") if name in options}
     return secateur.solve(W, H, pattern, {"name": solver, **options}, **others)
 
 

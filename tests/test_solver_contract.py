@@ -234,6 +234,12 @@ def test_rank_deficient_hessian(name):
         ({"solver": "mrp", "block": 0}, "block is 0: it must be greater than or equal to 1 or be 'all'"),
         ({"solver": "mrp", "damping": 0.0}, "damping is 0.0: it must be greater than 0"),
         ({"solver": "mrp", "damping": float("nan")}, "damping is nan: it must be a finite number"),
+        (
+            {"solver": "mrp", "shrinkage": "auto"},
+            "shrinkage is 'auto': give a number, as H does not say how many tokens",
+        ),
+        ({"solver": "mrp", "shrinkage": 1.0}, "shrinkage is 1.0: it must be less than 1"),
+        ({"solver": "mrp", "shrinkage": -0.1}, "shrinkage is -0.1: it must be greater than or equal to 0"),
         ({"solver": "mrp", "tolerance": 0.0}, "tolerance is 0.0: it must be greater than 0"),
         ({"solver": "mrp", "max_iterations": 0}, "max_iterations is 0"),
         ({"pattern": "2:5"}, "multiple of 5, but it is 48"),

@@ -220,11 +220,19 @@ def readme_table() -> str:
     return table(rows[0], rows[1:])
 
 
+def older_cells() -> str:
+    """Which cells of the README's table are by an older `best`, in a sentence."""
+    older = [pattern for pattern in patterns_of(read(MAIN)) if not cells(read(PRESETS), "best", pattern)]
+    before = "are from before [Hessians were shrunk](docs/how/observe.md)"
+    return f" Its figures at {' and '.join(older)} {before}." if older else ""
+
+
 def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on twice the tokens: the model [writes as many again](docs/guides/data.md#text-that-the-model-writes), going on from the text. Its figures at 70% and 2:4 are from before [Hessians were shrunk](docs/how/observe.md).",
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on twice the tokens: the model [writes as many again](docs/guides/data.md#text-that-the-model-writes), going on from the text."
+        + older_cells(),
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
     sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"

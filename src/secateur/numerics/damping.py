@@ -102,10 +102,15 @@ class DampedHessian:
         Hd.diagonal()[self.dead] = mean
         return Hd
 
-    @property
+    @cached_property
     def unfactored(self) -> Float[Tensor, "C C"]:
-        """Hd for what needs no factor, which takes C^3: computed anew each time, by the first damping."""
+        """Hd by the first damping, for what needs no factor: that takes C^3."""
         return self._damped(self.damping)
+
+    @cached_property
+    def unfactored_low_rank(self) -> tuple[Tensor, Tensor]:
+        """Low-rank-plus-diagonal model of `unfactored`."""
+        return low_rank_model(self.unfactored)
 
     @property
     def matrix(self) -> Float[Tensor, "C C"]:
@@ -130,7 +135,7 @@ class DampedHessian:
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Low-rank-plus-diagonal model of Hd."""
-        return low_rank_plus_diagonal(self.matrix, model_rank(len(self.H)))
+        return low_rank_model(self.matrix)
 
 
 def inverse_factor(H: Float[Tensor, "C C"]) -> Float[Tensor, "C C"] | None:
@@ -146,9 +151,9 @@ def inverse_factor(H: Float[Tensor, "C C"]) -> Float[Tensor, "C C"] | None:
     return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1).contiguous()
 
 
-def model_rank(columns: int) -> int:
-    """Rank of the low-rank model: at sqrt(C) its row systems cost half a product with Hd."""
-    return min(MAX_PRECONDITIONER_RANK, round(columns**0.5))
+def low_rank_model(Hd: Float[Tensor, "C C"]) -> tuple[Float[Tensor, "C K"], Float[Tensor, " C"]]:
+    """Low-rank-plus-diagonal model of Hd; at rank sqrt(C) its row systems cost half a product with Hd."""
+    return low_rank_plus_diagonal(Hd, min(MAX_PRECONDITIONER_RANK, round(len(Hd) ** 0.5)))
 
 
 def inverse_diagonal_of_model(F: Float[Tensor, "C K"], d: Float[Tensor, " C"]) -> Float[Tensor, " C"]:

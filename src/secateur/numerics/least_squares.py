@@ -6,13 +6,14 @@ Shape legend: R output rows, C input columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.numerics.conjugate_gradients import MaskedInverse, Stop, masked_cg
+from secateur.numerics.conjugate_gradients import MaskedInverse, MaskedSolution, Stop, masked_cg
 from secateur.numerics.damping import DampedHessian
 from secateur.runtime.chunking import chunk_bytes
 
@@ -52,17 +53,12 @@ def refit_rows(
     rows_at_once = max(1, chunk_bytes(W.device) // 4 // max(F.shape[1] ** 2, W.shape[1]))
     weights, solutions, scale_sq = [], [], 0.0
     for rows in torch.arange(W.shape[0], device=W.device).split(rows_at_once):
-        kept = keep[rows].to(W.dtype)
-        start = W[rows] * kept
-        removed = W[rows] - start
-        gradient = removed @ damped.matrix
-        loss = float((removed * gradient).sum())
-        target = gradient * kept
-        scale_sq += float(target.square().sum())
-        precondition = MaskedInverse(F, d, kept)
-        stop = Stop(tolerance, max_iterations, loss, bound=lambda R: float((R @ damped.U.T).square().sum()))
-        solution = masked_cg(damped.matrix, target, kept, precondition, stop)
-        weights.append(start + solution.Y)
+        weight, solution, target_sq = refit_by_gradients(
+            W[rows], keep[rows], damped.matrix, (F, d), tolerance, max_iterations,
+            bound=lambda R: float((R @ damped.U.T).square().sum()),
+        )  # fmt: skip
+        scale_sq += target_sq
+        weights.append(weight)
         solutions.append(solution)
     residual_sq = sum(solution.residual_norm_sq for solution in solutions)
     gap = max(solution.gap for solution in solutions)
@@ -72,3 +68,33 @@ def refit_rows(
         "gap_bound": gap if math.isfinite(gap) else None,
         "converged": gap <= tolerance,
     }
+
+
+def refit_by_gradients(
+    W: Float[Tensor, "R C"],
+    keep: Bool[Tensor, "R C"],
+    Hd: Float[Tensor, "C C"],
+    low_rank: tuple[Float[Tensor, "C K"], Float[Tensor, " C"]],
+    tolerance: float,
+    max_iterations: int,
+    bound: Callable[[Tensor], float] | None = None,
+) -> tuple[Float[Tensor, "R C"], MaskedSolution, float]:
+    """The refit of rows at once: weights, how conjugate gradients ended, and the squared norm of their target.
+
+    Args:
+        W: the original weights.
+        keep: the kept weights.
+        Hd: the damped Hessian.
+        low_rank: its low-rank-plus-diagonal model.
+        tolerance: largest gap in loss, relative to the optimal loss.
+        max_iterations: iterations after which it stops anyway.
+        bound: upper bound on the gap, given a residual; None = an estimate of the gap decides.
+    """
+    kept = keep.to(W.dtype)
+    start = W * kept
+    removed = W - start
+    gradient = removed @ Hd
+    target = gradient * kept
+    stop = Stop(tolerance, max_iterations, float((removed * gradient).sum()), bound)
+    solution = masked_cg(Hd, target, kept, MaskedInverse(*low_rank, kept), stop)
+    return start + solution.Y, solution, float(target.square().sum())

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from secateur.numerics.conjugate_gradients import MaskedInverse, Stop, masked_cg
-from secateur.numerics.damping import inverse_diagonal_of_model, low_rank_plus_diagonal, model_rank
+from secateur.numerics.damping import inverse_diagonal_of_model
 from secateur.numerics.hessian import Hessian
+from secateur.numerics.least_squares import refit_by_gradients
 from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
 from secateur.recipe.patterns import NM, Pattern, Unstructured
 from secateur.solvers.base import zero_dead_inputs
@@ -63,8 +63,7 @@ def loss_curve(
     """
     rows = torch.linspace(0, len(W) - 1, min(SAMPLED_ROWS, len(W))).round().long().to(W.device)
     sample = zero_dead_inputs(W[rows], hessian) * fisher.to(W.device)[rows].sqrt()[:, None].to(W.dtype)
-    Hd = hessian.damped.unfactored
-    model = low_rank_plus_diagonal(Hd, model_rank(len(Hd)))
+    Hd, model = hessian.damped.unfactored, hessian.damped.unfactored_low_rank
     score = sample.square() / inverse_diagonal_of_model(*model)
     sparsities, losses = [], []
     for level in levels:
@@ -72,24 +71,10 @@ def loss_curve(
             keep = keep_highest_of_groups(score, level)
         else:
             keep = keep_all_but_lowest(score, level.num_pruned(*sample.shape))
-        D = _change(sample, keep, Hd, model)
+        D = refit_by_gradients(sample, keep, Hd, model, tolerance=0.03, max_iterations=30)[0] - sample
         sparsities.append(level.sparsity)
         losses.append(float(((D @ hessian.H) * D).sum()) * len(W) / len(rows))
     return LossCurve(sparsities, losses, W.numel())
-
-
-def _change(
-    W: Float[Tensor, "R C"],
-    keep: Bool[Tensor, "R C"],
-    Hd: Float[Tensor, "C C"],
-    model: tuple[Float[Tensor, "C K"], Float[Tensor, " C"]],
-) -> Float[Tensor, "R C"]:
-    """`W' - W`, with W' near the optimum of the kept weights."""
-    kept = keep.to(W.dtype)
-    removed = W * (1 - kept)
-    gradient = removed @ Hd
-    stop = Stop(tolerance=0.03, iterations=30, loss=float((removed * gradient).sum()))
-    return masked_cg(Hd, gradient * kept, kept, MaskedInverse(*model, kept), stop).Y - removed
 
 
 def curve_levels(pattern: Pattern, spread: float) -> list[Pattern]:
