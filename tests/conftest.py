@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -20,6 +21,9 @@ install_import_hook(MODULES, "beartype.beartype")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from markupsafe import Markup  # noqa: E402
+
+from secateur.reporting import charts  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -32,6 +36,25 @@ def _one_thread() -> None:
     """Xdist runs two workers on two cores."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for commands the tests start
+
+
+DRAW = charts._svg
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_charts() -> Iterator[None]:
+    """Charts take half of the time of a tiny run: who looks at them asks for `drawn_charts`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(charts, "_svg", lambda _figure, alt: Markup('<svg aria-label="{}"></svg>').format(alt))
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn_charts() -> Iterator[None]:
+    """Draw charts in the tests of a module."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(charts, "_svg", DRAW)
+        yield
 
 
 @pytest.fixture(scope="session")

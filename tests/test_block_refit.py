@@ -144,6 +144,22 @@ def test_a_rate_that_ruins_every_pass_is_lowered(monkeypatch):
         assert torch.equal(ruined.state_dict()[name], tensor)
 
 
+def test_a_refit_that_goes_too_far_is_taken_back_part_of_the_way(monkeypatch):
+    """One attempt at a rate that is a little too high: half of the way helps where all of it harms."""
+    monkeypatch.setattr(block_refit, "ATTEMPTS", 1)
+    too_far = {"rate": 0.06, "epochs": 1}
+    plain, _ = pruned(pattern="50%", refit=None)
+    model, report = pruned(pattern="50%", refit=too_far)
+    first = report.blocks[0]
+    assert first.val_loss_after < 0.9 * first.val_loss_before
+    assert (first.best_epoch, first.rate) == (1, 0.06)
+    name = report.matrices[0].name + ".weight"
+    assert torch.equal(model.get_parameter(name) == 0, plain.get_parameter(name) == 0)
+    monkeypatch.setattr(block_refit, "SHARES", ())
+    _, report = pruned(pattern="50%", refit=too_far)
+    assert report.blocks[0].best_epoch == 0
+
+
 def test_an_attempt_ends_with_a_hopeless_first_pass(monkeypatch):
     """However many passes are left: one at each ruinous rate, so that more of them cost nothing."""
     measured = []

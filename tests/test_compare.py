@@ -34,7 +34,7 @@ def settings(tmp_path):
     )
 
 
-def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
+def test_cells_are_run_once_and_resumed(settings, tmp_path, request):
     said: list[str] = []
     run = {"out": tmp_path / "out", "say": said.append}
     first = compare(settings, ["sparsegpt"], ["50%"], [0], **run)
@@ -50,6 +50,7 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, monkeypatch):
     assert cell["peak_memory"] > 1e7
     assert cell["environment"]["torch"]
     said.clear()
+    request.getfixturevalue("cells_here")  # the first two had processes of their own
     second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
     assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
     assert second.cells["sparsegpt 50% 0"] == first.cells["sparsegpt 50% 0"], "kept with its measured time"
@@ -108,6 +109,7 @@ def test_a_table_has_dense_first_and_means_with_spread_over_seeds():
     assert mrp[:4] == ["mrp+refit.epochs=2", "2", "13.00 ± 1.41", "0.6250"]
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_csv_has_every_cell_and_html_is_escaped():
     rows = list(csv.DictReader(to_csv(comparison()).splitlines()))
     assert [(row["recipe"], row["pattern"], row["seed"]) for row in rows][3] == ("mrp+refit.epochs=2", "50%", "1")

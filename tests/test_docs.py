@@ -153,15 +153,15 @@ def test_pictures_of_the_pages_are_there():
             assert (page.parent / target).is_file(), f"{page}: {target}"
 
 
-@pytest.mark.long
-def test_the_example_notebook_runs_from_top_to_bottom(tmp_path):
+def test_the_example_notebook_runs_from_top_to_bottom(prepared, tmp_path):
+    """On a tiny model: the demo of `.ci/run` does the same steps on the notebook's own."""
     nbformat = pytest.importorskip("nbformat")
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "examples" / "prune.ipynb", as_version=4)
-    assert all(
-        cell.outputs for cell in notebook.cells if cell.cell_type == "code" and "show" in cell.metadata.get("tags", ())
-    )
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in code if "show" in cell.metadata.get("tags", ()))
+    assert 'MODEL, OUT, PACKED = "smollm2"' in code[0].source
+    code[0].source = code[0].source.replace("smollm2", str(prepared / "my-model"))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("secateur-report" in output for output in shown)
+    assert any("secateur-report" in str(output) for cell in code for output in cell.outputs)

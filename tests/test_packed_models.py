@@ -177,11 +177,7 @@ def test_plain_transformers_fails_loudly(saved):
 
 def test_importing_secateur_is_enough_before_or_after_transformers(saved):
     _, packed = saved()
-    for order in (
-        "import secateur, transformers",
-        "import transformers, secateur",
-        "import transformers.modeling_utils, secateur",
-    ):
+    for order in ("import secateur, transformers", "import transformers.modeling_utils, secateur"):
         script = f"import sys; {order}; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).model)"
         done = subprocess.run([sys.executable, "-c", script, packed], capture_output=True, text=True, check=True)
         assert ("PackedLinear" in done.stdout) == (kernels.level() != "none")

@@ -28,6 +28,8 @@ from secateur.reporting.report import Report
 from secateur.reporting.stages import StageClock
 from secateur.reporting.weight_files import read_weight_files
 
+pytestmark = pytest.mark.usefixtures("drawn_charts")
+
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 EVIL = '<img src=x onerror="alert(1)"></title><script>alert(2)</script>$x^2$\x1b[31m'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

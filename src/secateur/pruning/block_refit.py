@@ -9,8 +9,9 @@ Errors of earlier blocks can't be corrected in full, and a refit that tries over
 lies between the dense stream's outputs and what the dense block gives on the pruned stream (`strength`).
 
 The learning rate rises over the first tenth of the steps and falls to zero as a cosine. Where no epoch helps on the
-validation batches, or the first ends far off, a quarter of the rate is tried, and then a sixteenth. The weights as
-solved are always a candidate, so a block never ends worse on the validation batches than it began.
+validation batches, half and a quarter of the way are tried. Where they don't help either, or the first epoch ends far
+off, a quarter of the rate is tried, and then a sixteenth. The weights as solved are always a candidate, so a block
+never ends worse on the validation batches than it began.
 
 Shape legend: B sequences, T positions, C channels, R x C a matrix.
 """
@@ -40,6 +41,7 @@ BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25
 # Stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better.
 STOP_AFTER_FIRST = 1.05
+SHARES = (0.5, 0.25)  # of the way from the weights as solved to those of a last step that went too far
 Int8Matrices = Sequence[tuple[Tensor, torch.dtype]]  # as (outputs, inputs), and the dtype that holds the rounded ones
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
@@ -191,7 +193,20 @@ def _descend(
         if loss < best.loss:
             best = _Best(weights.snapshot(), loss, epoch)
         elif epoch == 1 and loss > STOP_AFTER_FIRST * best.loss:
-            break
+            return best
+    return best if best.epoch > 0 else _part_of_the_way(weights, objective, val, epochs, best)
+
+
+def _part_of_the_way(
+    weights: MaskedMasterWeights, objective: _Shared, val: Sequence[int], epochs: int, best: _Best
+) -> _Best:
+    """The best weights between those as solved and those of a last step that went too far."""
+    as_solved, last = best.weights, [master.clone() for master in weights.masters]
+    for share in SHARES:
+        weights.mix(as_solved, last, share)
+        loss = objective.mean(val)
+        if loss < best.loss:
+            best = _Best(weights.snapshot(), loss, epochs)
     return best
 
 
@@ -341,6 +356,12 @@ class MaskedMasterWeights:
         self.restore(snapshot)
         for master, saved in zip(self.masters, snapshot, strict=True):
             master.copy_(saved)
+
+    def mix(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
+        """Set masters and parameters to `start + share (end - start)`."""
+        for master, first, last in zip(self.masters, start, end, strict=True):
+            master.copy_(first.float().lerp(last, share))
+        self.write_back()
 
     def restore(self, snapshot: list[Tensor]) -> None:
         """Reset the parameters to a snapshot."""

@@ -28,7 +28,7 @@ def balanced(pattern: Pattern) -> dict[str, Any]:
     solver = {"name": "mrp", "tolerance": 0.02}
     if isinstance(pattern, NM):
         return {"solver": solver, "shrinkage": "auto", "refit": refit | {"strength": NM_REFIT_STRENGTH}}
-    allocation = {"rule": "curve", "tokens": 8192}
+    allocation = {"rule": "curve", "tokens": 4096}
     return {"solver": solver, "shrinkage": "auto", "refit": refit, "allocation": allocation}
 
 
