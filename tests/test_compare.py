@@ -50,7 +50,7 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, request):
     assert cell["peak_memory"] > 1e7
     assert cell["environment"]["torch"]
     said.clear()
-    request.getfixturevalue("cells_here")  # the first two had processes of their own
+    request.getfixturevalue("cells_here")  # two cells in processes are enough
     second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
     assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
     assert second.cells["sparsegpt 50% 0"] == first.cells["sparsegpt 50% 0"], "kept with its measured time"
