@@ -61,6 +61,36 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, request):
 
 
 @pytest.mark.usefixtures("cells_here")
+def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkeypatch):
+    """It is stopped in front of the second block, and prunes the first one only once."""
+    from secateur.pruning import loop
+
+    pruned: list[str] = []
+    prune_block, out = loop.prune_block, tmp_path / "out"
+
+    def stopped(*arguments):
+        if pruned:
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    def counted(*arguments):
+        pruned.append("a block")
+        return prune_block(*arguments)
+
+    quiet = {"say": lambda _line: None}
+    monkeypatch.setattr(loop, "prune_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, ["sparsegpt"], ["50%"], [0], out, **quiet)
+    monkeypatch.setattr(loop, "prune_block", counted)
+    found = compare(settings, ["sparsegpt"], ["50%"], [0], out, **quiet).cells["sparsegpt 50% 0"]
+    assert len(pruned) == 2
+    assert {path.name for path in out.iterdir()} == {"compare.json", ".locks"}
+    monkeypatch.setattr(loop, "prune_block", prune_block)
+    whole = compare(settings, ["sparsegpt"], ["50%"], [0], tmp_path / "whole", **quiet).cells["sparsegpt 50% 0"]
+    assert found["perplexity"] == whole["perplexity"]
+
+
+@pytest.mark.usefixtures("cells_here")
 def test_processes_share_the_cells_of_a_table(settings, tmp_path):
     said: list[str] = []
     run = {"out": tmp_path / "out", "say": said.append}

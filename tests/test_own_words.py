@@ -87,10 +87,29 @@ def test_chats_end_with_the_question_and_open_the_answer():
     question = {"role": "user", "content": "Why?"}
     chat = Conversation([question, {"role": "assistant", "content": "So."}])
     whole = tokenizer.apply_chat_template([question], tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert Prompts.of([chat], tokenizer, 60, "chats").ids == [whole]
+    prompts = Prompts.of([chat], tokenizer, 2048, "chats")
+    assert prompts.ids == [whole]
+    assert prompts.text_length == 2048
 
 
-def test_a_long_prompt_does_not_cut_the_texts_of_short_ones():
+def test_windows_longer_than_a_text_hold_several():
+    """Plain text goes on for 512 tokens at most, in the windows' number of tokens and hardly more."""
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", max_position_embeddings=2048).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    drawn, generate = [], model.generate
+
+    def watched(ids, **options):
+        drawn.append((ids.shape, options["generation_config"].max_new_tokens))
+        return generate(ids, **options)
+
+    model.generate = watched
+    prompts = Prompts.of(["the cat sat on the mat. " * 400], tokenizer, 2048, "text")
+    assert written(model, tokenizer, prompts, number=2).shape == (2, 2048)
+    assert drawn == [((9, 64), 448)]  # eight would do, were no end to come early
+
+
+def test_a_long_prompt_does_not_cut_the_texts_of_short_ones(monkeypatch):
     tokenizer = character_tokenizer()
     model = tiny_model("llama", max_position_embeddings=64).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token = None
@@ -101,7 +120,9 @@ def test_a_long_prompt_does_not_cut_the_texts_of_short_ones():
         return generate(ids, **options)
 
     model.generate = watched
-    written(model, tokenizer, Prompts([[5] * 50] * 16 + [[6]] * 48, 60), number=60)
+    prompts = Prompts([[5] * 50] * 20 + [[6]] * 60, 60)
+    monkeypatch.setattr("secateur.calibration.own_words.TOGETHER_TOKENS", 20 * 60)
+    written(model, tokenizer, prompts, number=60)
     assert {*lengths} == {10, 59}
 
 

@@ -9,6 +9,7 @@ goes on).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
 
-PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a window
-BATCH = 16  # sequences that are written together
+TEXT_TOKENS = 512  # of a text at most, chats aside: a token after many others costs more
+SPARE = 1 / 16  # more texts than fill the windows, as some end early
+PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a text
+TOGETHER_TOKENS = 20 << 10  # of the texts that are written together
 SILENT_ROUNDS = 3  # after which a model that ends every text at once is given up
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
@@ -43,10 +46,22 @@ class Prompts:
     Args:
         ids: token ids of each prompt, with the tokens that open a text.
         length: tokens of a window.
+        are_chats: whether there are chats among them.
     """
 
     ids: list[list[int]]
     length: int
+    are_chats: bool = False
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text at most: of a chat, those of a window."""
+        return self.length if self.are_chats else min(self.length, TEXT_TOKENS)
+
+    @property
+    def together(self) -> int:
+        """Texts that are written together at most."""
+        return max(1, TOGETHER_TOKENS // self.text_length)
 
     @classmethod
     def none(cls, tokenizer: Any, length: int) -> Prompts:
@@ -65,7 +80,7 @@ class Prompts:
 
     @classmethod
     def of(cls, documents: Iterable[Document], tokenizer: Any, length: int, what: str, strict: bool = True) -> Prompts:
-        """Chats up to the last message of a user, and the text of others in pieces of an eighth of a window.
+        """Chats up to the last message of a user, and the text of others in pieces.
 
         Args:
             documents: what to go on from.
@@ -79,7 +94,8 @@ class Prompts:
             SecateurError: no text, and where strict a chat without a user's message, or a prompt as long as a window.
         """
         found: list[list[int]] = []
-        size = max(1, length // PROMPT_SHARE)
+        are_chats = False
+        size = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE)
         for number, document in enumerate(documents, 1):
             if not isinstance(document, Conversation):
                 found += _pieces(encode_text(document, tokenizer), tokenizer, size)
@@ -91,6 +107,7 @@ class Prompts:
                 found += _pieces(encode_chat(document, tokenizer), tokenizer, size)
             else:
                 found.append(question)
+                are_chats = True
         if not found:
             raise SecateurError(f"{what} holds no prompt: it is empty")
         if longest := [len(each) for each in found if len(each) >= length]:
@@ -98,7 +115,7 @@ class Prompts:
                 f"a prompt in {what} has {longest[0]} tokens, and a sequence has {length}: raise ‹seq_len›, or leave "
                 f"it out"
             )
-        return cls(found, length)
+        return cls(found, length, are_chats)
 
 
 @dataclass(frozen=True)
@@ -131,16 +148,18 @@ class OwnWords:
 
         A few tokens are written, and repeated.
         """
-        lengths, length = sorted(map(len, self.prompts.ids)), self.prompts.length
+        prompts, wanted = self.prompts, self.number * self.prompts.length
+        texts = -(-wanted // prompts.text_length)  # where none ends early
+        together, lengths = min(texts, prompts.together), sorted(map(len, prompts.ids))
         usual = lengths[len(lengths) // 2]  # the median
-        alike = [each for each in self.prompts.ids if len(each) == usual]
-        new = min(SKETCH_TOKENS, length - usual)
-        few = replace(self, prompts=Prompts(alike, usual + new), number=1)
+        alike = [each for each in prompts.ids if len(each) == usual]
+        new = min(SKETCH_TOKENS, prompts.text_length - usual)
+        few = replace(self, prompts=Prompts(alike, usual + new), number=together)
         started = time.perf_counter()
         written = few.write(model, tokenizer, placement, progress).flatten()
-        seconds, wanted = time.perf_counter() - started, self.number * length
-        whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, length)
-        return whole, seconds * (length - usual) / new * -(-self.number // BATCH)
+        seconds = time.perf_counter() - started
+        whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, prompts.length)
+        return whole, seconds * (prompts.text_length - usual) / new * -(-texts // together)
 
 
 def _question(chat: Conversation, tokenizer: Any) -> list[int] | None:
@@ -204,8 +223,8 @@ def write_windows(
     """Windows of text that a model writes, prompts included.
 
     Tokens are drawn from the model's predictions as they are (temperature 1). A text ends where the model ends it, or
-    where the longest prompt of its batch fills the window. Texts are joined, and cut into windows. Prompts are taken in
-    a shuffled order, and again where more text is needed.
+    it is as long as texts get, as its batch's longest one. Texts are joined, and cut into windows. Prompts are taken
+    in a shuffled order, and again where more text is needed.
 
     Args:
         model: the dense model.
@@ -219,15 +238,17 @@ def write_windows(
     Raises:
         SecateurError: a model that ends every text at once.
 
-    Cost: a forward pass of the model for each token of `BATCH` sequences, with a cache of keys and values.
+    Cost: a forward pass of the model for each token of `TOGETHER_TOKENS` of texts, with a cache of keys and values.
     """
     prefix, written = opening(tokenizer), list[int]()
     wanted = number * (prompts.length - len(prefix))
+    together = min(prompts.together, _texts(wanted, prompts, prefix))
     ends, silent_rounds = _ends(model, tokenizer), 0
     with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
         torch.manual_seed(seed)
-        for chosen in _endless_batches(prompts.ids, seed):
-            texts = _go_on(model, tokenizer, chosen, prompts.length, ends)
+        for batch in _endless_batches(prompts.ids, together, seed):
+            chosen = batch[: _texts(wanted - len(written), prompts, prefix)]
+            texts = _go_on(model, tokenizer, chosen, prompts.text_length, ends)
             is_silent = all(text[len(prompt)] in ends for text, prompt in zip(texts, chosen, strict=True))
             silent_rounds = silent_rounds + 1 if is_silent else 0
             if silent_rounds == SILENT_ROUNDS:
@@ -240,15 +261,20 @@ def write_windows(
     return cut_windows(torch.tensor(written[:wanted]), prompts.length, tokenizer, "what the model wrote")
 
 
-def _endless_batches(prompts: Sequence[list[int]], seed: int) -> Iterator[list[list[int]]]:
+def _texts(tokens: int, prompts: Prompts, prefix: Sequence[int]) -> int:
+    """Texts that hold a number of tokens, where few end early; what opens a text does not count."""
+    return math.ceil((1 + SPARE) * tokens / max(1, prompts.text_length - len(prefix)))
+
+
+def _endless_batches(prompts: Sequence[list[int]], together: int, seed: int) -> Iterator[list[list[int]]]:
     """Batches of prompts of like length, shuffled, again and again: a long prompt shortens the texts of its batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen = sorted((prompts[index] for index in order * -(-BATCH // len(order))), key=len)
-        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen) - BATCH + 1, BATCH)]
-        if len(chosen) % BATCH:
-            batches.append(chosen[-BATCH:])
+        chosen = sorted((prompts[index] for index in order * -(-together // len(order))), key=len)
+        batches = [chosen[start : start + together] for start in range(0, len(chosen) - together + 1, together)]
+        if len(chosen) % together:
+            batches.append(chosen[-together:])
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
 

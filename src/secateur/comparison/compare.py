@@ -1,15 +1,16 @@
-"""Methods x patterns x seeds on one model, in the table that papers print; resumed cell by cell.
+"""Methods x patterns x seeds on one model, in the table that papers print; resumed where it was stopped.
 
 A cell runs a preset (`best`), a solver alone (`sparsegpt`), or `llmcompressor-sparsegpt` and `llmcompressor-wanda`,
 with settings behind plus signs: `admm+refit.epochs=2`. Each cell runs in a process, so that peak memory is measured for
-it alone and a crash costs one cell. A cell that ends is written at once, with its environment. The same command run
-twice shares the cells, on two GPUs or two halves of a machine: a lock on each cell says who runs it.
+it alone. A cell that ends is written at once, with its environment; one that is stopped keeps its finished blocks. The
+same command run twice shares the cells, on two GPUs or two halves of a machine: a lock on each cell says who runs it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,8 +158,10 @@ def compare(
                 say(f"cell {number} of {len(wanted)}: {cell.key} is run by another process")
                 continue
             say(f"cell {number} of {len(wanted)}: {cell.key}")
-            result = _in_own_process(settings, cell, tasks, peer_python)
+            folder = out / f".{_file_name(cell)}"
+            result = _in_own_process(settings, cell, tasks, folder, peer_python)
             _add(out, settings, cell, result)
+            shutil.rmtree(folder, ignore_errors=True)
             say(f"  {_summary(result)}")
     return _open(out, settings)
 
@@ -175,10 +178,14 @@ def _missing(table: Comparison, cell: Cell, asked: Sequence[str]) -> list[str] |
 def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
     """Whether the cell is ours to run, until this ends. A process that dies gives its claim back."""
     try:
-        with FileLock(_locks(out) / f"{cell.key.replace('/', '_')}.lock", blocking=False):
+        with FileLock(_locks(out) / f"{_file_name(cell)}.lock", blocking=False):
             yield True
     except Timeout:
         yield False
+
+
+def _file_name(cell: Cell) -> str:
+    return cell.key.replace("/", "_")
 
 
 def _locks(out: Path) -> Path:
@@ -253,11 +260,11 @@ def _agree(known: Any, now: Any) -> bool:
 
 
 def _in_own_process(
-    settings: ComparisonSettings, cell: Cell, tasks: Sequence[str], peer_python: Path | None
+    settings: ComparisonSettings, cell: Cell, tasks: Sequence[str], folder: Path, peer_python: Path | None
 ) -> dict[str, Any]:
     with own_process() as pool:
         try:
-            return pool.submit(run_cell, settings, cell, tuple(tasks), peer_python).result()
+            return pool.submit(run_cell, settings, cell, tuple(tasks), folder, peer_python).result()
         except SecateurError as error:
             raise error.within(f"cell {cell.key}") from error
         except BrokenProcessPool as error:
@@ -289,17 +296,21 @@ def end_with_parent() -> None:
 
 
 def run_cell(
-    settings: ComparisonSettings, cell: Cell, tasks: Sequence[str], peer_python: Path | None = None
+    settings: ComparisonSettings, cell: Cell, tasks: Sequence[str], folder: Path, peer_python: Path | None = None
 ) -> dict[str, Any]:
-    """Prune a fresh copy of the model in memory, and evaluate it.
+    """Prune the model into a folder, as far as an earlier process has not, and evaluate it.
 
     Returns:
         `perplexity` by text, `tasks` by name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
         pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
     device = settings.device or default_device()
-    checkpoint = load(settings.model, device, settings.trust_remote_code, settings.allow_pickle)
-    found = {} if cell.recipe == DENSE else _pruned(checkpoint, settings, cell, peer_python, device)
+    reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
+    runs_here = cell.recipe != DENSE and cell.recipe not in PEERS
+    found = _pruned(folder, settings, cell, reading) if runs_here else {}
+    checkpoint = load(str(folder) if runs_here else settings.model, **reading)
+    if cell.recipe in PEERS:
+        found = _pruned_by_peer(checkpoint, settings, cell, peer_python)
     started = time.perf_counter()
     found["perplexity"] = {
         _column(settings, text): evaluate(
@@ -317,26 +328,18 @@ def run_cell(
     return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
 
 
-def _pruned(
-    checkpoint: Checkpoint, settings: ComparisonSettings, cell: Cell, peer_python: Path | None, device: str
-) -> dict[str, Any]:
-    """The figures of pruning a loaded model in place."""
-    texts: dict[str, Any] = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": cell.seed or 0}
-    if cell.recipe in PEERS:
-        assert peer_python is not None
-        text = CalibrationText(source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len)
-        data = calibration_batches(
-            settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, cell.seed or 0
-        )
-        if data.to_write is not None:
-            raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
-        method = cell.recipe.removeprefix("llmcompressor-")
-        return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
+def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any]) -> dict[str, Any]:
+    """Prune the model into a folder; returns the figures of it."""
     report = prune(
-        checkpoint,
+        settings.model,
+        folder,
         pattern=str(cell.pattern),
         calibration=settings.calibration,
-        **texts,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        seed=cell.seed or 0,
+        resume=True,
+        **reading,
         **parse_recipe(cell.recipe),
     )
     return {
@@ -344,9 +347,24 @@ def _pruned(
         "layer_error": report.mean_relative_error,
         "sparsity": report.sparsity,
         "seconds": report.seconds,
-        "peak_memory": _peak_memory(device),
+        "peak_memory": _peak_memory(reading["device"]),
         "environment": report.environment,
     }
+
+
+def _pruned_by_peer(
+    checkpoint: Checkpoint, settings: ComparisonSettings, cell: Cell, peer_python: Path | None
+) -> dict[str, Any]:
+    """Let llm-compressor prune a loaded model; returns the figures of it."""
+    assert peer_python is not None
+    text = CalibrationText(source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len)
+    data = calibration_batches(
+        settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, cell.seed or 0
+    )
+    if data.to_write is not None:
+        raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
+    method = cell.recipe.removeprefix("llmcompressor-")
+    return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
 
 
 def _peak_memory(device: str) -> int:
