@@ -84,7 +84,7 @@ def main(monkeypatch, capsys):
 @pytest.fixture
 def cells_here(monkeypatch):
     """Run cells in this process: a fresh one imports for seconds."""
-    from secateur.comparison.compare import run_cell
+    from secateur.comparison.cell import run_cell
 
     module = "secateur.comparison.compare"
     monkeypatch.setattr(f"{module}._in_own_process", lambda settings, cell, *more: run_cell(settings, cell, *more))

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from models import save_checkpoint
 
+import secateur
 from secateur.cli import app as cli
-from secateur.comparison.compare import ComparisonSettings, check_recipe, compare, parse_recipe
+from secateur.comparison.cell import ComparisonSettings, parse_recipe
+from secateur.comparison.compare import check_recipe, compare
 from secateur.comparison.page import to_html
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, to_csv
@@ -34,7 +37,7 @@ def settings(tmp_path):
     )
 
 
-def test_cells_are_run_once_and_resumed(settings, tmp_path, request):
+def test_cells_are_run_once_and_one_that_fails_is_named(settings, tmp_path, request):
     said: list[str] = []
     run = {"out": tmp_path / "out", "say": said.append}
     first = compare(settings, ["sparsegpt"], ["50%"], [0], **run)
@@ -49,8 +52,11 @@ def test_cells_are_run_once_and_resumed(settings, tmp_path, request):
     assert cell["seconds"] > 0
     assert cell["peak_memory"] > 1e7
     assert cell["environment"]["torch"]
+    with pytest.raises(ValueError, match=r"cell magnitude 3:7 0: .* an input dimension that is a multiple of 7"):
+        compare(settings, ["magnitude"], ["3:7"], [0], **run)
+    assert json.loads(path.read_text()) == written
     said.clear()
-    request.getfixturevalue("cells_here")  # two cells in processes are enough
+    request.getfixturevalue("cells_here")  # three cells in processes are enough
     second = compare(settings, ["sparsegpt", "magnitude"], ["50%"], [0], **run)
     assert [line for line in said if line.startswith("cell")] == ["cell 3 of 3: magnitude 50% 0"]
     assert second.cells["sparsegpt 50% 0"] == first.cells["sparsegpt 50% 0"], "kept with its measured time"
@@ -190,12 +196,28 @@ def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
         compare(settings, ["llmcompressor-wanda"], ["50%"], [0], tmp_path, Path(sys.executable), say=lambda _line: None)
 
 
-def test_a_failing_cell_is_named(settings, tmp_path):
-    (tmp_path / "short.txt").write_text("too short")
-    broken = ComparisonSettings(**(settings.__dict__ | {"calibration": str(tmp_path / "short.txt")}))
-    with pytest.raises(ValueError, match=r"cell magnitude 50% 0: .*short.txt has 9 tokens"):
-        compare(broken, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
-    assert list(json.loads((tmp_path / "out" / "compare.json").read_text())["cells"]) == ["dense"]
+@pytest.mark.usefixtures("cells_here")
+def test_divergence_from_the_dense_model_is_added_where_it_is_asked_for(settings, tmp_path):
+    """Only to the pruned cell, which runs again for it and keeps it; the figures are those of `evaluate`."""
+    said: list[str] = []
+    run = {"recipes": ["magnitude"], "patterns": ["50%"], "seeds": [0], "out": tmp_path / "out", "say": said.append}
+    first = compare(settings, **run)
+    said.clear()
+    asked = compare(replace(settings, divergence=True), **run)
+    assert [line for line in said if line.startswith("cell")] == ["cell 2 of 2: magnitude 50% 0"]
+    assert asked.cells["dense"] == first.cells["dense"]
+    cell = asked.cells["magnitude 50% 0"]
+    assert cell["perplexity"] == first.cells["magnitude 50% 0"]["perplexity"]
+    secateur.prune(settings.model, tmp_path / "pruned", pattern="50%", solver="magnitude")
+    text = {"text": settings.texts[0], "seq_len": 32, "max_tokens": 320}
+    theirs = secateur.evaluate(tmp_path / "pruned", **text, against=settings.model)["against"]
+    assert cell["divergence"] == {"text.txt": theirs["kl"]}
+    assert cell["top1_agreement"] == {"text.txt": theirs["top1_agreement"]}
+    assert compare(settings, **run).cells == asked.cells
+    header, dense, pruned = tables(asked)["50%"]
+    assert header[3:5] == ["KL text.txt", "top-1 text.txt"]
+    assert dense[3:5] == ["", ""]
+    assert pruned[3] == f"{theirs['kl']:.4f}"
 
 
 @pytest.mark.usefixtures("cells_here")

@@ -539,7 +539,7 @@ def test_kill_at_random_moments(source, tmp_path):
     out, chance = tmp_path / "out", random.Random(0)
     command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
     path = manifest.journal_of(out) / manifest.MANIFEST
-    for kept in range(4):
+    for kept in (0, 2):
         process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (path.exists() and path.read_text().count("block-0") >= kept):
             time.sleep(0.001)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pages import RESULTS
 
-from secateur.comparison.compare import DIGEST
+from secateur.comparison.cell import DIGEST
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables
 

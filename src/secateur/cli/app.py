@@ -179,6 +179,7 @@ def compare(
     tasks: flags.Tasks = None,
     task_dir: flags.TaskDir = None,
     task_limit: flags.TaskLimit = None,
+    divergence: flags.Divergence = False,
     task_seeds: Annotated[str | None, flags.flag("Seeds whose cells run the tasks (all).", flags.EVALUATION)] = None,
     peer_python: Annotated[
         Path | None, flags.flag("Python with llmcompressor, for llmcompressor-sparsegpt.", flags.MACHINE)
@@ -194,15 +195,15 @@ def compare(
     Writes compare.json (every cell), compare.csv and compare.html to --out. Run it again to go on where it stopped.
     """
     _use_threads(threads)
-    from secateur.comparison.compare import DEFAULT_SAMPLES, ComparisonSettings
+    from secateur.comparison.cell import DEFAULT_SAMPLES, ComparisonSettings
     from secateur.comparison.compare import compare as run
     from secateur.comparison.page import write_pages
     from secateur.comparison.table import tables
 
     settings = ComparisonSettings(
         model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, tuple(text or ()), eval_seq_len,
-        max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, device,
-        trust_remote_code, allow_pickle,
+        max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, divergence,
+        device, trust_remote_code, allow_pickle,
     )  # fmt: skip
     comparison = run(
         settings,

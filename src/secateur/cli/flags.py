@@ -76,6 +76,9 @@ Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", 
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]
 TaskLimit = Annotated[int | None, flag("Documents of each task.", EVALUATION, "N")]
 Against = Annotated[str | None, flag("The dense model: adds its perplexity, KL and agreement.", EVALUATION, "DENSE")]
+Divergence = Annotated[
+    bool, flag("Compare predictions with the dense model's (KL, agreement).", EVALUATION, name="--divergence")
+]
 Record = Annotated[bool, flag("Add the figures to the pruned model's report and card.", EVALUATION, name="--record")]
 
 

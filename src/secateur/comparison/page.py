@@ -73,7 +73,7 @@ def _best(name: str, means: dict[str, dict[str, float]]) -> float | None:
     values = [columns[name] for columns in means.values() if name in columns]
     if not values:
         return None
-    if name.startswith("ppl ") or name in LOWER_IS_BETTER:
+    if name.startswith(("ppl ", "KL ")) or name in LOWER_IS_BETTER:
         return min(values)
     return max(values) if max(values) <= 1 else None  # an accuracy; of another metric the better end is not known
 

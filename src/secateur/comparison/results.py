@@ -25,6 +25,8 @@ class Figures(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # pyright: ignore[reportGeneralTypeIssues]
 
     perplexity: Required[dict[str, float]]
+    divergence: dict[str, float]
+    top1_agreement: dict[str, float]
     tasks: dict[str, Annotated[dict[str, float], MinLen(1)]]
     tasks_asked: list[str]
     layer_error: float

@@ -12,7 +12,7 @@ import statistics
 from secateur.comparison.results import DENSE, Comparison
 from secateur.evaluation.tasks import headline
 
-LOWER_IS_BETTER = ("layer error", "seconds", "memory GB")  # and every perplexity
+LOWER_IS_BETTER = ("layer error", "seconds", "memory GB")  # and perplexities and divergences
 
 
 def columns_of(comparison: Comparison) -> dict[str, dict[str, float]]:
@@ -20,6 +20,8 @@ def columns_of(comparison: Comparison) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for key, cell in comparison.cells.items():
         figures = {f"ppl {text}": value for text, value in cell["perplexity"].items()}
+        figures |= {f"KL {text}": value for text, value in cell.get("divergence", {}).items()}
+        figures |= {f"top-1 {text}": value for text, value in cell.get("top1_agreement", {}).items()}
         for task, values in cell.get("tasks", {}).items():
             figures[task] = headline(values)
         for name, column, unit in (

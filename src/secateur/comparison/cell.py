@@ -1,0 +1,207 @@
+"""One cell of a comparison: a recipe at a pattern with a seed, pruned and measured.
+
+A cell runs a preset (`best`), a solver alone (`sparsegpt`), or `llmcompressor-sparsegpt` and `llmcompressor-wanda`,
+with settings behind plus signs: `admm+refit.epochs=2`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.api.models import evaluate
+from secateur.api.pruning import prune
+from secateur.calibration.batches import calibration_batches
+from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of
+from secateur.checkpoints.load import Checkpoint, load
+from secateur.comparison.peers import prune_by_llmcompressor
+from secateur.comparison.results import DENSE
+from secateur.errors import SecateurError
+from secateur.evaluation.tasks import run_tasks
+from secateur.recipe.presets import PRESETS
+from secateur.recipe.recipe import CalibrationText
+from secateur.recipe.settings import parse_settings
+from secateur.runtime.environment import default_device, environment
+from secateur.runtime.memory import peak_resident_bytes
+from secateur.storage.file_records import sha256
+
+DEFAULT_SAMPLES = 128
+DIGEST = " sha256:"
+PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What every cell of a table shares.
+
+    Args:
+        model: folder, GGUF file, hub name or `smollm2`.
+        calibration: text source, or None for the shipped text.
+        samples, seq_len: calibration sequences and their tokens.
+        texts: evaluation texts, each a column; empty = the shipped one.
+        eval_seq_len, max_tokens: tokens a window, and cap on the evaluated tokens.
+        tasks: lm-evaluation-harness tasks, each a column.
+        task_dir, task_limit: folder of local tasks, and documents of each.
+        divergence: whether predictions are compared with the dense model's too, which is then loaded next to each cell.
+        device, trust_remote_code, allow_pickle: as for `prune`.
+    """
+
+    model: str
+    calibration: str | None = None
+    samples: int = DEFAULT_SAMPLES
+    seq_len: int | None = None
+    texts: tuple[str, ...] = ()
+    eval_seq_len: int | None = None
+    max_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_dir: str | None = None
+    task_limit: int | None = None
+    divergence: bool = False
+    device: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for cells to stand in one table.
+
+        Texts count by name and content digest. Tasks and divergence, whose figures are kept by name, the device, and
+        how files may be read do not count; a limit of documents counts where there are tasks.
+        """
+        values = asdict(self) | {
+            "calibration": _content(self.calibration),
+            "texts": [_content(text) for text in self.texts],
+        }
+        apart = {"task_dir", "device", "tasks", "divergence", "trust_remote_code", "allow_pickle"}
+        apart |= set() if self.tasks else {"task_limit"}
+        return {name: values[name] for name in values if name not in apart}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a recipe at a pattern with a seed; the dense model has none of them."""
+
+    recipe: str
+    pattern: str | None = None
+    seed: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the cell in the file of results."""
+        return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
+
+
+def parse_recipe(recipe: str) -> dict[str, Any]:
+    """`best+refit.epochs=4` -> the keyword arguments of `prune`.
+
+    Raises:
+        SecateurError: what follows a plus is not NAME=VALUE.
+    """
+    head, *parts = recipe.split("+")
+    arguments: dict[str, Any] = {"recipe" if head in PRESETS else "solver": head}
+    return arguments | ({"settings": parse_settings(parts)} if parts else {})
+
+
+def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None = None) -> dict[str, Any]:
+    """Prune the model into a folder, as far as an earlier process has not, and evaluate it.
+
+    Returns:
+        `perplexity` by text, `divergence` (KL, nats a token) and `top1_agreement` by text where asked for, `tasks` by
+        name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
+        pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
+    """
+    device = settings.device or default_device()
+    reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
+    runs_here = cell.recipe != DENSE and cell.recipe not in PEERS
+    found = _pruned(folder, settings, cell, reading) if runs_here else {}
+    checkpoint = load(str(folder) if runs_here else settings.model, **reading)
+    if cell.recipe in PEERS:
+        found = _pruned_by_peer(checkpoint, settings, cell, peer_python)
+    compares = settings.divergence and cell.recipe != DENSE
+    dense = load(settings.model, **reading).model if compares else None
+    started = time.perf_counter()
+    found["perplexity"] = {}
+    for text in settings.texts or (None,):
+        figures = evaluate(
+            checkpoint.model,
+            text,
+            seq_len=settings.eval_seq_len,
+            max_tokens=settings.max_tokens,
+            against=dense,
+            tokenizer=checkpoint.tokenizer,
+        )
+        column = _column(settings, text)
+        found["perplexity"][column] = figures["perplexity"]
+        if dense is not None:
+            found.setdefault("divergence", {})[column] = figures["against"]["kl"]
+            found.setdefault("top1_agreement", {})[column] = figures["against"]["top1_agreement"]
+    if tasks := settings.tasks:
+        by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
+        found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
+    return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
+
+
+def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any]) -> dict[str, Any]:
+    """Prune the model into a folder; returns the figures of it."""
+    report = prune(
+        settings.model,
+        folder,
+        pattern=str(cell.pattern),
+        calibration=settings.calibration,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        seed=cell.seed or 0,
+        resume=True,
+        **reading,
+        **parse_recipe(cell.recipe),
+    )
+    return {
+        "recipe": report.recipe,
+        "layer_error": report.mean_relative_error,
+        "sparsity": report.sparsity,
+        "seconds": report.seconds,
+        "peak_memory": _peak_memory(reading["device"]),
+        "environment": report.environment,
+    }
+
+
+def _pruned_by_peer(
+    checkpoint: Checkpoint, settings: ComparisonSettings, cell: Cell, peer_python: Path | None
+) -> dict[str, Any]:
+    """Let llm-compressor prune a loaded model; returns the figures of it."""
+    assert peer_python is not None
+    text = CalibrationText(source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len)
+    data = calibration_batches(
+        settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, cell.seed or 0
+    )
+    if data.to_write is not None:
+        raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
+    method = cell.recipe.removeprefix("llmcompressor-")
+    return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
+
+
+def _peak_memory(device: str) -> int:
+    """Bytes: of the GPU where that is the device, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def _column(settings: ComparisonSettings, text: str | None) -> str:
+    """What a text's column is called: its file name, or its path where another text has the same name."""
+    if text is None:
+        return "shipped text"
+    name = Path(text).name
+    return name if [Path(each).name for each in settings.texts].count(name) < 2 else str(text)
+
+
+def _content(text: str | None) -> str:
+    """Name of a text, with the digest of a file's content; of prompts too, where the model writes the text."""
+    if is_own_words(text) and (prompts := text_of(text)) is not None:
+        return f"{OWN_WORDS}:{_content(str(prompts))}"
+    if text is None or not Path(text).is_file():
+        return "shipped text" if text is None else text
+    return f"{Path(text).name}{DIGEST}{sha256(Path(text))[:16]}"
