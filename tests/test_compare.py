@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from models import save_checkpoint
 
@@ -67,12 +68,13 @@ def test_cells_are_run_once_and_one_that_fails_is_named(settings, tmp_path, requ
 
 
 @pytest.mark.usefixtures("cells_here")
-def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkeypatch):
-    """It is stopped in front of the second block, and prunes the first one only once."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkeypatch, overwrite):
+    """It is stopped in front of the second block, and prunes the first one only once, or else begins again."""
     from secateur.pruning import loop
 
     pruned: list[str] = []
-    prune_block, out = loop.prune_block, tmp_path / "out"
+    prune_block, threads, out = loop.prune_block, torch.get_num_threads, tmp_path / "out"
 
     def stopped(*arguments):
         if pruned:
@@ -88,8 +90,14 @@ def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         compare(settings, ["sparsegpt"], ["50%"], [0], out, **quiet)
     monkeypatch.setattr(loop, "prune_block", counted)
-    found = compare(settings, ["sparsegpt"], ["50%"], [0], out, **quiet).cells["sparsegpt 50% 0"]
-    assert len(pruned) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(ValueError, match="an unfinished run that differs: environment threads .* start again with"):
+        compare(settings, ["sparsegpt"], ["50%"], [0], out, **quiet)
+    if not overwrite:
+        monkeypatch.setattr(torch, "get_num_threads", threads)
+    asked = replace(settings, overwrite=overwrite)
+    found = compare(asked, ["sparsegpt"], ["50%"], [0], out, **quiet).cells["sparsegpt 50% 0"]
+    assert len(pruned) == 2 + overwrite
     assert {path.name for path in out.iterdir()} == {"compare.json", ".locks"}
     monkeypatch.setattr(loop, "prune_block", prune_block)
     whole = compare(settings, ["sparsegpt"], ["50%"], [0], tmp_path / "whole", **quiet).cells["sparsegpt 50% 0"]

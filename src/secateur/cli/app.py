@@ -170,6 +170,9 @@ def compare(
     out: Annotated[Path, flags.flag("Folder of the results; cells in it are not run again.", flags.OUTPUT)] = Path(
         "comparison"
     ),
+    overwrite: Annotated[
+        bool, flags.flag("Begin a stopped cell again where it can't go on.", flags.OUTPUT, name="--overwrite")
+    ] = False,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
@@ -203,7 +206,7 @@ def compare(
     settings = ComparisonSettings(
         model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, tuple(text or ()), eval_seq_len,
         max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, divergence,
-        device, trust_remote_code, allow_pickle,
+        overwrite, device, trust_remote_code, allow_pickle,
     )  # fmt: skip
     comparison = run(
         settings,

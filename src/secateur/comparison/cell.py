@@ -47,6 +47,7 @@ class ComparisonSettings:
         tasks: lm-evaluation-harness tasks, each a column.
         task_dir, task_limit: folder of local tasks, and documents of each.
         divergence: whether predictions are compared with the dense model's too, which is then loaded next to each cell.
+        overwrite: whether a cell that was stopped begins again where it can't go on: with other versions or threads.
         device, trust_remote_code, allow_pickle: as for `prune`.
     """
 
@@ -61,6 +62,7 @@ class ComparisonSettings:
     task_dir: str | None = None
     task_limit: int | None = None
     divergence: bool = False
+    overwrite: bool = False
     device: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -75,7 +77,7 @@ class ComparisonSettings:
             "calibration": _content(self.calibration),
             "texts": [_content(text) for text in self.texts],
         }
-        apart = {"task_dir", "device", "tasks", "divergence", "trust_remote_code", "allow_pickle"}
+        apart = {"task_dir", "device", "tasks", "divergence", "overwrite", "trust_remote_code", "allow_pickle"}
         apart |= set() if self.tasks else {"task_limit"}
         return {name: values[name] for name in values if name not in apart}
 
@@ -155,6 +157,7 @@ def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dic
         seq_len=settings.seq_len,
         seed=cell.seed or 0,
         resume=True,
+        overwrite=settings.overwrite,
         **reading,
         **parse_recipe(cell.recipe),
     )
