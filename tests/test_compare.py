@@ -98,10 +98,28 @@ def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkey
     asked = replace(settings, overwrite=overwrite)
     found = compare(asked, ["sparsegpt"], ["50%"], [0], out, **quiet).cells["sparsegpt 50% 0"]
     assert len(pruned) == 2 + overwrite
+    assert "peak_memory" not in found, "it would be that of the last process alone"
     assert {path.name for path in out.iterdir()} == {"compare.json", ".locks"}
     monkeypatch.setattr(loop, "prune_block", prune_block)
     whole = compare(settings, ["sparsegpt"], ["50%"], [0], tmp_path / "whole", **quiet).cells["sparsegpt 50% 0"]
     assert found["perplexity"] == whole["perplexity"]
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_models_of_cells_are_removed_once_they_are_measured(settings, tmp_path):
+    """Also where the process was killed before it had removed one."""
+    run = {"out": tmp_path / "out", "say": lambda _line: None}
+    compare(settings, ["magnitude"], ["50%"], [0], **run)
+    for name in (".magnitude 50% 0", "..magnitude 50% 0.secateur"):
+        (tmp_path / "out" / name).mkdir()
+    compare(settings, ["magnitude"], ["50%"], [0], **run)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", ".locks"}
+
+
+def test_results_in_the_folder_of_the_model_are_refused_before_any_work(settings):
+    with pytest.raises(ValueError, match="lies in the model's folder"):
+        compare(settings, ["magnitude"], ["50%"], [0], Path(settings.model) / "comparison")
+    assert not (Path(settings.model) / "comparison").exists()
 
 
 @pytest.mark.usefixtures("cells_here")
@@ -180,6 +198,7 @@ def test_recipes():
         (["mrp", "mrp+allocation.rule=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
         (["mrp+solver.mask=M"], ["2:4", "50%"], "mask M enumerates"),
         (["mrp"], ["half"], "pattern 'half' is not understood"),
+        (["mrp+format=packed"], ["50%"], "format=packed changes no figure"),
         (["llmcompressor-wanda"], ["50%"], "runs in another environment"),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_sample_of_faults_breaks_no_promise(shim):
         Case("overwrite again", f"power cut, {how}", chance.randrange(1000)) for how in ("lost", "entries", "mixed")
     ]
     cases += [Case(stage, f"damage, {how}", 0) for stage in ("two shards", "reference") for how in DAMAGES]
-    cases = cases[::6]  # the whole set takes minutes
+    cases = chance.sample(cases, len(cases) // 6)  # the whole set takes minutes
     found = harness.run_cases(cases, shim, workers=1)
     assert len(found) == len(cases)
     assert not [result for result in found if result["broken"]]

@@ -79,7 +79,17 @@ def test_a_model_that_ends_every_text_at_once_is_refused():
     model = always(tiny_model("llama", hidden_size=64), {start: end})
     model.generation_config.eos_token_id = end
     with pytest.raises(SecateurError, match="ends every text at once"):
-        written(model, tokenizer, Prompts.none(tokenizer, 12))
+        written(model, tokenizer, Prompts.none(tokenizer, 12), number=40)
+
+
+def test_a_prompt_after_which_the_model_is_silent_ends_nothing():
+    """Also where it is the last that is needed, again and again."""
+    tokenizer = character_tokenizer()
+    a, end = tokenizer.convert_tokens_to_ids("a"), tokenizer.convert_tokens_to_ids("<|end|>")
+    model = always(tiny_model("llama", hidden_size=64), {a: end, a + 1: a + 1})
+    model.generation_config.eos_token_id = end
+    for seed in range(10):
+        assert written(model, tokenizer, Prompts([[a], [a + 1, a + 1]], 24), seed=seed).shape == (4, 24)
 
 
 def test_chats_end_with_the_question_and_open_the_answer():
@@ -89,7 +99,7 @@ def test_chats_end_with_the_question_and_open_the_answer():
     whole = tokenizer.apply_chat_template([question], tokenize=True, add_generation_prompt=True, return_dict=False)
     prompts = Prompts.of([chat], tokenizer, 2048, "chats")
     assert prompts.ids == [whole]
-    assert prompts.text_length == 2048
+    assert prompts.kinds() == [([whole], 2048)]
 
 
 def test_windows_longer_than_a_text_hold_several():
@@ -109,6 +119,26 @@ def test_windows_longer_than_a_text_hold_several():
     assert drawn == [((9, 64), 448)]  # eight would do, were no end to come early
 
 
+def test_chats_among_plain_texts_alone_fill_a_window(monkeypatch):
+    """They are written apart, so that pieces of plain text end after 512 tokens."""
+    tokenizer = character_tokenizer(chat=True)
+    model = tiny_model("llama", max_position_embeddings=1024).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    chat = Conversation([{"role": "user", "content": "Why? " * 150}])
+    prompts = Prompts.of(["the cat sat on the mat. " * 40, chat], tokenizer, 1024, "texts")
+    drawn, generate = [], model.generate
+
+    def watched(ids, **options):
+        drawn.append((ids.shape[1], options["generation_config"].max_new_tokens))
+        return generate(ids, **options)
+
+    model.generate = watched
+    written(model, tokenizer, prompts, number=40)
+    long = len(prompts.ids[0])
+    assert long > 512
+    assert {*drawn} == {(long, 1024 - long), (64, 448)}
+
+
 def test_a_long_prompt_does_not_cut_the_texts_of_short_ones(monkeypatch):
     tokenizer = character_tokenizer()
     model = tiny_model("llama", max_position_embeddings=64).eval()
@@ -120,8 +150,8 @@ def test_a_long_prompt_does_not_cut_the_texts_of_short_ones(monkeypatch):
         return generate(ids, **options)
 
     model.generate = watched
-    prompts = Prompts([[5] * 50] * 20 + [[6]] * 60, 60)
-    monkeypatch.setattr("secateur.calibration.own_words.TOGETHER_TOKENS", 20 * 60)
+    prompts = Prompts([[5] * 50] * 16 + [[6]] * 48, 60)
+    monkeypatch.setattr("secateur.calibration.own_words.TOGETHER_TOKENS", 0)
     written(model, tokenizer, prompts, number=60)
     assert {*lengths} == {10, 59}
 
@@ -213,17 +243,27 @@ def test_a_padding_token_without_an_embedding_pads_nothing():
 
 
 def test_the_sketch_writes_as_many_tokens_as_it_counts(monkeypatch):
-    """Prompts of the median length alone, as a batch stops at its longest."""
-    found = []
+    """Prompts of the median length alone, as a batch stops at its longest; in one batch."""
+    model, drawn = tiny_model("llama", max_position_embeddings=2048).eval(), []
+    model.generation_config.eos_token_id = None
+    generate = model.generate
 
-    def written(_model, _tokenizer, prompts, *_):
-        found.append(prompts)
-        return torch.zeros(1, prompts.length, dtype=torch.long)
+    def watched(ids, **options):
+        drawn.append((*ids.shape, options["generation_config"].max_new_tokens))
+        return generate(ids, **options)
 
-    monkeypatch.setattr("secateur.calibration.own_words.write_windows", written)
-    ids = [[3] * 4] * 40 + [[3] * 20] * 41
-    OwnWords(Prompts(ids, 64), 8, 0, 512).sketch(tiny_model("llama"), character_tokenizer(), InMemory(), quiet)
-    assert {len(each) for each in found[0].ids} == {20}
+    model.generate = watched
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = None
+    for prompts, number, found in (
+        (Prompts([[3] * 4] * 40 + [[3] * 20] * 41, 64), 8, (9, 20, 32)),
+        (Prompts([[3] * 600] * 5, 2048, 5), 64, (16, 600, 32)),
+    ):
+        drawn.clear()
+        windows, seconds = OwnWords(prompts, number, 0, 512).sketch(model, tokenizer, InMemory(), quiet)
+        assert drawn == [found]
+        assert windows.shape == (number, prompts.length)
+        assert seconds > 0
 
 
 def test_tensors_are_no_text_to_go_on_from():
@@ -266,8 +306,9 @@ def test_chats_that_can_not_be_answered_are_gone_on_from_where_the_model_writes_
     assert data.to_write is not None
     lengths = [len(each) for each in data.to_write.prompts.ids]
     answered = tokenizer.apply_chat_template(chats[2][:1], tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert data.to_write.prompts.ids[-1] == answered
-    assert {*lengths[:-1]} == {48 // 8}
+    assert data.to_write.prompts.ids[0] == answered
+    assert data.to_write.prompts.chats == 1
+    assert {*lengths[1:]} == {48 // 8}
 
 
 def test_the_text_comes_with_what_the_model_writes(tmp_path):

@@ -168,7 +168,7 @@ def _prompts(
 def _asked(to_write: OwnWords) -> list[Batch]:
     """What decides what the model writes, as tensors."""
     prompts = to_write.prompts
-    asked = {"asked": torch.tensor([to_write.number, prompts.length, to_write.seed])}
+    asked = {"asked": torch.tensor([to_write.number, prompts.length, prompts.chats, to_write.seed])}
     return [asked, *({"input_ids": torch.tensor(each)} for each in prompts.ids)]
 
 

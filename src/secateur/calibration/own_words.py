@@ -10,6 +10,7 @@ goes on).
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +33,8 @@ from secateur.models.placement import WeightPlacement
 TEXT_TOKENS = 512  # of a text at most, chats aside: a token after many others costs more
 SPARE = 1 / 16  # more texts than fill the windows, as some end early
 PROMPT_SHARE = 8  # a plain text is cut into prompts of this part of a text
-TOGETHER_TOKENS = 20 << 10  # of the texts that are written together
-SILENT_ROUNDS = 3  # after which a model that ends every text at once is given up
+TOGETHER, TOGETHER_TOKENS = 16, 20 << 10  # texts that are written together, and more if they are short
+SILENT_TEXTS = 48  # in a row, after which a model that ends every text at once is given up
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
 PROBE_TOKENS, SAME = 8, 1e-3  # tells whether predictions depend on later tokens
@@ -44,24 +45,19 @@ class Prompts:
     """What the model goes on from.
 
     Args:
-        ids: token ids of each prompt, with the tokens that open a text.
+        ids: token ids of each prompt, with the tokens that open a text; chats come first.
         length: tokens of a window.
-        are_chats: whether there are chats among them.
+        chats: how many are chats.
     """
 
     ids: list[list[int]]
     length: int
-    are_chats: bool = False
+    chats: int = 0
 
-    @property
-    def text_length(self) -> int:
-        """Tokens of a text at most: of a chat, those of a window."""
-        return self.length if self.are_chats else min(self.length, TEXT_TOKENS)
-
-    @property
-    def together(self) -> int:
-        """Texts that are written together at most."""
-        return max(1, TOGETHER_TOKENS // self.text_length)
+    def kinds(self) -> list[tuple[list[list[int]], int]]:
+        """The chats and the others, each with the most tokens of a text: of a chat, those of a window."""
+        both = (self.ids[: self.chats], self.length), (self.ids[self.chats :], min(self.length, TEXT_TOKENS))
+        return [(ids, most) for ids, most in both if ids]
 
     @classmethod
     def none(cls, tokenizer: Any, length: int) -> Prompts:
@@ -93,29 +89,28 @@ class Prompts:
         Raises:
             SecateurError: no text, and where strict a chat without a user's message, or a prompt as long as a window.
         """
-        found: list[list[int]] = []
-        are_chats = False
+        chats: list[list[int]] = []
+        pieces: list[list[int]] = []
         size = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE)
         for number, document in enumerate(documents, 1):
             if not isinstance(document, Conversation):
-                found += _pieces(encode_text(document, tokenizer), tokenizer, size)
+                pieces += _pieces(encode_text(document, tokenizer), tokenizer, size)
                 continue
             question = _question(document, tokenizer)
             if strict and question is None:
                 raise SecateurError(f"{what}, chat {number}: no message of a user, which the model could answer")
             if question is None or (not strict and len(question) >= length):
-                found += _pieces(encode_chat(document, tokenizer), tokenizer, size)
+                pieces += _pieces(encode_chat(document, tokenizer), tokenizer, size)
             else:
-                found.append(question)
-                are_chats = True
-        if not found:
+                chats.append(question)
+        if not (found := [*chats, *pieces]):
             raise SecateurError(f"{what} holds no prompt: it is empty")
         if longest := [len(each) for each in found if len(each) >= length]:
             raise SecateurError(
                 f"a prompt in {what} has {longest[0]} tokens, and a sequence has {length}: raise ‹seq_len›, or leave "
                 f"it out"
             )
-        return cls(found, length, are_chats)
+        return cls(found, length, len(chats))
 
 
 @dataclass(frozen=True)
@@ -149,17 +144,17 @@ class OwnWords:
         A few tokens are written, and repeated.
         """
         prompts, wanted = self.prompts, self.number * self.prompts.length
-        texts = -(-wanted // prompts.text_length)  # where none ends early
-        together, lengths = min(texts, prompts.together), sorted(map(len, prompts.ids))
-        usual = lengths[len(lengths) // 2]  # the median
-        alike = [each for each in prompts.ids if len(each) == usual]
-        new = min(SKETCH_TOKENS, prompts.text_length - usual)
-        few = replace(self, prompts=Prompts(alike, usual + new), number=together)
+        every = sorted((len(each), most, each) for ids, most in prompts.kinds() for each in ids)
+        usual, most, _ = every[len(every) // 2]  # the median
+        alike = [each for length, its_most, each in every if (length, its_most) == (usual, most)]
+        new = min(SKETCH_TOKENS, most - usual)
+        together = min(_texts(wanted, most), _most_together(most))
+        few = replace(self, prompts=Prompts(alike, usual + new, len(alike)), number=max(1, int(together / (1 + SPARE))))
         started = time.perf_counter()
         written = few.write(model, tokenizer, placement, progress).flatten()
         seconds = time.perf_counter() - started
         whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, prompts.length)
-        return whole, seconds * (prompts.text_length - usual) / new * -(-texts // together)
+        return whole, seconds * (most - usual) / new * -(-_texts(wanted, most) // together)
 
 
 def _question(chat: Conversation, tokenizer: Any) -> list[int] | None:
@@ -223,8 +218,8 @@ def write_windows(
     """Windows of text that a model writes, prompts included.
 
     Tokens are drawn from the model's predictions as they are (temperature 1). A text ends where the model ends it, or
-    it is as long as texts get, as its batch's longest one. Texts are joined, and cut into windows. Prompts are taken
-    in a shuffled order, and again where more text is needed.
+    where the longest one of its batch has as many tokens as a text may have. Texts are joined, and cut into windows.
+    Prompts are taken in a shuffled order, and again where more text is needed.
 
     Args:
         model: the dense model.
@@ -238,43 +233,57 @@ def write_windows(
     Raises:
         SecateurError: a model that ends every text at once.
 
-    Cost: a forward pass of the model for each token of `TOGETHER_TOKENS` of texts, with a cache of keys and values.
+    Cost: a forward pass of the model for each new token of the texts that are written together, with a cache of keys
+    and values.
     """
-    prefix, written = opening(tokenizer), list[int]()
+    prefix, written, texts = opening(tokenizer), list[int](), 0
     wanted = number * (prompts.length - len(prefix))
-    together = min(prompts.together, _texts(wanted, prompts, prefix))
-    ends, silent_rounds = _ends(model, tokenizer), 0
+    ends, silent, chance = _ends(model, tokenizer), 0, random.Random(seed)
     with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
         torch.manual_seed(seed)
-        for batch in _endless_batches(prompts.ids, together, seed):
-            chosen = batch[: _texts(wanted - len(written), prompts, prefix)]
-            texts = _go_on(model, tokenizer, chosen, prompts.text_length, ends)
-            is_silent = all(text[len(prompt)] in ends for text, prompt in zip(texts, chosen, strict=True))
-            silent_rounds = silent_rounds + 1 if is_silent else 0
-            if silent_rounds == SILENT_ROUNDS:
-                raise SecateurError("the model ends every text at once: give other prompts, or a text")
-            for text in texts:
+        for batch, most in _endless_batches(prompts, wanted, len(prefix), seed):
+            usual = len(written) / texts if texts else most - len(prefix)
+            chosen = chance.sample(batch, min(len(batch), _texts(wanted - len(written), usual)))
+            for prompt, text in zip(chosen, _go_on(model, tokenizer, chosen, most, ends), strict=True):
+                silent = silent + 1 if text[len(prompt)] in ends else 0
                 written += text[len(prefix) :] if text[: len(prefix)] == prefix else text
+            texts += len(chosen)
+            if silent >= SILENT_TEXTS:
+                raise SecateurError("the model ends every text at once: give other prompts, or a text")
             progress(STAGE, min(len(written), wanted), wanted)
             if len(written) >= wanted:
                 break
     return cut_windows(torch.tensor(written[:wanted]), prompts.length, tokenizer, "what the model wrote")
 
 
-def _texts(tokens: int, prompts: Prompts, prefix: Sequence[int]) -> int:
-    """Texts that hold a number of tokens, where few end early; what opens a text does not count."""
-    return math.ceil((1 + SPARE) * tokens / max(1, prompts.text_length - len(prefix)))
+def _texts(tokens: int, usual: int | float) -> int:
+    """Texts of a usual length that hold a number of tokens, with some to spare."""
+    return math.ceil((1 + SPARE) * tokens / max(1, usual))
 
 
-def _endless_batches(prompts: Sequence[list[int]], together: int, seed: int) -> Iterator[list[list[int]]]:
-    """Batches of prompts of like length, shuffled, again and again: a long prompt shortens the texts of its batch."""
+def _most_together(most: int) -> int:
+    """Texts that are written together, where a text has a number of tokens at most."""
+    return max(TOGETHER, TOGETHER_TOKENS // most)
+
+
+def _endless_batches(
+    prompts: Prompts, wanted: int, opening_tokens: int, seed: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    """Batches of prompts of one kind and like length, shuffled, again and again; with the most tokens of a text.
+
+    A long prompt shortens the texts of its batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen = sorted((prompts[index] for index in order * -(-together // len(order))), key=len)
-        batches = [chosen[start : start + together] for start in range(0, len(chosen) - together + 1, together)]
-        if len(chosen) % together:
-            batches.append(chosen[-together:])
+        batches: list[tuple[list[list[int]], int]] = []
+        for ids, most in prompts.kinds():
+            together = min(_most_together(most), _texts(wanted, most - opening_tokens))
+            order = torch.randperm(len(ids), generator=generator).tolist()
+            chosen = sorted((ids[index] for index in order * -(-together // len(order))), key=len)
+            starts = range(0, len(chosen) - together + 1, together)
+            batches += [(chosen[start : start + together], most) for start in starts]
+            if len(chosen) % together:
+                batches.append((chosen[-together:], most))
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
 
@@ -295,7 +304,7 @@ def _plain_generation(model: Any) -> Iterator[None]:
 def _go_on(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], length: int, ends: Sequence[int]
 ) -> list[list[int]]:
-    """Each prompt with what the model writes after it, until it ends or the window is full."""
+    """Each prompt with what the model writes after it, until it ends or the longest has `length` tokens."""
     # Any token does, as it is masked. One that was added to the tokenizer alone has no embedding.
     known = range(len(model.get_input_embeddings().weight))
     pad = next((each for each in (tokenizer.pad_token_id, *ends) if each in known), 0)

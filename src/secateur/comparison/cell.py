@@ -25,6 +25,7 @@ from secateur.evaluation.tasks import run_tasks
 from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText
 from secateur.recipe.settings import parse_settings
+from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import default_device, environment
 from secateur.runtime.memory import peak_resident_bytes
 from secateur.storage.file_records import sha256
@@ -112,8 +113,8 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
 
     Returns:
         `perplexity` by text, `divergence` (KL, nats a token) and `top1_agreement` by text where asked for, `tasks` by
-        name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (of
-        pruning alone), with `peak_memory` (bytes) of pruning and `eval_seconds`.
+        name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (from the loaded model to the folder
+        of the pruned one), `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
     device = settings.device or default_device()
     reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
@@ -147,7 +148,8 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
 
 
 def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any]) -> dict[str, Any]:
-    """Prune the model into a folder; returns the figures of it."""
+    """Prune the model into a folder; returns its figures, without the cost where a process was stopped."""
+    is_new = not folder.exists() and not journal_of(folder).exists()
     report = prune(
         settings.model,
         folder,
@@ -161,14 +163,13 @@ def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dic
         **reading,
         **parse_recipe(cell.recipe),
     )
+    cost = {"seconds": report.seconds, "peak_memory": _peak_memory(reading["device"])}
     return {
         "recipe": report.recipe,
         "layer_error": report.mean_relative_error,
         "sparsity": report.sparsity,
-        "seconds": report.seconds,
-        "peak_memory": _peak_memory(reading["device"]),
         "environment": report.environment,
-    }
+    } | (cost if is_new else {})
 
 
 def _pruned_by_peer(

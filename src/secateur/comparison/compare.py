@@ -29,8 +29,10 @@ from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks
 from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.resolve import resolve_recipe
+from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import environment, environment_number
 from secateur.storage.held_folder import make_folders
+from secateur.storage.paths import real_path, user_path
 
 
 def compare(
@@ -64,6 +66,7 @@ def compare(
             "torchrun or accelerate started several processes, and a comparison runs one process a cell: start it "
             "without them. The same command run twice shares the cells"
         )
+    _check_place(out, settings.model)
     names = [str(parse_pattern(pattern)) for pattern in patterns]
     for recipe in recipes:
         for name in names:
@@ -77,18 +80,26 @@ def compare(
         asked = settings.tasks if with_tasks else ()
         with _claimed(out, cell) as claimed:
             to_run = _to_run(_open(out, settings), settings, cell, asked)
-            if to_run is None:
-                continue
             if not claimed:
-                say(f"cell {number} of {len(wanted)}: {cell.key} is run by another process")
+                if to_run is not None:
+                    say(f"cell {number} of {len(wanted)}: {cell.key} is run by another process")
                 continue
-            say(f"cell {number} of {len(wanted)}: {cell.key}")
             folder = out / f".{_file_name(cell)}"
-            result = _in_own_process(to_run, cell, folder, peer_python)
-            _add(out, settings, cell, result)
-            shutil.rmtree(folder, ignore_errors=True)
-            say(f"  {_summary(result)}")
+            if to_run is not None:
+                say(f"cell {number} of {len(wanted)}: {cell.key}")
+                result = _in_own_process(to_run, cell, folder, peer_python)
+                _add(out, settings, cell, result)
+                say(f"  {_summary(result)}")
+            for place in (folder, journal_of(folder)):  # also what a process left that was killed here
+                shutil.rmtree(place, ignore_errors=True)
     return _open(out, settings)
+
+
+def _check_place(out: Path, model: str) -> None:
+    """Check that the results, and the models of cells, do not lie in the model's folder."""
+    folder, place = real_path(user_path(model)), real_path(out)
+    if folder.is_dir() and folder in (place, *place.parents):
+        raise SecateurError(f"{out} lies in the model's folder {model}: choose an ‹out› outside of it")
 
 
 def _to_run(
@@ -149,7 +160,9 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
             )
         return
     with errors_within(f"{recipe} at {pattern}"):
-        resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
+        found = resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
+        if found.format == "packed":
+            raise SecateurError("format=packed changes no figure of a comparison: leave it out")
 
 
 def _open(out: Path, settings: ComparisonSettings) -> Comparison:
