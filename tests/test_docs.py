@@ -32,16 +32,16 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",
 }
-SAMPLES = "16"
+LARGEST = {"--samples": "16", "--seq-len": "128"}
 SENTENCE = "the quick brown fox jumps over the lazy dog, and then it does so again.\n"
-CHAT = {"messages": [{"role": "user", "content": SENTENCE * 4}, {"role": "assistant", "content": SENTENCE * 4}]}
+CHAT = {"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": SENTENCE * 4}]}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """What the pages take for granted: a model, texts, a pruned and a packed model."""
     folder = tmp_path_factory.mktemp("prepared")
-    save_checkpoint(folder / "my-model", max_position_embeddings=512)
+    save_checkpoint(folder / "my-model", max_position_embeddings=int(LARGEST["--seq-len"]))
     (folder / "held-out.txt").write_text(SENTENCE * 30)
     (folder / "my-texts.jsonl").write_text("".join(json.dumps({"text": SENTENCE * 9}) + "\n" for _ in range(9)))
     (folder / "chats.jsonl").write_text("".join(json.dumps(CHAT) + "\n" for _ in range(12)))
@@ -120,13 +120,14 @@ def run(line, main, monkeypatch):
 
 
 def shortened(words):
-    """A command that calibrates, on few sequences; a recipe file has its own number."""
+    """A command that calibrates, on few and short sequences; a recipe file has its own numbers."""
     if words[0] == "torchrun" or words[1] not in ("prune", "compare") or any(".yaml" in word for word in words):
         return words
-    if "--samples" not in words:
-        return [*words, "--samples", SAMPLES]
-    place = words.index("--samples") + 1
-    return [*words[:place], min(words[place], SAMPLES, key=int), *words[place + 1 :]]
+    for option, most in LARGEST.items():
+        if option in words:
+            place = words.index(option) + 1
+            words[place] = min(words[place], most, key=int)
+    return words if "--samples" in words else [*words, "--samples", LARGEST["--samples"]]
 
 
 def save_adapter(folder):
