@@ -32,7 +32,7 @@ from secateur.request import ModelSource, Request
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
 from secateur.resume.manifest import Manifest, RunManifest, journal_of
-from secateur.resume.output_folder import check_apart, check_may_replace, check_place
+from secateur.resume.output_folder import check_apart, check_may_replace, check_outside_model, check_place
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
@@ -311,5 +311,4 @@ def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
     texts_at = text_place(texts) if isinstance(texts, str | Path) else None
     check_place(out)
     check_apart(out, [folder, *(place for place in (named, texts_at) if place is not None and place.exists())])
-    if (place := real_path(named)).is_dir() and place in out.parents:
-        raise SecateurError(f"{out} lies in the model's folder {named}: write to a folder outside of it")
+    check_outside_model(out, model)

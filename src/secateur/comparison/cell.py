@@ -96,6 +96,11 @@ class Cell:
         """Name of the cell in the file of results."""
         return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether secateur prunes the model, into a folder: not the dense model, nor a cell of llm-compressor."""
+        return self.recipe not in (DENSE, *PEERS)
+
 
 def parse_recipe(recipe: str) -> dict[str, Any]:
     """`best+refit.epochs=4` -> the keyword arguments of `prune`.
@@ -118,9 +123,8 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
     """
     device = settings.device or default_device()
     reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
-    runs_here = cell.recipe != DENSE and cell.recipe not in PEERS
-    found = _pruned(folder, settings, cell, reading) if runs_here else {}
-    checkpoint = load(str(folder) if runs_here else settings.model, **reading)
+    found = _pruned(folder, settings, cell, reading) if cell.is_ours else {}
+    checkpoint = load(str(folder) if cell.is_ours else settings.model, **reading)
     if cell.recipe in PEERS:
         found = _pruned_by_peer(checkpoint, settings, cell, peer_python)
     compares = settings.divergence and cell.recipe != DENSE

@@ -30,9 +30,9 @@ from secateur.evaluation.tasks import check_tasks
 from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.resolve import resolve_recipe
 from secateur.resume.manifest import journal_of
+from secateur.resume.output_folder import check_outside_model
 from secateur.runtime.environment import environment, environment_number
 from secateur.storage.held_folder import make_folders
-from secateur.storage.paths import real_path, user_path
 
 
 def compare(
@@ -66,7 +66,7 @@ def compare(
             "torchrun or accelerate started several processes, and a comparison runs one process a cell: start it "
             "without them. The same command run twice shares the cells"
         )
-    _check_place(out, settings.model)
+    check_outside_model(out, settings.model)
     names = [str(parse_pattern(pattern)) for pattern in patterns]
     for recipe in recipes:
         for name in names:
@@ -90,16 +90,9 @@ def compare(
                 result = _in_own_process(to_run, cell, folder, peer_python)
                 _add(out, settings, cell, result)
                 say(f"  {_summary(result)}")
-            for place in (folder, journal_of(folder)):  # also what a process left that was killed here
+            for place in (folder, journal_of(folder)) if cell.is_ours else ():  # what a killed process left, too
                 shutil.rmtree(place, ignore_errors=True)
     return _open(out, settings)
-
-
-def _check_place(out: Path, model: str) -> None:
-    """Check that the results, and the models of cells, do not lie in the model's folder."""
-    folder, place = real_path(user_path(model)), real_path(out)
-    if folder.is_dir() and folder in (place, *place.parents):
-        raise SecateurError(f"{out} lies in the model's folder {model}: choose an ‹out› outside of it")
 
 
 def _to_run(

@@ -13,7 +13,7 @@ from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, read_m
 from secateur.resume.manifest import journal_of
 from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
-from secateur.storage.paths import real_path
+from secateur.storage.paths import real_path, user_path
 
 WEIGHTS = (
     "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
@@ -50,6 +50,18 @@ def check_apart(out: Path, inputs: Sequence[Path]) -> None:
         for place in ours:
             if place == found or place in found.parents:
                 raise SecateurError(f"{place} is or holds {kept}, which must stay: write to another folder")
+
+
+def check_outside_model(out: Path, model: str) -> None:
+    """Check that `out` is not the model's folder, nor in it, where `model` names a folder.
+
+    Raises:
+        SecateurError: it is.
+    """
+    named = user_path(model)
+    folder, place = real_path(named), real_path(out)
+    if folder.is_dir() and folder in (place, *place.parents):
+        raise SecateurError(f"{out} lies in the model's folder {named}: write to a folder outside of it")
 
 
 def check_place(out: Path) -> None:
