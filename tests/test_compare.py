@@ -24,6 +24,9 @@ from secateur.comparison.compare import check_recipe, compare
 from secateur.comparison.page import to_html
 from secateur.comparison.results import Comparison
 from secateur.comparison.table import tables, to_csv
+from secateur.errors import SecateurError
+from secateur.recipe.patterns import parse_pattern
+from secateur.runtime.own_process import run_in_own_process
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
@@ -301,12 +304,13 @@ def test_a_cell_ends_with_the_comparison_that_was_stopped(tmp_path, how):
     script.write_text(
         "import os, time\n"
         "from secateur.cli.process import prepare_process\n"
-        "from secateur.comparison.compare import own_process\n"
+        "from secateur.runtime.own_process import run_in_own_process\n"
+        "def cell():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    prepare_process()\n"
-        "    with own_process() as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
-        "        pool.submit(time.sleep, 600).result()\n"
+        "    run_in_own_process(cell)\n"
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -322,6 +326,17 @@ def test_a_cell_ends_with_the_comparison_that_was_stopped(tmp_path, how):
         time.sleep(0.1)
     os.kill(cell, signal.SIGKILL)
     pytest.fail("the cell went on after its parent was killed")
+
+
+def test_a_process_returns_what_its_function_does_or_says_why_it_did_not():
+    assert run_in_own_process(divmod, 7, 3) == (2, 1)
+    with pytest.raises(SecateurError, match="pattern"):
+        run_in_own_process(parse_pattern, "many")
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_in_own_process(divmod, 7, 0)
+    assert "In the process that ran it:\nTraceback" in raised.value.__notes__[0]
+    with pytest.raises(SecateurError, match=r"process died \(exit code 9\)"):
+        run_in_own_process(os._exit, 9)
 
 
 def is_running(pid):

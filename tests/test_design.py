@@ -66,6 +66,7 @@ BROAD_EXCEPTS = {
     "sources.gguf": "the parsers of three packages on a damaged file",
     "recipe.solvers": "the code of a plug-in",
     "calibration.texts": "the tokenizers library raises Exception itself",
+    "runtime.own_process": "an error is raised in the process that waits",
     "cli.process": "an unexpected error becomes a file and exit code 70",
 }
 # Phrases that make a sentence hard to read; tests/test_design.py alone may name them.

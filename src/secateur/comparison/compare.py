@@ -8,17 +8,12 @@ two halves of a machine: a lock on each cell says who runs it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -32,6 +27,7 @@ from secateur.recipe.resolve import resolve_recipe
 from secateur.resume.manifest import journal_of
 from secateur.resume.output_folder import check_outside_model
 from secateur.runtime.environment import environment, environment_number
+from secateur.runtime.own_process import run_in_own_process
 from secateur.storage.held_folder import make_folders
 
 
@@ -186,37 +182,8 @@ def _agree(known: Any, now: Any) -> bool:
 
 
 def _in_own_process(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None) -> dict[str, Any]:
-    with own_process() as pool:
-        try:
-            return pool.submit(run_cell, settings, cell, folder, peer_python).result()
-        except SecateurError as error:
-            raise error.within(f"cell {cell.key}") from error
-        except BrokenProcessPool as error:
-            raise SecateurError(f"cell {cell.key}: its process died; it may have run out of memory") from error
-
-
-@contextmanager
-def own_process() -> Iterator[ProcessPoolExecutor]:
-    """A pool of one process, which ends at once where this one is stopped (Ctrl-C, SIGTERM) or killed."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-        try:
-            yield pool
-        except (KeyboardInterrupt, SystemExit):
-            for child in active_children():  # the pool would wait for it
-                child.terminate()
-            raise
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that started it does: a cell of a comparison that was killed is of no use."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    with errors_within(f"cell {cell.key}"):
+        return run_in_own_process(run_cell, settings, cell, folder, peer_python)
 
 
 def _summary(cell: dict[str, Any]) -> str:
