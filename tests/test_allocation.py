@@ -183,9 +183,12 @@ def test_a_curve_costs_nothing_where_dead_inputs_do():
     assert losses[2] > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
+@pytest.mark.parametrize(("family", "chunk"), [("llama", None), ("gpt2", None), ("gemma3", 5), ("llama", 3)])
+def test_sensitivity_equals_gradients_taken_by_module_hooks(family, chunk, monkeypatch):
+    """Also where only the logits of `chunk` positions are held at a time."""
     model = tiny_model(family).eval()
+    if chunk is not None:
+        monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", chunk * model.config.vocab_size)
     batches = [{"input_ids": ids} for ids in tokens(4)]
     blocks = find_blocks(model)
     with torch.no_grad():
@@ -201,10 +204,26 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family):
     for number, ids in enumerate(torch.cat([batch["input_ids"] for batch in batches])[:3]):
         generator = torch.Generator().manual_seed(7 + number)
         logits = model(ids[None], use_cache=False).logits[0]
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        odds = logits.detach().softmax(-1).split(chunk or len(logits))
+        labels = torch.cat([torch.multinomial(each, 1, generator=generator)[:, 0] for each in odds])
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for name, squares in found.items():
         assert torch.allclose(squares, torch.cat(seen[name]).square().mean(0), rtol=1e-3, atol=1e-9), name
+
+
+def test_padding_gives_no_label_and_its_chunk_may_hold_nothing_else(monkeypatch):
+    model = tiny_model("llama").eval()
+    monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", 4 * model.config.vocab_size)
+    ids = tokens(1)[0][:1]
+    padded = {"input_ids": torch.cat([ids, ids[:, :8]], 1), "labels": torch.zeros_like(torch.cat([ids, ids[:, :8]], 1))}
+    padded["attention_mask"] = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :8])], 1)
+    with torch.no_grad():
+        found = [
+            output_fisher_information(model, find_blocks(model), [batch], sequences=1, seed=0, placement=InMemory())
+            for batch in ({"input_ids": ids}, padded)
+        ]
+    for name, squares in found[0].items():
+        assert torch.allclose(squares, found[1][name], rtol=1e-4, atol=1e-12), name
 
 
 def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():

@@ -37,6 +37,11 @@ def body_gives(model: nn.Module, output: Any) -> Iterator[None]:
         yield
 
 
+def with_hidden(body_output: Any, hidden: Tensor) -> Any:
+    """The body's output with other hidden states."""
+    return type(body_output)(**{**body_output, "last_hidden_state": hidden})
+
+
 def logits_of(
     model: nn.Module, inputs: Mapping[str, Tensor], positions: Int[Tensor, " P"] | None = None
 ) -> Float[Tensor, "B P V"]:

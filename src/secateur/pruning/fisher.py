@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch
 from secateur.errors import SecateurError
-from secateur.models.blocks import Block, BlockCall, hidden_of, on_device_of, run_without_cache
+from secateur.models.blocks import Block, BlockCall, body_of, hidden_of, on_device_of, run_without_cache
+from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions, with_hidden
 from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.weight_uses import WeightUse, WeightWatcher
@@ -68,13 +69,7 @@ def output_fisher_information(
                 _recorded(blocks, HiddenStates(memory or MemoryBudget(), len(blocks))) as record,
             ):
                 inputs = on_device_of(model, sequence)
-                logits = _logits(run_without_cache(model, model, **inputs), inputs).float()
-                tokens, done = tokens + len(logits), done + 1
-                if not bool(torch.isfinite(logits).all()):
-                    raise SecateurError("the dense model's predictions are not finite: try another dtype")
-                odds = logits.detach().softmax(-1).cpu()
-                labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                tokens, done = tokens + _backward_to_last_block(model, inputs, generator), done + 1
             gradient: Tensor | None = None
             for number, (block, call) in reversed([*enumerate(record.calls)]):
                 gradient = _sum(gradient, record.gradients.pop(block.name, None))
@@ -175,6 +170,62 @@ def _backward(
     return start.grad
 
 
+def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generator) -> int:
+    """Run the model on one sequence and the gradient of drawn labels back to its last block; its real tokens.
+
+    The logits of a chunk of positions are held at a time, where the model forms those of chosen positions.
+    """
+    body_output = _body_output(model, inputs) if takes_positions(model) else None
+    if body_output is None:
+        logits = _logits(run_without_cache(model, model, **inputs), inputs)
+        _likelihood_of_draw(logits, generator).backward()
+        return len(logits)
+    hidden, tokens = body_output.last_hidden_state, 0
+    leaf = hidden.detach().requires_grad_(True)
+    inputs = _unlabelled(inputs)
+    real = _real_tokens(inputs, hidden.shape[1])
+    for positions in position_chunks(model, hidden.shape[1], 1, hidden.device):
+        with body_gives(model, with_hidden(body_output, leaf)):
+            logits = logits_of(model, inputs, positions)[0]
+        own = logits if real is None else logits[real[positions]]
+        _likelihood_of_draw(own, generator).backward()
+        tokens += len(own)
+    hidden.backward(leaf.grad)
+    return tokens
+
+
+def _unlabelled(inputs: Batch) -> Batch:
+    """Inputs without labels: a loss of them needs the logits of all positions."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _body_output(model: Any, inputs: Batch) -> Any:
+    """What the body gives in a forward pass of the whole model; None if that names no last hidden states."""
+    found: list[Any] = []
+    hook = body_of(model).register_forward_hook(lambda _module, _args, output: found.append(output))
+    try:
+        run_without_cache(model, model, **_unlabelled(inputs), logits_to_keep=1)  # the head is run on chunks later
+    finally:
+        hook.remove()
+    return found[0] if getattr(found[0], "last_hidden_state", None) is not None else None
+
+
+def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator) -> Float[Tensor, ""]:
+    """Negative log-likelihood of labels that are drawn from the predictions.
+
+    Raises:
+        SecateurError: the predictions are not finite.
+    """
+    logits = logits.float()
+    if not bool(torch.isfinite(logits).all()):
+        raise SecateurError("the dense model's predictions are not finite: try another dtype")
+    if not len(logits):  # of padding alone
+        return logits.sum()
+    odds = logits.detach().softmax(-1).cpu()
+    labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
 def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
     """Logits of the model at the real tokens of one sequence; one row for a picture or a classified text.
 
@@ -189,9 +240,15 @@ def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
     if output.logits.ndim == 2:
         return output.logits
     logits = output.logits[0]
+    real = _real_tokens(inputs, len(logits))
+    return logits if real is None else logits[real]
+
+
+def _real_tokens(inputs: Batch, length: int) -> Bool[Tensor, " T"] | None:
+    """Which positions of a sequence are not padding; None = all, or the mask is of something else."""
     of_decoder = any(name.startswith("decoder_") for name in inputs)
-    real = inputs.get("decoder_attention_mask" if of_decoder else "attention_mask")
-    return logits if real is None or len(real[0]) != len(logits) else logits[real[0].bool()]
+    mask = inputs.get("decoder_attention_mask" if of_decoder else "attention_mask")
+    return None if mask is None or len(mask[0]) != length else mask[0].bool()
 
 
 def _own_sequences(batches: Sequence[Batch], sequences: int) -> Iterator[tuple[int, Batch]]:

@@ -23,7 +23,7 @@ from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block, body_of, run_without_cache
 from secateur.models.discovery import BlockChain
-from secateur.models.head import body_gives, has_head, logits_of, position_chunks, takes_positions
+from secateur.models.head import body_gives, has_head, logits_of, position_chunks, takes_positions, with_hidden
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 
@@ -134,9 +134,9 @@ class ModelEnd:
         leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
         for positions in position_chunks(self.model, hidden.shape[1], len(hidden), hidden.device):
             chosen = positions if takes_positions(self.model) else None
-            with torch.no_grad(), body_gives(self.model, _with_hidden(body_output, dense)):
+            with torch.no_grad(), body_gives(self.model, with_hidden(body_output, dense)):
                 theirs = logits_of(self.model, inputs, chosen).float().log_softmax(-1)
-            with body_gives(self.model, _with_hidden(body_output, leaf)):
+            with body_gives(self.model, with_hidden(body_output, leaf)):
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
             # A head may rule a token out: of no probability, it adds nothing.
@@ -146,11 +146,6 @@ class ModelEnd:
                 by_logits = weight[..., None] * (ours.exp() - theirs.exp())
                 gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]
         return total / float(counted.sum()), gradient / counted.sum()
-
-
-def _with_hidden(body_output: Any, hidden: Tensor) -> Any:
-    """The body's output with other hidden states."""
-    return type(body_output)(**{**body_output, "last_hidden_state": hidden})
 
 
 class PredictionDivergence:
