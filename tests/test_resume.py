@@ -30,7 +30,7 @@ from secateur.storage.held_folder import HeldFolder
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SHARD = "20KB"  # a layer is 19 KB, and so is what is in none
 SETTINGS = {"pattern": "50%", "recipe": "balanced", "samples": 4, "seq_len": 32}
-BEGINS = 4  # waits for the disk before the first block: the journal's folder twice, the manifest, and its folder
+BEGINS = 8  # waits for the disk before the first block: the journal twice, the manifest twice, the allocation, folders
 EVERY = 3
 WAITS_A_BLOCK = 4  # its file and its folder, the manifest, and its folder
 TWO_BLOCKS = BEGINS + 2 * WAITS_A_BLOCK + 1  # the wait after which two blocks are finished
@@ -384,7 +384,7 @@ def interrupted(source, out, monkeypatch):
     [
         ({"pattern": "60%"}, "recipe pattern was 50%, is 60%"),
         ({"seed": 1}, "recipe seed was 0, is 1"),
-        ({"samples": 6}, "calibration was"),
+        ({"samples": 6}, "calibration samples was 4, is 6; calibration sha256 was [0-9a-f]{12}[.]{3}, is"),
         ({"settings": {"refit.epochs": 2}}, "recipe refit epochs was 1, is 2"),
     ],
 )
@@ -395,6 +395,14 @@ def test_another_run_refuses_to_go_on_and_says_why(source, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=message):
         prune(source, out, **changed)
     assert (manifest.journal_of(out) / manifest.MANIFEST).read_bytes() == before
+    prune(source, out)
+    check_as_if_never_stopped(source, out)
+
+
+def test_what_was_found_before_the_first_block_is_not_looked_for_again(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    monkeypatch.setattr("secateur.pruning.allocation._allocated", lambda *_: pytest.fail("allocated again"))
     prune(source, out)
     check_as_if_never_stopped(source, out)
 
@@ -481,8 +489,8 @@ def test_overwriting_an_unfinished_run_takes_no_file_that_is_none_of_its(source,
 def test_a_finished_run_is_left_as_it_is(source, tmp_path):
     shutil.copytree(source / "reference", tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    report = prune(source, tmp_path / "out")
-    assert report.sparsity == 0.5
+    for spelled in (source, source / ".." / source.name):  # the files decide, and not their names
+        assert prune(spelled, tmp_path / "out").sparsity == 0.5
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     with pytest.raises(ValueError, match=r"another run \(its recipe differs\)"):
         prune(source, tmp_path / "out", pattern="60%")

@@ -90,10 +90,10 @@ def prune_to_folder(
         checkpoint = source.load(folder, place)
         checkpoint.notices += check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        data = _calibration_of(checkpoint, request, placement)
+        data = _calibration_of(checkpoint, request, placement, before.identity.get("calibration", {}).get("own_words"))
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
-        identity = _identity(source.name, folder, request.recipe, data.origin, where)
+        identity = _identity(source.name, folder, request.recipe, data, where)
         memory = request.memory(place)
         manifest = begin_run(journal, out, before, identity, overwrite)
         reordered = place / f"reordered-{distributed.rank()}"
@@ -226,13 +226,21 @@ def _check_same_on_all_ranks(model: nn.Module, data: CalibrationBatches, recipe:
         )
 
 
-def _calibration_of(checkpoint: Checkpoint, request: Request, placement: WeightPlacement) -> CalibrationBatches:
-    """Batches for a loaded model; it writes by itself if half of memory holds it, as each token reads all weights."""
-    size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
-    fits = size <= total_memory(checkpoint.device) // 2
-    return request.calibration(
-        checkpoint.tokenizer, config_of(checkpoint.model), lambda: fits and can_write(checkpoint.model, placement)
-    )
+def _calibration_of(
+    checkpoint: Checkpoint, request: Request, placement: WeightPlacement, begun_with: int | None = None
+) -> CalibrationBatches:
+    """Batches for a loaded model; it writes by itself if half of memory holds it, as each token reads all weights.
+
+    `begun_with` is the number of sequences that it writes in the run to resume, which may have begun elsewhere.
+    """
+
+    def writes() -> bool:
+        if begun_with is not None:
+            return begun_with > 0
+        size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
+        return size <= total_memory(checkpoint.device) // 2 and can_write(checkpoint.model, placement)
+
+    return request.calibration(checkpoint.tokenizer, config_of(checkpoint.model), writes)
 
 
 def _room(device: str) -> int:
@@ -264,11 +272,10 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
     except SecateurError as error:
         return _nothing_to_keep(error, overwrite)
     data = request.calibration(tokenizer, config, lambda: report.calibration.get("written", 0) > 0)
-    wanted = _identity(source.name, folder, request.recipe, data.origin, {})
+    wanted = _decisive(_identity(source.name, folder, request.recipe, data, {}))
     try:
-        # Versions and threads may differ: the model is there.
-        names = ("model", "recipe", "calibration")
-        different = sorted(name for name in names if report.identity.get(name) != wanted[name])
+        held = _decisive(report.identity)
+        different = sorted(name for name in wanted if held[name] != wanted[name])
         if different:
             raise SecateurError(f"{out} holds a finished model of another run (its {', '.join(different)} differs)")
         if found := first_damage(out, report.files):
@@ -288,14 +295,26 @@ def _nothing_to_keep(error: SecateurError, overwrite: bool) -> None:
         raise SecateurError(f"{error.raw}: choose another folder, or pass ‹overwrite› to replace it") from error
 
 
-def _identity(name: str, folder: Path, recipe: Recipe, origin: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
-    """What decides the bits of a run. Cost: one read of the model's files."""
+def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """What tells a finished model from another: not names, versions and threads, as the model is there."""
+    model, calibration = (identity.get(name) for name in ("model", "calibration"))
+    return {
+        "model": model.get("files") if isinstance(model, dict) else None,
+        "recipe": identity.get("recipe"),
+        "calibration": calibration.get("sha256") if isinstance(calibration, dict) else None,
+    }
+
+
+def _identity(
+    name: str, folder: Path, recipe: Recipe, data: CalibrationBatches, where: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the bits of a run, and names that explain it. Cost: one read of the model's files."""
     suffixes = (".safetensors", ".bin", ".json", ".py")
     files = [path for path in folder.iterdir() if path.suffix in suffixes and path.is_file()]
     return {
         "model": {"name": name, "files": {path.name: sha256(path) for path in sorted(files)}},
         "recipe": recipe.without_calibration().to_dict(),
-        "calibration": origin["sha256"],
+        "calibration": data.origin | {"own_words": data.to_write.number if data.to_write else 0},
         "environment": {
             # The number of a GPU is that of a process, or the user's choice among equal ones.
             name: value.partition(":")[0] if name == "device" else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from secateur.calibration.stream import Batch, Stream
 from secateur.errors import errors_within
 from secateur.models.blocks import Block
 from secateur.numerics.hessian import Hessian
-from secateur.pruning.context import RunContext
+from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loss_curves import (
     LossCurve,
@@ -39,23 +39,6 @@ from secateur.recipe.steps import Allocation
 from secateur.runtime import distributed
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of its matrix's mean
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPatterns:
-    """Pattern of each matrix, and the scale of its rows in an unstructured choice.
-
-    Scaling a row changes nothing in its own least-squares problem, only its share of the matrix's zeros.
-
-    Args:
-        patterns: by matrix name.
-        row_scales: by matrix name (R); rows of other matrices are not scaled.
-        prices: what one more zero costs in a matrix, relative to the median matrix, where that was measured.
-    """
-
-    patterns: dict[str, Pattern]
-    row_scales: dict[str, Float[Tensor, " R"]] = field(default_factory=dict)
-    prices: dict[str, float] = field(default_factory=dict)
 
 
 def allocate(
@@ -82,16 +65,31 @@ def allocate(
     free = {name for name, own in found.items() if not own.own_pattern}
     if allocation is None or not free:
         return fixed
+    chain = blocks[0].name
+    allocated = context.store.patterns_of(chain, lambda: _allocated(model, blocks, stream, batches, free, context))
+    return replace(allocated, patterns=fixed.patterns | allocated.patterns)
+
+
+def _allocated(
+    model: Any,
+    blocks: Sequence[Block],
+    stream: Stream,
+    batches: Sequence[Batch],
+    free: set[str],
+    context: RunContext,
+) -> LayerPatterns:
+    """Patterns of the matrices in `free`."""
+    allocation = context.recipe.allocation
+    assert allocation is not None
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     # A router shows an expert only some tokens.
     sequences = sum(sizes) if stream.routed else sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
     first = stream.first(sizes, sequences)
     if allocation.rule == "owl":
-        allocated = _by_outliers(blocks, first, free, allocation, context)
-    else:
-        fisher = output_fisher_information(model, blocks, batches, sequences, recipe.seed, context.store, stream.memory)
-        allocated = _by_curves(blocks, first, free, fisher, allocation, context)
-    return replace(allocated, patterns=fixed.patterns | allocated.patterns)
+        return _by_outliers(blocks, first, free, allocation, context)
+    seed, memory = context.recipe.seed, stream.memory
+    fisher = output_fisher_information(model, blocks, batches, sequences, seed, context.store, memory, context.progress)
+    return _by_curves(blocks, first, free, fisher, allocation, context)
 
 
 def sequences_of(tokens: int, sequences: int, num_tokens: int) -> int:

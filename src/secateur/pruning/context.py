@@ -7,17 +7,36 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from secateur.calibration.stream import Progress
 from secateur.models.blocks import Block
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.permutation.channels import ChannelOrder
+from secateur.recipe.patterns import Pattern
 from secateur.recipe.recipe import Recipe
 from secateur.reporting.figures import BlockFigures
 from secateur.runtime.memory import MemoryBudget, Workspace
 
 StorageOf = Callable[[str, torch.dtype], torch.dtype]  # parameter's name and own dtype -> dtype that it is saved in
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPatterns:
+    """Pattern of each matrix, and the scale of its rows in an unstructured choice.
+
+    Scaling a row changes nothing in its own least-squares problem, only its share of the matrix's zeros.
+
+    Args:
+        patterns: by matrix name.
+        row_scales: by matrix name (R); rows of other matrices are not scaled.
+        prices: what one more zero costs in a matrix, relative to the median matrix, where that was measured.
+    """
+
+    patterns: dict[str, Pattern]
+    row_scales: dict[str, Float[Tensor, " R"]] = field(default_factory=dict)
+    prices: dict[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -31,6 +50,10 @@ class BlockStore(WeightPlacement, Protocol):
     @property
     def is_reordered(self) -> bool:
         """Whether that was done."""
+        ...
+
+    def patterns_of(self, chain: str, find: Callable[[], LayerPatterns], /) -> LayerPatterns:
+        """The allocation of the chain that begins at a block: as an earlier process found it, or as it is found now."""
         ...
 
     def reuse(self, block: Block, /) -> BlockFigures | None:
@@ -54,6 +77,10 @@ class InMemoryStore(InMemory):
             parameter.copy_(order.applied(name, parameter.data))
         self.is_reordered = True
 
+    def patterns_of(self, _chain: str, find: Callable[[], LayerPatterns]) -> LayerPatterns:
+        """Nothing was found before."""
+        return find()
+
     def reuse(self, _block: Block) -> None:
         """Nothing was finished before."""
 
@@ -72,6 +99,10 @@ class DroppedBlocks:
 
     def reorder(self, _model: nn.Module, _order: ChannelOrder) -> None:
         """Keep nothing."""
+
+    def patterns_of(self, _chain: str, find: Callable[[], LayerPatterns]) -> LayerPatterns:
+        """Nothing was found before."""
+        return find()
 
     def reuse(self, _block: Block) -> None:
         """Nothing was finished before."""

@@ -22,7 +22,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
-from secateur.pruning.allocation import LayerPatterns, sequences_of
+from secateur.pruning.allocation import sequences_of
 from secateur.pruning.block_refit import (
     MaskedMasterWeights,
     Objective,
@@ -32,7 +32,7 @@ from secateur.pruning.block_refit import (
     refit_targets,
     within_tokens,
 )
-from secateur.pruning.context import RunContext
+from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, end_of, prune_block
 from secateur.pruning.loss_curves import curve_levels, loss_curve

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur.calibration.hidden_states import HiddenStates
-from secateur.calibration.stream import Batch
+from secateur.calibration.stream import Batch, Progress
 from secateur.errors import SecateurError
 from secateur.models.blocks import Block, BlockCall, body_of, hidden_of, on_device_of, run_without_cache
 from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions, with_hidden
@@ -26,6 +26,8 @@ from secateur.numerics.hessian import sum_dtype
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
 
+STAGE = "gradients"
+
 
 def output_fisher_information(
     model: Any,
@@ -35,6 +37,7 @@ def output_fisher_information(
     seed: int,
     placement: WeightPlacement,
     memory: MemoryBudget | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, " R"]]:
     """Mean over all tokens of `(dL/dy_r)^2` for each output row r of each matrix, by its name.
 
@@ -50,6 +53,7 @@ def output_fisher_information(
         seed: of the labels.
         placement: where the weights are.
         memory: where hidden states go; None = they are held in memory.
+        progress: called with the stage, the sequences that are done, and their number.
 
     Raises:
         SecateurError: a matrix that saw none of the sequences, or predictions that are not finite.
@@ -62,7 +66,8 @@ def output_fisher_information(
     generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
     with _no_weight_gradients(model), torch.enable_grad():
-        for number, sequence in _own_sequences(batches, sequences):
+        own = [*_own_sequences(batches, sequences)]
+        for number, sequence in own:
             generator.manual_seed(seed + number)  # every rank draws the same labels for a sequence
             with (
                 placement.onload_model(model),
@@ -75,6 +80,8 @@ def output_fisher_information(
                 gradient = _sum(gradient, record.gradients.pop(block.name, None))
                 with placement.onload_block(block):
                     gradient = _backward(block, record.hidden.pop(number), call, gradient, sums)
+            if progress is not None:
+                progress(STAGE, done, len(own))
     return _means(sums, matrices, tokens, done)
 
 

@@ -27,7 +27,7 @@ from secateur.models.discovery import BlockChain, ModelStructure, find_block_cha
 from secateur.models.matrices import Matrix
 from secateur.numerics.damping import Damping
 from secateur.permutation.order import OrderSearch
-from secateur.pruning.allocation import LayerPatterns, allocate
+from secateur.pruning.allocation import allocate
 from secateur.pruning.block_refit import (
     Objective,
     OutputError,
@@ -37,7 +37,7 @@ from secateur.pruning.block_refit import (
     refit_targets,
     within_tokens,
 )
-from secateur.pruning.context import RunContext
+from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.matrix_step import prune_matrix

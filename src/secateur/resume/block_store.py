@@ -17,10 +17,10 @@ from secateur.errors import SecateurError
 from secateur.models.blocks import Block
 from secateur.models.placement import WeightPlacement
 from secateur.permutation.channels import ChannelOrder
-from secateur.pruning.context import StorageOf
+from secateur.pruning.context import LayerPatterns, StorageOf
 from secateur.reporting.figures import BlockFigures, BlockReport, MatrixReport
 from secateur.resume.block_files import check_digest, map_from_file, open_block
-from secateur.resume.kept import keep_order, kept_order
+from secateur.resume.kept import keep_order, kept_order, kept_patterns
 from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
 from secateur.storage.json_files import parse_json
@@ -67,6 +67,14 @@ class JournalledBlocks:
         """
         keep_order(self.manifest, order)
         self._apply_order(order)
+
+    def patterns_of(self, chain: str, find: Callable[[], LayerPatterns]) -> LayerPatterns:
+        """The allocation of a chain, kept for a resumed run.
+
+        Raises:
+            SecateurError: a damaged file, or a journal that can't be written.
+        """
+        return kept_patterns(self.manifest, chain, find)
 
     @contextmanager
     def onload_block(self, block: Block) -> Iterator[None]:

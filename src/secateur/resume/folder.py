@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.resume.kept import ORDER_FILE, OWN_WORDS_FILE
+from secateur.resume.kept import ALLOCATION_FILE, ORDER_FILE, OWN_WORDS_FILE
 from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
 from secateur.resume.output_folder import check_may_replace, check_unchanged
 from secateur.resume.publish import OUTCOME
@@ -23,7 +23,7 @@ from secateur.storage.held_folder import HeldFolder, make_folders
 LOCK = "lock"
 _OURS = re.compile(
     rf"block-\d{{5,}}\.safetensors|converted-\d+|reordered-\d+|{FINISHED}|{REPLACED}|"
-    + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE)))
+    + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE, ALLOCATION_FILE)))
 )
 
 
@@ -174,6 +174,9 @@ def _write(manifest: RunManifest) -> None:
 def _state_of(journal: HeldFolder, out: Path, before: Manifest, identity: dict[str, Any], overwrite: bool) -> Manifest:
     begun_by, resumed_by = (each.get("environment", {}).get("processes", 1) for each in (before.identity, identity))
     found = list(differences(before.identity, identity)) if before.identity else []
+    found = [difference for difference in found if not difference.startswith("model name ")]  # the files decide
+    if before.identity.get("calibration", {}).get("sha256") == identity["calibration"]["sha256"]:
+        found = [difference for difference in found if not difference.startswith("calibration ")]
     if before.identity and begun_by != resumed_by:  # torchrun gives each process other threads than one alone has
         apart = ("environment processes ", "environment threads ")
         found = [difference for difference in found if not difference.startswith(apart)]
@@ -216,14 +219,14 @@ def forget(journal: HeldFolder) -> None:
 def _remove_if_done(journal: HeldFolder, keep: bool) -> None:
     """Remove the journal of a run that is finished, or did nothing; `keep` what a stopped run may replace.
 
-    Text that the model wrote, and an order of its channels, may have taken hours.
+    What was found before the first block may have taken hours.
     """
     try:
         manifest = read_manifest(journal.path)
     except SecateurError:  # the user decides
         return
-    has_results = manifest.blocks or manifest.own_words or manifest.channel_order or manifest.outcome
-    if has_results or (manifest.replaces and (manifest.identity or keep)):
+    kept = manifest.own_words or manifest.channel_order or manifest.allocation
+    if manifest.blocks or kept or manifest.outcome or (manifest.replaces and (manifest.identity or keep)):
         return
     forget(journal)
     if journal.names() == [LOCK]:

@@ -1,6 +1,6 @@
 """What a run found before its first block, kept in the journal: a resumed one does not look for it again.
 
-That is what the dense model wrote to be calibrated on, and the order of its channels.
+That is what the dense model wrote to be calibrated on, the order of its channels, and how zeros are spread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.permutation.channels import ChannelOrder
+from secateur.pruning.context import LayerPatterns
+from secateur.recipe.patterns import Pattern, Unstructured, parse_pattern
 from secateur.resume.block_files import check_digest
 from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
@@ -22,6 +24,7 @@ from secateur.storage.json_files import read_json
 
 OWN_WORDS_FILE = "own-words.json"
 ORDER_FILE = "channel-order.json"
+ALLOCATION_FILE = "allocation.json"
 
 
 def kept_windows(manifest: RunManifest, write: Callable[[], Int[Tensor, "N T"]]) -> Int[Tensor, "N T"]:
@@ -61,6 +64,35 @@ def keep_order(manifest: RunManifest, order: ChannelOrder) -> None:
     """
     plain = {name: {dim: index.tolist() for dim, index in by_dim.items()} for name, by_dim in order.indices.items()}
     _keep(manifest, ORDER_FILE, plain, "channel_order")
+
+
+def kept_patterns(manifest: RunManifest, chain: str, find: Callable[[], LayerPatterns]) -> LayerPatterns:
+    """The allocation of a chain of blocks that an earlier process kept, or the one that is found now, which is kept.
+
+    Raises:
+        SecateurError: a damaged file, or a journal that can't be written.
+    """
+    digest = manifest.state.allocation
+    kept = _read(manifest, ALLOCATION_FILE, digest) if digest else {}
+    if chain not in kept:
+        found = find()
+        kept[chain] = {
+            "patterns": {name: _plain(pattern) for name, pattern in found.patterns.items()},
+            "row_scales": {name: scale.tolist() for name, scale in found.row_scales.items()},
+            "prices": found.prices,
+        }
+        _keep(manifest, ALLOCATION_FILE, kept, "allocation")
+        return found
+    return LayerPatterns(
+        {name: parse_pattern(pattern) for name, pattern in kept[chain]["patterns"].items()},
+        {name: torch.tensor(scale) for name, scale in kept[chain]["row_scales"].items()},
+        kept[chain]["prices"],
+    )
+
+
+def _plain(pattern: Pattern) -> float | str:
+    """A pattern as `parse_pattern` reads it, without rounding."""
+    return pattern.sparsity if isinstance(pattern, Unstructured) else str(pattern)
 
 
 def _read(manifest: RunManifest, name: str, digest: str) -> dict[str, Any]:

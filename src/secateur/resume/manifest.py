@@ -41,6 +41,7 @@ class Manifest:
         notices: what the user should know of how the run was resumed.
         own_words: SHA-256 of the file with what the model wrote to be calibrated on; "" where there is none.
         channel_order: SHA-256 of the file with the order of the model's channels; "" where it is their own.
+        allocation: SHA-256 of the file with the matrices' patterns; "" where none were looked for yet.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Manifest:
     notices: list[str] = field(default_factory=list)
     own_words: str = ""
     channel_order: str = ""
+    allocation: str = ""
 
     @property
     def has_begun(self) -> bool:
@@ -121,14 +123,15 @@ def _checked(found: dict[str, Any]) -> Manifest:
         SecateurError, KeyError, TypeError, AttributeError: data of another form.
     """
     blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
-    outcome, own_words, channel_order = (str(found[name]) for name in ("outcome", "own_words", "channel_order"))
+    outcome, *kept = (str(found[name]) for name in ("outcome", "own_words", "channel_order", "allocation"))
     if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
         raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
-    for digest in (outcome, own_words, channel_order):
+    for digest in (outcome, *kept):
         if digest and not _DIGEST.fullmatch(digest):
             raise SecateurError(f"{digest!r} is not a SHA-256")
-    if not isinstance(found["identity"].get("environment", {}), dict):
-        raise SecateurError("its environment is not a mapping")
+    for part in ("environment", "calibration"):
+        if not isinstance(found["identity"].get(part, {}), dict):
+            raise SecateurError(f"its {part} is not a mapping")
     shards = [read_records(shard) for shard in found["shards"]]
     files = read_records(found["files"])
     if (shards or files) and not outcome:
@@ -142,8 +145,9 @@ def _checked(found: dict[str, Any]) -> Manifest:
         shards=shards,
         files=files,
         notices=[str(notice) for notice in found["notices"]],
-        own_words=own_words,
-        channel_order=channel_order,
+        own_words=kept[0],
+        channel_order=kept[1],
+        allocation=kept[2],
     )
 
 
@@ -175,4 +179,9 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted({*before, *now}):
             yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())
     elif before != now:
-        yield f"{name} was {before}, is {now}"
+        yield f"{name} was {_shown(before)}, is {_shown(now)}"
+
+
+def _shown(value: Any) -> Any:
+    """A value as a message shows it: the first digits of a digest."""
+    return f"{value[:12]}..." if isinstance(value, str) and _DIGEST.fullmatch(value) else value
