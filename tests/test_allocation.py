@@ -226,7 +226,7 @@ def test_padding_gives_no_label_and_its_chunk_may_hold_nothing_else(monkeypatch)
         assert torch.allclose(squares, found[1][name], rtol=1e-4, atol=1e-12), name
 
 
-def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
+def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing(monkeypatch):
     from test_loop import mixtral
 
     model = mixtral(num_local_experts=4, num_experts_per_tok=1)
@@ -244,10 +244,16 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing():
     assert all(squares.shape == (32,) for squares in idle)
     assert len(rows) == 4
     assert all(bool((squares > 0).any()) for squares in rows.values())
-    report = secateur.prune(
-        mixtral(), pattern="50%", solver="mrp", settings={"allocation.rule": "curve"}, calibration=tokens(64)
+    taken: list[int] = []
+    monkeypatch.setattr(
+        al,
+        "output_fisher_information",
+        lambda *given: taken.append(given[3]) or output_fisher_information(*given),
     )
+    asked = {"allocation.rule": "curve", "allocation.tokens": 5 * tokens(1)[0].shape[1]}
+    report = secateur.prune(mixtral(), pattern="50%", solver="mrp", settings=asked, calibration=tokens(64))
     assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+    assert taken == [5], "sequences whose gradients are taken"
 
 
 def test_experts_that_see_few_tokens_or_none_are_measured():

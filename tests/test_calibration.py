@@ -13,7 +13,7 @@ import secateur
 from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import Conversation, read_documents, shipped_text
-from secateur.calibration.texts import encode, opening
+from secateur.calibration.texts import encode, opening, sample_documents
 from secateur.recipe.recipe import CalibrationText
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(200))
@@ -255,3 +255,28 @@ def test_messages_that_are_no_text_are_named_with_their_line(tmp_path, message):
     path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"messages": [message]}))
     with pytest.raises(secateur.SecateurError, match=r"chat.jsonl, line 2: .*(role|content)"):
         list(read_documents(path))
+
+
+@pytest.mark.parametrize("form", ["one text", "records"])
+def test_a_random_part_of_a_long_text_is_encoded(form, monkeypatch):
+    monkeypatch.setattr("secateur.calibration.texts.LEAST_CHARACTERS", 1000)
+    lines = [f"{number:09d}\n" for number in range(1000)]
+    documents = ["".join(lines)] if form == "one text" else lines
+    found = ["".join(sample_documents(documents, tokens=40, seed=seed)) for seed in (0, 0, 1)]  # 32 letters a token
+    assert found[0] == found[1] != found[2]
+    for each in found:
+        kept = each.splitlines(keepends=True)
+        assert kept == sorted({*kept} & {*lines}), "whole lines, in order"
+        assert 128 <= len(kept) <= 130
+    everything = {line for seed in range(64) for line in "".join(sample_documents(documents, 40, seed)).splitlines()}
+    assert len(everything) == 1000, "every part has its chance"
+    assert [*sample_documents(documents, tokens=400, seed=0)] == documents, "of a shorter one, all"
+
+
+def test_a_long_text_is_encoded_in_pieces_to_the_same_tokens(monkeypatch):
+    whole = encode([TEXT, ""], character_tokenizer())
+    monkeypatch.setattr("secateur.calibration.texts.PIECE", 50)
+    assert torch.equal(encode([TEXT, ""], character_tokenizer()), whole)
+    assert torch.equal(encode([TEXT * 3], character_tokenizer(), limit=60)[:60], whole[:60])
+    assert len(encode([TEXT * 3], character_tokenizer(), limit=60)) < 120
+    assert len(encode([], character_tokenizer())) == 0

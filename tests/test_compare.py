@@ -101,11 +101,36 @@ def test_a_cell_that_was_stopped_goes_on_where_it_was(settings, tmp_path, monkey
     asked = replace(settings, overwrite=overwrite)
     found = compare(asked, ["sparsegpt"], ["50%"], [0], out, **quiet).cells["sparsegpt 50% 0"]
     assert len(pruned) == 2 + overwrite
+    assert found["seconds"] > 0
     assert "peak_memory" not in found, "it would be that of the last process alone"
     assert {path.name for path in out.iterdir()} == {"compare.json", ".locks"}
     monkeypatch.setattr(loop, "prune_block", prune_block)
     whole = compare(settings, ["sparsegpt"], ["50%"], [0], tmp_path / "whole", **quiet).cells["sparsegpt 50% 0"]
     assert found["perplexity"] == whole["perplexity"]
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_a_cell_that_fails_does_not_stop_the_others(settings, tmp_path):
+    said: list[str] = []
+    tables: list[list[str]] = []
+    run = {"out": tmp_path / "out", "say": said.append, "show": lambda table: tables.append([*table.cells])}
+    with pytest.raises(ValueError, match=r"^2 of 4 cells failed, and the others are kept: .*multiple of 7"):
+        compare(settings, ["magnitude"], ["3:7", "4:7", "2:4"], [0], **run)
+    assert tables == [["dense"], ["dense", "magnitude 2:4 0"]]
+    assert [line for line in said if line.startswith("  failed: ")]
+    with pytest.raises(ValueError, match="multiple of 7"):
+        compare(settings, ["magnitude"], ["3:7", "2:4"], [0], **run)
+
+
+def test_a_folder_of_texts_counts_by_its_content(settings, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    found = []
+    for text in ("one", "another"):
+        (folder / "text.txt").write_text(text)
+        found.append(replace(settings, calibration=str(folder)).identity()["calibration"])
+    assert found[0].startswith("texts sha256:")
+    assert found[0] != found[1]
 
 
 @pytest.mark.usefixtures("cells_here")

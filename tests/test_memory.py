@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import problem
@@ -18,6 +19,7 @@ from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Stream
 from secateur.recipe.solvers import Magnitude
 from secateur.resume.block_store import JournalledBlocks
+from secateur.runtime import memory
 from secateur.runtime.chunking import DEFAULT, MIN_CHUNK_BYTES, chunk_bytes, max_chunk_bytes
 from secateur.runtime.memory import MemoryBudget, Workspace, memory_budget
 from secateur.solvers import Solved
@@ -25,6 +27,14 @@ from secateur.solvers.magnitude import solve_magnitude
 
 SETTINGS = {"pattern": "50%", "recipe": "balanced", "calibration": tokens(8)}
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("123456", 123456), ("max", None), (str(1 << 62), None)])
+def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch, limit, expected):
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "memory.max"))
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    assert memory.total_memory("cpu") == (expected or psutil.virtual_memory().total)
+    assert memory.available_bytes() == expected if expected else memory.available_bytes() > 1e6
 
 
 @pytest.fixture

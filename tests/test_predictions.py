@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
-from secateur.models.head import body_gives
+from secateur.models.head import body_gives, kl_divergence
 from secateur.models.placement import InMemory
 from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS
@@ -165,6 +166,8 @@ def test_a_token_that_the_head_rules_out_adds_nothing():
         found = PredictionDivergence(block, stream, outputs, end)(0)
     rule_out.remove()
     assert found.item() == pytest.approx(whole.item(), rel=1e-5)
+    p, q = torch.tensor([0.25, 0.75, 0.0]), torch.tensor([0.5, 0.5, 0.0])
+    assert kl_divergence(p.log(), q.log()).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
 
 
 def test_a_patched_body_is_back_after_its_outputs_were_given():

@@ -55,8 +55,8 @@ def tokens_part() -> str:
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
-SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#tokens-16k), [262k](#protocol). `best` makes four epochs of
-its refit over 4k and 16k tokens, and one over 262k. Here it has the text alone, without what the model would write on top.
+SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#tokens-16k), [262k](#protocol). `best` made four epochs of
+its refit over 4k and 16k tokens, and one over 262k (today it makes two). Here it has the text alone, without what the model would write on top.
 
 ![accuracy against tokens](tokens.svg)
 

@@ -103,7 +103,7 @@ def prune(
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
             passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: next to `out`).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
-        device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = a GPU where there is one.
+        device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = CUDA where there is a GPU, else the CPU.
         trust_remote_code: let the checkpoint's Python code run.
         allow_pickle: also read .bin files, which can run code.
         progress: called with (stage, done, total).

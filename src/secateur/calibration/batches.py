@@ -24,7 +24,7 @@ from secateur.calibration.documents import (
 )
 from secateur.calibration.own_words import OwnWords, Prompts
 from secateur.calibration.stream import Batch
-from secateur.calibration.texts import cut_windows, encode, max_positions, window_length
+from secateur.calibration.texts import cut_windows, encode, max_positions, sample_documents, window_length
 from secateur.errors import SecateurError
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
@@ -159,6 +159,8 @@ def _prompts(
     documents = read_documents(place, seed, text_field=text.text_field)
     if is_dataset(place):  # it may have no end
         documents = islice(documents, text.samples)
+    else:
+        documents = sample_documents(documents, text.samples * length, seed)
     is_asked_for = is_own_words(source) or text.own_words != AUTO
     prompts = Prompts.of(documents, tokenizer, length, name_of(place), strict=is_asked_for)
     check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
@@ -177,8 +179,11 @@ def _draw(
 ) -> tuple[Int[Tensor, "N T"], list[str]]:
     """Windows drawn from a text, and what the user should know."""
     number = text.samples
-    limit = number * length if is_dataset(source) else None
-    ids = encode(read_documents(source, seed, text_field=text.text_field), tokenizer, limit)
+    wanted, documents = number * length, read_documents(source, seed, text_field=text.text_field)
+    if is_dataset(source):
+        ids = encode(documents, tokenizer, wanted)
+    else:
+        ids = encode(sample_documents(documents, wanted, seed), tokenizer)
     windows = cut_windows(ids, length, tokenizer, what=name_of(source))
     check_ids(windows, config)
     drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:number]]

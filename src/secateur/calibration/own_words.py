@@ -101,6 +101,11 @@ class Prompts:
                 raise SecateurError(f"{what}, chat {number}: no message of a user, which the model could answer")
             if question is None or (not strict and len(question) >= length):
                 pieces += _pieces(encode_chat(document, tokenizer), tokenizer, size)
+            elif len(question) >= length:
+                raise SecateurError(
+                    f"{what}, chat {number}: its prompt has {len(question)} tokens, and a sequence has {length}: raise "
+                    f"‹seq_len›, or leave the chat out"
+                )
             else:
                 chats.append(question)
         if not (found := [*chats, *pieces]):

@@ -7,7 +7,10 @@ as `<|endoftext|>` on a web page, stays ordinary text; in conversations the chat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from array import array
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -16,21 +19,79 @@ from torch import Tensor
 from secateur.calibration.documents import Conversation, Document
 from secateur.errors import SecateurError
 
+PIECE = 1 << 21  # characters that are encoded at once: a tokenizer takes more than 100 bytes for each
+LEAST_CHARACTERS = 1 << 22  # of a text, which are always looked at
+CHARACTERS_A_TOKEN = 32  # that are looked at for each token that is wanted: eight times what a token has
+PARTS = 64  # that a document is cut into where it alone is longer than that
+
+
+def sample_documents(documents: Iterable[Document], tokens: int, seed: int) -> Iterator[Document]:
+    """Documents in order: all, or random ones of a text that is much longer than `tokens` tokens.
+
+    Reading a text is fast, and encoding it is not.
+
+    Args:
+        documents: of the text; all are read.
+        tokens: how many are wanted.
+        seed: of the draw.
+    """
+    most = max(LEAST_CHARACTERS, CHARACTERS_A_TOKEN * tokens)
+    draw, held = random.Random(seed), 0
+    kept: list[tuple[float, int, Document]] = []  # a heap: what is dropped next comes first
+    parts = (part for document in documents for part in _parts(document, most))
+    for number, part in enumerate(parts):
+        heappush(kept, (draw.random(), number, part))
+        held += _characters(part)
+        while held - _characters(kept[0][2]) >= most:
+            held -= _characters(heappop(kept)[2])
+    for _, _, part in sorted(kept, key=lambda each: each[1]):
+        yield part
+
+
+def _parts(document: Document, most: int) -> Iterator[Document]:
+    """A document, or pieces of a text that is longer than `most` characters."""
+    if isinstance(document, str) and len(document) > most:
+        yield from _pieces(document, max(1, most // PARTS))
+    else:
+        yield document
+
+
+def _characters(document: Document) -> int:
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(str(message.get("content"))) for message in document.messages)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of at most `size` characters, which end with a line where one ends within."""
+    start = 0
+    while start < len(text):
+        end = min(len(text), start + size)
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
 
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
     """Token ids of all documents in a row, cut at about `limit`."""
-    ids: list[int] = []
+    ids = array("q")
+    prefix = opening(tokenizer)  # each window gets it anyway
     for document in documents:
-        if isinstance(document, str):
-            encoded = encode_text(document, tokenizer)
-        else:
-            encoded = encode_chat(document, tokenizer)
-            prefix = opening(tokenizer)  # each window gets it anyway
-            encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
-        ids += encoded
-        if limit is not None and len(ids) >= limit:
-            break
-    return torch.tensor(ids, dtype=torch.long)
+        for part in [document] if isinstance(document, Conversation) else _pieces(document, PIECE):
+            if isinstance(part, str):
+                encoded = encode_text(part, tokenizer)
+            else:
+                encoded = encode_chat(part, tokenizer)
+                encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
+            ids.extend(encoded)
+            if limit is not None and len(ids) >= limit:
+                return _as_tensor(ids)
+    return _as_tensor(ids)
+
+
+def _as_tensor(ids: array[int]) -> Tensor:
+    return torch.frombuffer(ids, dtype=torch.long).clone() if ids else torch.tensor([], dtype=torch.long)
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:

@@ -217,6 +217,7 @@ def compare(
         peer_python,
         None if task_seeds is None else flags.numbers(task_seeds, "task_seeds"),
         say=note,
+        show=lambda table: write_pages(table, out),
     )
     write_pages(comparison, out)
     if as_json:

@@ -60,7 +60,7 @@ PushToHub = Annotated[bool, flag("Then upload OUT to the hub, private if new.", 
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
 Quiet = Annotated[bool, flag("Print errors only.", OUTPUT, name="--quiet")]
 
-Device = Annotated[str | None, flag("cpu, cuda, cuda:1, mps (a GPU if any).", MACHINE, "NAME")]
+Device = Annotated[str | None, flag("cpu, cuda, cuda:1, mps (CUDA, else cpu).", MACHINE, "NAME")]
 Threads = Annotated[int | None, flag("CPU threads (all cores).", MACHINE, "N")]
 MaxMemory = Annotated[str | None, recipe_flag("max_memory", MACHINE, "SIZE")]
 OffloadDir = Annotated[Path | None, flag("Folder for hidden states.", MACHINE, "DIR")]

@@ -6,6 +6,7 @@ with settings behind plus signs: `admm+refit.epochs=2`.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of
+from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of, text_place
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
@@ -152,7 +153,7 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
 
 
 def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any]) -> dict[str, Any]:
-    """Prune the model into a folder; returns its figures, without the cost where a process was stopped."""
+    """Prune the model into a folder; returns its figures, without peak memory where a process was stopped."""
     is_new = not folder.exists() and not journal_of(folder).exists()
     report = prune(
         settings.model,
@@ -167,13 +168,14 @@ def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dic
         **reading,
         **parse_recipe(cell.recipe),
     )
-    cost = {"seconds": report.seconds, "peak_memory": _peak_memory(reading["device"])}
+    peak = {"peak_memory": _peak_memory(reading["device"])} if is_new else {}
     return {
         "recipe": report.recipe,
         "layer_error": report.mean_relative_error,
         "sparsity": report.sparsity,
+        "seconds": report.seconds,
         "environment": report.environment,
-    } | (cost if is_new else {})
+    } | peak
 
 
 def _pruned_by_peer(
@@ -210,6 +212,10 @@ def _content(text: str | None) -> str:
     """Name of a text, with the digest of a file's content; of prompts too, where the model writes the text."""
     if is_own_words(text) and (prompts := text_of(text)) is not None:
         return f"{OWN_WORDS}:{_content(str(prompts))}"
-    if text is None or not Path(text).is_file():
+    place = None if text is None else text_place(text)
+    if place is None:
         return "shipped text" if text is None else text
-    return f"{Path(text).name}{DIGEST}{sha256(Path(text))[:16]}"
+    if place.is_file():
+        return f"{place.name}{DIGEST}{sha256(place)[:16]}"
+    parts = "".join(f"{each.name} {sha256(each)}\n" for each in sorted(place.iterdir()) if each.is_file())
+    return f"{place.name}{DIGEST}{hashlib.sha256(parts.encode()).hexdigest()[:16]}"

@@ -8,6 +8,7 @@ two halves of a machine: a lock on each cell says who runs it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +41,11 @@ def compare(
     peer_python: Path | None = None,
     tasks_for_seeds: Sequence[int] | None = None,
     say: Callable[[str], None] = print,
+    show: Callable[[Comparison], None] = lambda _table: None,
 ) -> Comparison:
     """Run every cell that `out` doesn't hold yet; returns the whole table.
+
+    A cell that fails does not stop those after it.
 
     Args:
         settings: what all cells share.
@@ -52,10 +56,11 @@ def compare(
         peer_python: Python of an environment with llm-compressor, for its recipes.
         tasks_for_seeds: seeds whose cells also run the tasks; None = all.
         say: called with a line for each cell, before and after.
+        show: called with the table after each cell.
 
     Raises:
         SecateurError: a recipe, pattern or setting that is wrong, several processes of torchrun, results in `out` made
-            with other settings, or a cell that failed; the cells before it are kept.
+            with other settings, or cells that failed; the others are kept.
     """
     if environment_number("WORLD_SIZE", 1) > 1:
         raise SecateurError(
@@ -63,43 +68,85 @@ def compare(
             "without them. The same command run twice shares the cells"
         )
     check_outside_model(out, settings.model)
-    names = [str(parse_pattern(pattern)) for pattern in patterns]
-    for recipe in recipes:
-        for name in names:
-            for seed in seeds:
-                check_recipe(recipe, name, peer_python, samples=settings.samples, seq_len=settings.seq_len, seed=seed)
-    check_tasks(settings.tasks, settings.task_dir, settings.task_limit)
-    wanted = [Cell(DENSE)] + [Cell(recipe, pattern, seed) for seed in seeds for pattern in names for recipe in recipes]
+    wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
+    failed: list[SecateurError] = []
     for number, cell in enumerate(wanted, 1):
         with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
         asked = settings.tasks if with_tasks else ()
-        with _claimed(out, cell) as claimed:
-            to_run = _to_run(_open(out, settings), settings, cell, asked)
-            if not claimed:
-                if to_run is not None:
-                    say(f"cell {number} of {len(wanted)}: {cell.key} is run by another process")
-                continue
-            folder = out / f".{_file_name(cell)}"
-            if to_run is not None:
-                say(f"cell {number} of {len(wanted)}: {cell.key}")
-                result = _in_own_process(to_run, cell, folder, peer_python)
-                _add(out, settings, cell, result)
-                say(f"  {_summary(result)}")
-            for place in (folder, journal_of(folder)) if cell.is_ours else ():  # what a killed process left, too
-                shutil.rmtree(place, ignore_errors=True)
+        place = f"cell {number} of {len(wanted)}: {cell.key}"
+        try:
+            _run_missing(cell, replace(settings, tasks=tuple(asked)), out, peer_python, place, say, show)
+        except SecateurError as error:
+            if cell.recipe == DENSE:  # no other would do better
+                raise
+            say(f"  failed: {error.for_command_line()}")
+            failed.append(error)
+    if len(failed) > 1:
+        raise SecateurError(f"{len(failed)} of {len(wanted)} cells failed, and the others are kept: {failed[0].raw}")
+    if failed:
+        raise failed[0]
     return _open(out, settings)
 
 
-def _to_run(
-    table: Comparison, settings: ComparisonSettings, cell: Cell, asked: Sequence[str]
-) -> ComparisonSettings | None:
-    """The settings to run a cell with: the tasks asked for, and what it had; None where nothing is missing."""
+def _run_missing(
+    cell: Cell,
+    settings: ComparisonSettings,
+    out: Path,
+    peer_python: Path | None,
+    place: str,
+    say: Callable[[str], None],
+    show: Callable[[Comparison], None],
+) -> None:
+    """Run a cell that the table does not have, unless another process runs it.
+
+    Raises:
+        SecateurError: it failed; its finished blocks are kept.
+    """
+    with _claimed(out, cell) as claimed:
+        to_run = _to_run(_open(out, settings), settings, cell)
+        if not claimed:
+            if to_run is not None:
+                say(f"{place} is run by another process")
+            return
+        folder = out / f".{_file_name(cell)}"
+        if to_run is not None:
+            say(place)
+            result = _in_own_process(to_run, cell, folder, peer_python)
+            show(_add(out, settings, cell, result))
+            say(f"  {_summary(result)}")
+        for left in (folder, journal_of(folder)) if cell.is_ours else ():  # what a killed process left, too
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _cells(
+    settings: ComparisonSettings,
+    recipes: Sequence[str],
+    patterns: Sequence[str],
+    seeds: Sequence[int],
+    peer_python: Path | None,
+) -> list[Cell]:
+    """The cells that are asked for, the dense model first.
+
+    Raises:
+        SecateurError: one that can't be run.
+    """
+    names = [str(parse_pattern(pattern)) for pattern in patterns]
+    cells = [Cell(recipe, name, seed) for seed in seeds for name in names for recipe in recipes]
+    for cell in cells:
+        shortcuts = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": cell.seed}
+        check_recipe(cell.recipe, str(cell.pattern), peer_python, **shortcuts)
+    check_tasks(settings.tasks, settings.task_dir, settings.task_limit)
+    return [Cell(DENSE), *cells]
+
+
+def _to_run(table: Comparison, settings: ComparisonSettings, cell: Cell) -> ComparisonSettings | None:
+    """The settings to run a cell with: what is asked for, and what it had; None where nothing is missing."""
     done = table.cells.get(cell.key)
     if done is None:
-        return replace(settings, tasks=tuple(asked))
+        return settings
     had, had_divergence = done.get("tasks_asked", sorted(done.get("tasks", {}))), "divergence" in done
-    tasks, divergence = {*had, *asked}, had_divergence or (settings.divergence and cell.recipe != DENSE)
+    tasks, divergence = {*had, *settings.tasks}, had_divergence or (settings.divergence and cell.recipe != DENSE)
     if tasks == {*had} and divergence == had_divergence:
         return None
     return replace(settings, tasks=tuple(sorted(tasks)), divergence=divergence)
@@ -126,13 +173,14 @@ def _locks(out: Path) -> Path:
     return folder
 
 
-def _add(out: Path, settings: ComparisonSettings, cell: Cell, result: dict[str, Any]) -> None:
-    """Add a cell to the file, with what other processes have written since."""
+def _add(out: Path, settings: ComparisonSettings, cell: Cell, result: dict[str, Any]) -> Comparison:
+    """Add a cell to the file, with what other processes have written since; the table."""
     with FileLock(_locks(out) / "table.lock"):
         table = _open(out, settings)
         table.cells[cell.key] = result
         table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])
         write_results(table, out)
+    return table
 
 
 def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcuts: Any) -> None:
@@ -142,10 +190,11 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
         SecateurError: it can't.
     """
     if recipe in PEERS:
-        if peer_python is None:
+        if peer_python is None or not os.access(peer_python, os.X_OK):
+            found = "" if peer_python is None else f", and {peer_python} is not a program"
             raise SecateurError(
-                f"{recipe} runs in another environment: python -m venv PEER; PEER/bin/pip install llmcompressor; "
-                f"then pass ‹peer_python=PEER/bin/python›"
+                f"{recipe} runs in another environment{found}: python -m venv PEER; PEER/bin/pip install "
+                f"llmcompressor; then pass ‹peer_python=PEER/bin/python›"
             )
         return
     with errors_within(f"{recipe} at {pattern}"):

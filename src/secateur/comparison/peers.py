@@ -32,7 +32,7 @@ def prune_by_llmcompressor(
         python: of an environment with llm-compressor.
 
     Raises:
-        SecateurError: the peer fails; the message has its last lines.
+        SecateurError: the peer fails, with its last lines; or it saved tensors that the model does not have.
     """
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "pruned.safetensors"
@@ -47,8 +47,15 @@ def prune_by_llmcompressor(
             raise SecateurError(f"llm-compressor failed (exit code {done.returncode}):\n{last}")
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         pruned = load_file(out)
+    if strange := sorted(pruned.keys() - checkpoint.model.state_dict().keys()):
+        raise SecateurError(
+            f"llm-compressor saved {strange[0]}, which is not a tensor of the model here: use the same transformers in "
+            f"both environments"
+        )
     before = {name: value for name, value in checkpoint.model.state_dict().items() if name in pruned}
     changed = [name for name, value in before.items() if not torch.equal(value.cpu(), pruned[name])]
+    if not changed:
+        raise SecateurError("llm-compressor left every weight as it was: its version may not prune any more")
     zeros = sum(int((pruned[name] == 0).sum()) for name in changed)
     checkpoint.model.load_state_dict(pruned, strict=False)
-    return figures | {"sparsity": zeros / max(1, sum(pruned[name].numel() for name in changed))}
+    return figures | {"sparsity": zeros / sum(pruned[name].numel() for name in changed)}

@@ -23,7 +23,7 @@ from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
-from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions
+from secateur.models.head import body_gives, kl_divergence, logits_of, position_chunks, takes_positions
 
 DEFAULT_WINDOW = 1024
 MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
@@ -117,7 +117,7 @@ def divergence(
         ids = window[None].to(next(model.parameters()).device)
         for chunk, ours, theirs in _both_logits(model, dense, ids):
             log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            kl = kl_divergence(log_p, log_q)
             if not bool(torch.isfinite(kl).all()):
                 raise SecateurError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
             total += float(kl.cpu().double().sum())

@@ -42,6 +42,11 @@ def with_hidden(body_output: Any, hidden: Tensor) -> Any:
     return type(body_output)(**{**body_output, "last_hidden_state": hidden})
 
 
+def kl_divergence(log_p: Float[Tensor, "*N V"], log_q: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    """`KL(p || q)` from log-probabilities. A token that p rules out (-inf) adds nothing."""
+    return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def logits_of(
     model: nn.Module, inputs: Mapping[str, Tensor], positions: Int[Tensor, " P"] | None = None
 ) -> Float[Tensor, "B P V"]:

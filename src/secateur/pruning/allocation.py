@@ -82,9 +82,9 @@ def _allocated(
     allocation = context.recipe.allocation
     assert allocation is not None
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    # A router shows an expert only some tokens.
-    sequences = sum(sizes) if stream.routed else sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
-    first = stream.first(sizes, sequences)
+    sequences = sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
+    # A router shows an expert only some tokens, and its Hessian needs as many as it has inputs.
+    first = stream.first(sizes, sum(sizes) if stream.routed else sequences)
     if allocation.rule == "owl":
         return _by_outliers(blocks, first, free, allocation, context)
     seed, memory = context.recipe.seed, stream.memory

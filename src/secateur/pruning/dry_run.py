@@ -226,10 +226,10 @@ def _seconds_of_allocation(
         hessians, observing = _timed(lambda: stream.observe(block, groups))
         _, curves = _timed(measure)
     in_sample = sum(len(next(iter(batch.values()))) for batch in sample)
-    sequences = scale * in_sample
-    if not stream.routed:
-        sequences = min(sequences, sequences_of(allocation.tokens, in_sample, stream.num_tokens))
-    return sequences * backward + len(dense.blocks) * (sequences / in_sample * observing + curves)
+    everything = scale * in_sample
+    sequences = min(everything, sequences_of(allocation.tokens, in_sample, stream.num_tokens))
+    observed = everything if stream.routed else sequences
+    return sequences * backward + len(dense.blocks) * (observed / in_sample * observing + curves)
 
 
 def _memory(

@@ -23,7 +23,15 @@ from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block, body_of, run_without_cache
 from secateur.models.discovery import BlockChain
-from secateur.models.head import body_gives, has_head, logits_of, position_chunks, takes_positions, with_hidden
+from secateur.models.head import (
+    body_gives,
+    has_head,
+    kl_divergence,
+    logits_of,
+    position_chunks,
+    takes_positions,
+    with_hidden,
+)
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 
@@ -139,9 +147,7 @@ class ModelEnd:
             with body_gives(self.model, with_hidden(body_output, leaf)):
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
-            # A head may rule a token out: of no probability, it adds nothing.
-            apart = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - ours))
-            total += float((weight * apart.sum(-1)).sum())
+            total += float((weight * kl_divergence(theirs, ours)).sum())
             if logits.requires_grad:  # by the logits of a token, the gradient is q - p
                 by_logits = weight[..., None] * (ours.exp() - theirs.exp())
                 gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]

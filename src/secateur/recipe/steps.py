@@ -44,8 +44,8 @@ class BlockRefit:
         default=0.025,
         gt=0,
         lt=1,
-        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Where neither an epoch helps "
-        "nor part of its way, a quarter of the rate is tried, and a sixteenth.",
+        description="Peak learning rate, relative to the RMS of a matrix's kept weights. If the validation loss "
+        "does not fall, a quarter of the rate is tried, then a sixteenth.",
     )
     val_fraction: Number = Field(
         default=0.0625,

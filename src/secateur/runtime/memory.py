@@ -17,6 +17,7 @@ from secateur.runtime.chunking import MIN_CHUNK_BYTES, chunk_bytes
 from secateur.runtime.distributed import all_gather
 
 HESSIAN_BYTES = 4 << 30  # Hessians of a block that are held at a time, without a cap
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 HIDDEN_SETS = 4  # the pruned stream, the dense one, a block's outputs on it, and what the block is refit to
 
 
@@ -120,12 +121,20 @@ def peak_resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory of this machine that processes can still take."""
-    return psutil.virtual_memory().available
+    """Memory of this machine, or of the container, that processes can still take, at most."""
+    return min(psutil.virtual_memory().available, _container_bytes())
 
 
 def total_memory(device: str) -> int:
-    """Memory of a GPU, or of this machine."""
+    """Memory of a GPU, or of this machine; in a container with a limit, that limit if it is less."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total
+    return min(psutil.virtual_memory().total, _container_bytes())
+
+
+def _container_bytes() -> int:
+    """The limit of a container's memory (cgroup v2, v1), or a number beyond any machine's."""
+    for path in CONTAINER_LIMITS:
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            return int(text)
+    return sys.maxsize
