@@ -15,7 +15,7 @@ from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import Conversation
 from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
 from secateur.errors import SecateurError
-from secateur.models.placement import InMemory
+from secateur.models.placement import InMemory, OffloadedWeights
 from secateur.recipe.recipe import CalibrationText
 from secateur.resume.kept import OWN_WORDS_FILE
 
@@ -394,6 +394,34 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, nu
     assert report.calibration["written"] == 6
     assert not (tmp_path / ".out.secateur").exists()
     assert "6 x 24 tokens of text that the dense model wrote" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_resumed_run_lets_the_model_write_as_the_first_process_did(tmp_path, monkeypatch):
+    """Though this machine has too little memory to begin so."""
+    save_checkpoint(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    asked = SETTINGS | {"calibration": tmp_path / "text.txt", "settings": {"calibration.own_words": "auto"}}
+
+    def stop(stage, _done, _total):
+        if stage == "dense pass":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(tmp_path / "dense", tmp_path / "out", progress=stop, **asked)
+    monkeypatch.setattr("secateur.run.total_memory", lambda _device: 1000)
+    assert secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **asked).calibration["written"] == 6
+
+
+def test_weights_are_not_converted_for_each_token(tmp_path, monkeypatch):
+    """A model of half precision computes in fp32 on a CPU."""
+    save_checkpoint(tmp_path / "dense", dtype=torch.float16)
+    copied: list[int] = []
+    copy = OffloadedWeights._copy
+    monkeypatch.setattr(OffloadedWeights, "_copy", lambda self, data: copied.append(data.numel()) or copy(self, data))
+    stages: dict[str, int] = {}
+    run = SETTINGS | {"solver": "magnitude", "progress": lambda stage, *_: stages.update({stage: sum(copied)})}
+    secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", **run)
+    assert stages["own words"] < 3 * tiny_model("llama").num_parameters()
 
 
 def test_the_card_says_how_much_the_model_wrote(tmp_path):

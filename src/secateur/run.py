@@ -36,7 +36,7 @@ from secateur.resume.output_folder import check_apart, check_may_replace, check_
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
-from secateur.runtime.memory import MemoryBudget, total_memory
+from secateur.runtime.memory import MemoryBudget, available_bytes, total_memory
 from secateur.sources.other_files import check_links
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
@@ -101,7 +101,7 @@ def prune_to_folder(
             manifest, placement, _storage_of(checkpoint), lambda order: map_reordered(checkpoint, order, reordered)
         )
         if not manifest.state.outcome:
-            data = request.written(data, checkpoint.model, checkpoint.tokenizer, placement, manifest)
+            data = request.written(data, checkpoint.model, checkpoint.tokenizer, _to_write(checkpoint), manifest)
         report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
         publisher = Publisher(manifest, blocks, out)
         publisher.publish(
@@ -134,7 +134,8 @@ def estimate_run(
         data = _calibration_of(checkpoint, request, placement)
         writing = 0.0
         if data.to_write is not None:
-            windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, placement, request.progress)
+            where = _to_write(checkpoint)
+            windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, where, request.progress)
             data = data.with_written(windows)
         context = RunContext(
             request.recipe,
@@ -237,10 +238,18 @@ def _calibration_of(
     def writes() -> bool:
         if begun_with is not None:
             return begun_with > 0
-        size = sum(parameter.nbytes for parameter in checkpoint.model.parameters())
+        width = checkpoint.compute_dtype.itemsize
+        size = sum(each.numel() * max(each.itemsize, width) for each in checkpoint.model.parameters())
         return size <= total_memory(checkpoint.device) // 2 and can_write(checkpoint.model, placement)
 
     return request.calibration(checkpoint.tokenizer, config_of(checkpoint.model), writes)
+
+
+def _to_write(checkpoint: Checkpoint) -> OffloadedWeights:
+    """Where the weights are while the model writes: each token reads all, so copies stay where there is memory."""
+    device = checkpoint.device
+    room = _room(device) if device.startswith("cuda") else available_bytes() // 2
+    return OffloadedWeights(device, checkpoint.compute_dtype, room)
 
 
 def _room(device: str) -> int:
