@@ -589,6 +589,10 @@ def test_experts_that_are_fused_while_loading_go_on_to_the_same_bits(tmp_path, m
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "reference").iterdir()
     )
+    before = sorted(path.name for path in tmp_path.iterdir())
+    found = secateur.dry_run(tmp_path / "model", tmp_path / "new", calibration=tmp_path / "text.txt", **SETTINGS)
+    assert found.disk_bytes > 2.5 * whole.stat().st_size, "the model, a shard, and experts in another layout"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
     prune(tmp_path, tmp_path / "sharded", resume=False, max_shard_size="20KB")  # less than a layer's experts
     names = [path.name for path in (tmp_path / "sharded").glob("*.safetensors")]
     found = {name: tensor for file in names for name, tensor in load_file(tmp_path / "sharded" / file).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def prune_to_folder(
 def estimate_run(
     source: ModelSource, out: Path | None, request: Request, overwrite: bool, resume: bool, shard_bytes: int
 ) -> DryRun:
-    """What a run to a folder would do and take. Only a scratch folder is written, and removed.
+    """What a run to a folder would do and take. Only a scratch folder is written, where a run would, and removed.
 
     Raises:
         SecateurError: what a run would raise before the first block, or several processes.
@@ -127,8 +128,9 @@ def estimate_run(
         _check_request(place, source.name, request.texts, folder)
         if not resume:
             check_may_replace(place, overwrite)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory(prefix=".secateur-", dir=_scratch_place(out, request.memory().folder)) as scratch:
         checkpoint = source.load(folder, Path(scratch))
+        converted = sum(each.stat().st_size for each in Path(scratch).rglob("*") if each.is_file())
         check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         data = _calibration_of(checkpoint, request, placement)
@@ -145,7 +147,15 @@ def estimate_run(
             storage_of=_storage_of(checkpoint),
         )
         found = estimate(checkpoint.model, data.batches, context, shard_bytes)
-        return replace(found, seconds=found.seconds + writing)
+        return replace(found, seconds=found.seconds + writing, disk_bytes=found.disk_bytes + converted)
+
+
+def _scratch_place(out: Path | None, offload_dir: Path | None) -> Path | None:
+    """Where a dry run puts what it converts, which may be as large as the model; None = the system's place."""
+    if offload_dir is not None or out is None:
+        return offload_dir
+    parent = next(each for each in real_path(out).parents if each.is_dir())
+    return parent if os.access(parent, os.W_OK) else None
 
 
 def _report_of(

@@ -182,7 +182,8 @@ def dry_run(
 ) -> DryRun:
     """What `prune` would do with these arguments: matrices, tokens, estimated time, memory and disk.
 
-    One block is pruned on a few batches, in a copy that is dropped. Nothing is written.
+    One block is pruned on a few batches, in a copy that is dropped. Weights that have to be converted (experts
+    in another layout) are written next to `out`, and removed.
 
     Args:
         model: folder, GGUF file or hub name.

@@ -54,7 +54,7 @@ Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
 
 Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, name="--overwrite")]
 Resume = Annotated[bool, flag("Resume the unfinished run in OUT.", OUTPUT, name="--resume")]
-DryRun = Annotated[bool, flag("Say what would be done; write nothing.", OUTPUT, name="--dry-run")]
+DryRun = Annotated[bool, flag("Say what a run would do and take; prune nothing.", OUTPUT, name="--dry-run")]
 ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
 PushToHub = Annotated[bool, flag("Then upload OUT to the hub, private if new.", OUTPUT, name="--push-to-hub")]
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]

@@ -57,7 +57,7 @@ class DryRun:
         seconds: estimated time of the run, without the search for a channel order.
         solver_seconds: the part of it that does not grow with the text.
         memory_bytes: estimated peak of memory besides mapped files, for a run from files.
-        disk_bytes: what a run takes: the model, one shard while it is saved, and reordered weights.
+        disk_bytes: what a run takes: the model, one shard while it is saved, and reordered or converted weights.
     """
 
     coverage: Coverage
