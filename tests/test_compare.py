@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,32 @@ def test_a_folder_of_texts_counts_by_its_content(settings, tmp_path):
         found.append(replace(settings, calibration=str(folder)).identity()["calibration"])
     assert found[0].startswith("texts sha256:")
     assert found[0] != found[1]
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_a_recipe_file_is_a_cell_and_counts_by_its_content(settings, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    keys = []
+    for solver in ("magnitude", "wanda"):
+        mine.write_text(f"solver: {solver}\n")
+        found = compare(settings, [f"{mine}+damping=0.1"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
+        keys = [*found.cells]
+    assert keys[0] == "dense"
+    assert all(re.fullmatch(r"mine.yaml@[0-9a-f]{8}\+damping=0.1 50% 0", key) for key in keys[1:])
+    assert [found.cells[key]["recipe"]["solver"]["name"] for key in keys[1:]] == ["magnitude", "wanda"]
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_what_is_wrong_with_the_text_is_said_with_the_first_cell(settings, tmp_path):
+    (tmp_path / "records.jsonl").write_text(json.dumps({"body": TEXT}) + "\n")
+    records = str(tmp_path / "records.jsonl")
+    asked = replace(settings, calibration=records)
+    with pytest.raises(ValueError, match="name the one that holds the text with text_field"):
+        compare(asked, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
+    assert not (tmp_path / "out" / "compare.json").exists()
+    asked = replace(asked, text_field="body")
+    found = compare(asked, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
+    assert len(found.cells) == 2
 
 
 @pytest.mark.usefixtures("cells_here")

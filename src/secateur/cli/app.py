@@ -163,7 +163,8 @@ def evaluate(
 def compare(
     model: flags.Model,
     recipes: Annotated[
-        str, flags.flag("Recipes and solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT)
+        str,
+        flags.flag("Recipes, files, solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT),
     ] = "sparsegpt,fast,balanced,best",
     patterns: Annotated[str, flags.flag("Patterns, with commas.", flags.WHAT)] = "50%,2:4",
     seeds: Annotated[str, flags.flag("Seeds, with commas.", flags.WHAT)] = "0",
@@ -176,6 +177,7 @@ def compare(
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
+    text_field: flags.EvalTextField = None,
     text: flags.Texts = None,
     eval_seq_len: flags.EvalSeqLen = None,
     max_tokens: flags.MaxTokens = None,
@@ -204,9 +206,9 @@ def compare(
     from secateur.comparison.table import tables
 
     settings = ComparisonSettings(
-        model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, tuple(text or ()), eval_seq_len,
-        max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit, divergence,
-        overwrite, device, trust_remote_code, allow_pickle,
+        model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, text_field, tuple(text or ()),
+        eval_seq_len, max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit,
+        divergence, overwrite, device, trust_remote_code, allow_pickle,
     )  # fmt: skip
     comparison = run(
         settings,

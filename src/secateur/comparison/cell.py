@@ -1,7 +1,7 @@
 """One cell of a comparison: a recipe at a pattern with a seed, pruned and measured.
 
-A cell runs a preset (`best`), a solver alone (`sparsegpt`), or `llmcompressor-sparsegpt` and `llmcompressor-wanda`,
-with settings behind plus signs: `admm+refit.epochs=2`.
+A cell runs a preset (`best`), a recipe file (`mine.yaml`), a solver alone (`sparsegpt`), or `llmcompressor-sparsegpt`
+and `llmcompressor-wanda`, with settings behind plus signs: `admm+refit.epochs=2`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from secateur.api.models import evaluate
 from secateur.api.pruning import prune
-from secateur.calibration.batches import calibration_batches
+from secateur.calibration.batches import CalibrationBatches, calibration_batches
 from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of, text_place
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
@@ -30,9 +30,11 @@ from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import default_device, environment
 from secateur.runtime.memory import peak_resident_bytes
 from secateur.storage.file_records import sha256
+from secateur.storage.paths import user_path
 
 DEFAULT_SAMPLES = 128
 DIGEST = " sha256:"
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")
 
 
@@ -44,6 +46,7 @@ class ComparisonSettings:
         model: folder, GGUF file, hub name or `smollm2`.
         calibration: text source, or None for the shipped text.
         samples, seq_len: calibration sequences and their tokens.
+        text_field: field or column of all texts; None = found by the form of the records.
         texts: evaluation texts, each a column; empty = the shipped one.
         eval_seq_len, max_tokens: tokens a window, and cap on the evaluated tokens.
         tasks: lm-evaluation-harness tasks, each a column.
@@ -57,6 +60,7 @@ class ComparisonSettings:
     calibration: str | None = None
     samples: int = DEFAULT_SAMPLES
     seq_len: int | None = None
+    text_field: str | None = None
     texts: tuple[str, ...] = ()
     eval_seq_len: int | None = None
     max_tokens: int | None = None
@@ -94,8 +98,11 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of the cell in the file of results."""
-        return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
+        """Name of the cell in the file of results; a recipe file counts by name and content."""
+        head, plus, settings = self.recipe.partition("+")
+        if _is_file(head):
+            head = f"{Path(head).name}@{sha256(user_path(head))[:8]}"
+        return " ".join(str(part) for part in (head + plus + settings, self.pattern, self.seed) if part is not None)
 
     @property
     def is_ours(self) -> bool:
@@ -110,8 +117,12 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
         SecateurError: what follows a plus is not NAME=VALUE.
     """
     head, *parts = recipe.split("+")
-    arguments: dict[str, Any] = {"recipe" if head in PRESETS else "solver": head}
+    arguments: dict[str, Any] = {"recipe" if head in PRESETS or _is_file(head) else "solver": head}
     return arguments | ({"settings": parse_settings(parts)} if parts else {})
+
+
+def _is_file(head: str) -> bool:
+    return Path(head).suffix in RECIPE_SUFFIXES and user_path(head).is_file()
 
 
 def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None = None) -> dict[str, Any]:
@@ -126,6 +137,8 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
     reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
     found = _pruned(folder, settings, cell, reading) if cell.is_ours else {}
     checkpoint = load(str(folder) if cell.is_ours else settings.model, **reading)
+    if cell.recipe == DENSE:
+        _calibration(checkpoint, settings, 0)  # what is wrong with the text is said before hours of other cells
     if cell.recipe in PEERS:
         found = _pruned_by_peer(checkpoint, settings, cell, peer_python)
     compares = settings.divergence and cell.recipe != DENSE
@@ -138,6 +151,7 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
             text,
             seq_len=settings.eval_seq_len,
             max_tokens=settings.max_tokens,
+            text_field=settings.text_field,
             against=dense,
             tokenizer=checkpoint.tokenizer,
         )
@@ -162,6 +176,7 @@ def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dic
         calibration=settings.calibration,
         samples=settings.samples,
         seq_len=settings.seq_len,
+        text_field=settings.text_field,
         seed=cell.seed or 0,
         resume=True,
         overwrite=settings.overwrite,
@@ -183,14 +198,19 @@ def _pruned_by_peer(
 ) -> dict[str, Any]:
     """Let llm-compressor prune a loaded model; returns the figures of it."""
     assert peer_python is not None
-    text = CalibrationText(source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len)
-    data = calibration_batches(
-        settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, cell.seed or 0
-    )
+    data = _calibration(checkpoint, settings, cell.seed or 0)
     if data.to_write is not None:
         raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
     method = cell.recipe.removeprefix("llmcompressor-")
     return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
+
+
+def _calibration(checkpoint: Checkpoint, settings: ComparisonSettings, seed: int) -> CalibrationBatches:
+    """The text that all cells of a seed are calibrated on."""
+    text = CalibrationText(
+        source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len, text_field=settings.text_field
+    )
+    return calibration_batches(settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, seed)
 
 
 def _peak_memory(device: str) -> int:
