@@ -22,7 +22,7 @@ def models_table() -> str:
             dense = found.get("against", variants["dense bf16"])
             rows.append(
                 [
-                    f"{model}, {name}",
+                    f"{model}, {name}{' *' if 'against' in found else ''}",
                     size_cell(found, dense, "file_bytes"),
                     size_cell(found, dense, "memory_bytes"),
                     speed_cell(found, dense, "prefill_tokens_per_second"),
@@ -56,15 +56,10 @@ def measured_line() -> str:
 
 
 def apart_line() -> str:
-    """Which rows are compared with another run's dense model than the one that the table shows."""
-    rows = [
-        f"{model}, {name}"
-        for found in measured()
-        for model, variants in found["models"].items()
-        for name, each in variants.items()
-        if "against" in each
-    ]
-    return f"Measured in another run, against its dense model: {'; '.join(rows)}." if rows else ""
+    """What the star of some rows means: their ratios are to another dense row than the one in the table."""
+    rows = [each for found in measured() for variants in found["models"].values() for each in variants.values()]
+    starred = any("against" in each for each in rows)
+    return "\\* Measured in another run: the ratios are to the dense model of that run." if starred else ""
 
 
 def int4_line() -> str:
