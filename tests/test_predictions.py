@@ -14,9 +14,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
-from secateur.models.head import body_gives, kl_divergence
+from secateur.models.head import body_gives, kl_divergence, takes_positions
 from secateur.models.placement import InMemory
-from secateur.pruning.predictions import ModelEnd, PredictionDivergence
+from secateur.pruning.predictions import SHARES, ModelEnd, PredictionDivergence
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS
 
 REFIT = {"refit.epochs": 2, "refit.prediction_blocks": 1}
@@ -54,23 +54,29 @@ def plain_divergence(model, batch, dense):
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("logits", [1, 1 << 30])
 def test_loss_and_gradient_are_those_of_the_whole_model(family, number, logits, monkeypatch):
-    """Against autograd through all of the model, position by position and all at once."""
+    """Against autograd through all of the model, position by position and all at once, over steps that share them."""
     monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", logits)
     model, batch, dense, (block, stream, outputs, end) = damaged_block(family, number)
     weights = [matrix.parameter.requires_grad_(True) for matrix in block.matrices]
     with end.behind(block):
-        loss = PredictionDivergence(block, stream, outputs, end)(1)
-        found = torch.autograd.grad(loss, weights)
+        objective = PredictionDivergence(block, stream, outputs, end)
+        steps = [objective(1) for _ in range(SHARES)]
+        found = torch.autograd.grad(sum(steps) / SHARES, weights)
+        with torch.no_grad():
+            whole = objective(1)
     expected = plain_divergence(model, batch, dense)
     assert expected.item() > 1e-3
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)  # logits are compared in fp32
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-4)  # logits are compared in fp32
+    assert sum(step.item() for step in steps) / SHARES == pytest.approx(whole.item(), rel=1e-5)
+    if takes_positions(model):
+        assert len({step.item() for step in steps}) == SHARES
     for ours, theirs in zip(found, torch.autograd.grad(expected, weights), strict=True):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_padding_is_left_out():
     model, batch, dense, (block, stream, outputs, end) = damaged_block("llama", 1, padded=True)
-    with end.behind(block):
+    with end.behind(block), torch.no_grad():
         loss = PredictionDivergence(block, stream, outputs, end)(1)
     assert loss.item() == pytest.approx(plain_divergence(model, batch, dense).item(), rel=1e-4)
 

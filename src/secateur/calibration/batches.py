@@ -31,7 +31,7 @@ from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
-AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
+AUTO, OWN_WORDS_A_SAMPLE, MOST_OWN_TOKENS = "auto", 2, 1 << 15  # what a model writes on top of a text by itself
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
 
@@ -125,7 +125,7 @@ def calibration_batches(
 def _own_words_on_top(text: CalibrationText, length: int, can_write: bool) -> int:
     """Sequences that the model writes on top of those of a text."""
     if text.own_words == AUTO:
-        return min(text.samples, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
+        return min(OWN_WORDS_A_SAMPLE * text.samples, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
     return text.own_words or 0
 
 

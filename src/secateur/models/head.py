@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.models.blocks import body_of, config_of, replaced_forward, run_without_cache
 
+ALL = slice(None)
 LOGIT_ELEMENTS = 3 << 21  # fp32 logits at a time: 24 MB, which stay on the heap and nearly in cache
 
 
@@ -55,17 +56,21 @@ def logits_of(
     return run_without_cache(model, model, **inputs, **chosen).logits
 
 
-def position_chunks(model: nn.Module, length: int, rows: int, device: torch.device) -> Sequence[Int[Tensor, " P"]]:
-    """Positions 0 to `length`, in chunks whose fp32 logits take `LOGIT_ELEMENTS`; one chunk where all come at once.
+def position_chunks(
+    model: nn.Module, length: int, rows: int, device: torch.device, share: slice = ALL
+) -> Sequence[Int[Tensor, " P"]]:
+    """Positions below `length`, in chunks whose fp32 logits take `LOGIT_ELEMENTS`; one chunk where all come at once.
 
     Args:
         model: the model.
         length: T.
         rows: sequences, or models, whose logits are held together.
         device: of the positions.
+        share: which positions; all where the model gives all at once.
     """
     positions = torch.arange(length, device=device)
     if not takes_positions(model):
         return [positions]
+    positions = positions[share]
     vocabulary: int = config_of(model).get_text_config().vocab_size
     return positions.split(max(1, LOGIT_ELEMENTS // (vocabulary * rows)))

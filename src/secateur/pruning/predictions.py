@@ -24,6 +24,7 @@ from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block, body_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import (
+    ALL,
     body_gives,
     has_head,
     kl_divergence,
@@ -34,6 +35,8 @@ from secateur.models.head import (
 )
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
+
+SHARES = 4  # of the positions, taken in turn by the steps of a refit
 
 
 @dataclass(eq=False)
@@ -120,7 +123,7 @@ class ModelEnd:
         return inputs
 
     def divergence(
-        self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None
+        self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None, share: slice = ALL
     ) -> tuple[float, Float[Tensor, "B T C"]]:
         """Mean over tokens of `KL(dense || model)`, and its gradient with respect to the body's hidden states.
 
@@ -129,6 +132,7 @@ class ModelEnd:
             dense: the body's hidden states in the dense model.
             index: of the batch.
             real: real tokens (B, T); None = all are.
+            share: the positions that count.
 
         Returns:
             the mean, and the gradient, which is zero where gradients are off.
@@ -138,9 +142,9 @@ class ModelEnd:
         inputs = self._inputs(index)
         hidden = body_output.last_hidden_state.detach()
         counted = torch.ones(hidden.shape[:2], device=hidden.device) if real is None else real.float()
-        total, gradient = 0.0, torch.zeros_like(hidden, dtype=torch.float32)
+        total, tokens, gradient = 0.0, 0.0, torch.zeros_like(hidden, dtype=torch.float32)
         leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
-        for positions in position_chunks(self.model, hidden.shape[1], len(hidden), hidden.device):
+        for positions in position_chunks(self.model, hidden.shape[1], len(hidden), hidden.device, share):
             chosen = positions if takes_positions(self.model) else None
             with torch.no_grad(), body_gives(self.model, with_hidden(body_output, dense)):
                 theirs = logits_of(self.model, inputs, chosen).float().log_softmax(-1)
@@ -148,17 +152,19 @@ class ModelEnd:
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
             total += float((weight * kl_divergence(theirs, ours)).sum())
+            tokens += float(weight.sum())
             if logits.requires_grad:  # by the logits of a token, the gradient is q - p
                 by_logits = weight[..., None] * (ours.exp() - theirs.exp())
                 gradient += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0]
-        return total / float(counted.sum()), gradient / counted.sum()
+        return total / max(1.0, tokens), gradient / max(1.0, tokens)
 
 
 class PredictionDivergence:
     """The loss of a block's refit on one batch: the divergence of the model's predictions from the dense model's.
 
     The later blocks are dense, so this is what the block's error alone does to the predictions, with that of earlier
-    blocks.
+    blocks. A gradient looks at a quarter of the positions, at another one in each step: the head of a large vocabulary
+    costs more than the block. The loss without a gradient, which decides, looks at all.
     """
 
     gradient_scale: float
@@ -175,7 +181,7 @@ class PredictionDivergence:
 
         Cost: a forward pass of what lies behind the block, without the head.
         """
-        self.block, self.stream, self.end = block, stream, end
+        self.block, self.stream, self.end, self.steps = block, stream, end, 0
         with torch.no_grad():
             self.dense = HiddenStates.of(
                 (end.body_output(block, output, index).last_hidden_state for index, output in enumerate(dense_outputs)),
@@ -188,7 +194,15 @@ class PredictionDivergence:
         """The loss on this rank's batch `index`."""
         output = self.stream.calls[self.block.name][index].replay(self.block, self.stream.hidden[index].clone())
         body_output = self.end.body_output(self.block, output, index)
-        value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.padding[index])
+        share = self._share()
+        value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.padding[index], share)
         hidden = body_output.last_hidden_state
         surrogate = (hidden.float() * gradient.float()).sum()  # its gradient is known; its value is not wanted
         return value + surrogate - surrogate.detach()
+
+    def _share(self) -> slice:
+        """The positions that the next call looks at."""
+        if not torch.is_grad_enabled():
+            return ALL
+        self.steps += 1
+        return slice(self.steps % SHARES, None, SHARES)
