@@ -87,7 +87,9 @@ def cells_here(monkeypatch):
     from secateur.comparison.cell import run_cell
 
     module = "secateur.comparison.compare"
-    monkeypatch.setattr(f"{module}._in_own_process", lambda settings, cell, *more: run_cell(settings, cell, *more))
+    monkeypatch.setattr(
+        f"{module}._in_own_process", lambda settings, cell, *more, **rest: run_cell(settings, cell, *more, **rest)
+    )
 
 
 def pytest_collection_modifyitems(items):

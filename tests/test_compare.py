@@ -20,6 +20,7 @@ from models import save_checkpoint
 
 import secateur
 from secateur.cli import app as cli
+from secateur.cli.progress import progress_shown
 from secateur.comparison.cell import ComparisonSettings, parse_recipe
 from secateur.comparison.compare import check_recipe, compare
 from secateur.comparison.page import to_html
@@ -44,7 +45,7 @@ def settings(tmp_path):
 
 def test_cells_are_run_once_and_one_that_fails_is_named(settings, tmp_path, request):
     said: list[str] = []
-    run = {"out": tmp_path / "out", "say": said.append}
+    run = {"out": tmp_path / "out", "say": said.append, "watched": progress_shown}
     first = compare(settings, ["sparsegpt"], ["50%"], [0], **run)
     assert list(first.cells) == ["dense", "sparsegpt 50% 0"]
     path = tmp_path / "out" / "compare.json"
@@ -339,7 +340,9 @@ def test_the_command_prints_a_table_and_writes_every_form(settings, tmp_path, mo
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "magnitude" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "magnitude" in printed.out
+    assert "prune: 2 of 2" in printed.err
     assert {path.name for path in out.iterdir()} == {"compare.json", "compare.csv", "compare.html", ".locks"}
     assert json.loads((out / "compare.json").read_text())["command"].startswith("secateur compare")
     monkeypatch.setattr(sys, "argv", ["secateur", *arguments[:6], "--seeds", "one"])

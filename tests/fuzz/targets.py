@@ -268,7 +268,7 @@ def targets(folder: Path) -> dict[str, Target]:
     return {target.name: target for target in found}
 
 
-def _run_no_cell(*_: Any) -> None:
+def _run_no_cell(*_: Any, **__: Any) -> None:
     """Stand for a cell that an input lacks: to prune for it is not what is fuzzed."""
     from secateur.errors import SecateurError
 

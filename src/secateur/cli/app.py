@@ -220,6 +220,7 @@ def compare(
         None if task_seeds is None else flags.numbers(task_seeds, "task_seeds"),
         say=note,
         show=lambda table: write_pages(table, out),
+        watched=progress_shown,
     )
     write_pages(comparison, out)
     if as_json:

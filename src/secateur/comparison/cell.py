@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import CalibrationBatches, calibration_batches
 from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of, text_place
+from secateur.calibration.stream import Progress, no_progress
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
@@ -36,6 +39,13 @@ DEFAULT_SAMPLES = 128
 DIGEST = " sha256:"
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")
+
+Watched = Callable[[], AbstractContextManager[Progress]]
+
+
+def unwatched() -> AbstractContextManager[Progress]:
+    """Show nothing."""
+    return nullcontext(no_progress)
 
 
 @dataclass(frozen=True)
@@ -125,17 +135,32 @@ def _is_file(head: str) -> bool:
     return Path(head).suffix in RECIPE_SUFFIXES and user_path(head).is_file()
 
 
-def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None = None) -> dict[str, Any]:
+def run_cell(
+    settings: ComparisonSettings,
+    cell: Cell,
+    folder: Path,
+    peer_python: Path | None = None,
+    watched: Watched = unwatched,
+) -> dict[str, Any]:
     """Prune the model into a folder, as far as an earlier process has not, and evaluate it.
+
+    `watched` shows how far the cell is, in the process that runs it.
 
     Returns:
         `perplexity` by text, `divergence` (KL, nats a token) and `top1_agreement` by text where asked for, `tasks` by
         name and metric, and for pruned cells `layer_error`, `sparsity`, `seconds` (from the loaded model to the folder
         of the pruned one), `peak_memory` (bytes) of pruning and `eval_seconds`.
     """
+    with watched() as progress:
+        return _run_cell(settings, cell, folder, peer_python, progress)
+
+
+def _run_cell(
+    settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None, progress: Progress
+) -> dict[str, Any]:
     device = settings.device or default_device()
     reading = {"device": device, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
-    found = _pruned(folder, settings, cell, reading) if cell.is_ours else {}
+    found = _pruned(folder, settings, cell, reading, progress) if cell.is_ours else {}
     checkpoint = load(str(folder) if cell.is_ours else settings.model, **reading)
     if cell.recipe == DENSE:
         _calibration(checkpoint, settings, 0)  # what is wrong with the text is said before hours of other cells
@@ -153,6 +178,7 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
             max_tokens=settings.max_tokens,
             text_field=settings.text_field,
             against=dense,
+            progress=progress,
             tokenizer=checkpoint.tokenizer,
         )
         column = _column(settings, text)
@@ -166,7 +192,9 @@ def run_cell(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python
     return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
 
 
-def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any]) -> dict[str, Any]:
+def _pruned(
+    folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     """Prune the model into a folder; returns its figures, without peak memory where a process was stopped."""
     is_new = not folder.exists() and not journal_of(folder).exists()
     report = prune(
@@ -180,6 +208,7 @@ def _pruned(folder: Path, settings: ComparisonSettings, cell: Cell, reading: dic
         seed=cell.seed or 0,
         resume=True,
         overwrite=settings.overwrite,
+        progress=progress,
         **reading,
         **parse_recipe(cell.recipe),
     )

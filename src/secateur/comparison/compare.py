@@ -14,12 +14,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.comparison.cell import DIGEST, PEERS, Cell, ComparisonSettings, parse_recipe, run_cell
+from secateur.comparison.cell import (
+    DIGEST,
+    PEERS,
+    Cell,
+    ComparisonSettings,
+    Watched,
+    parse_recipe,
+    run_cell,
+    unwatched,
+)
 from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
 from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks
@@ -42,6 +52,7 @@ def compare(
     tasks_for_seeds: Sequence[int] | None = None,
     say: Callable[[str], None] = print,
     show: Callable[[Comparison], None] = lambda _table: None,
+    watched: Watched = unwatched,
 ) -> Comparison:
     """Run every cell that `out` doesn't hold yet; returns the whole table.
 
@@ -57,6 +68,7 @@ def compare(
         tasks_for_seeds: seeds whose cells also run the tasks; None = all.
         say: called with a line for each cell, before and after.
         show: called with the table after each cell.
+        watched: a context that gives the progress function of a cell, in its process.
 
     Raises:
         SecateurError: a recipe, pattern or setting that is wrong, several processes of torchrun, results in `out` made
@@ -70,13 +82,14 @@ def compare(
     check_outside_model(out, settings.model)
     wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
+    run = partial(_in_own_process, peer_python=peer_python, watched=watched)
     failed: list[SecateurError] = []
     for number, cell in enumerate(wanted, 1):
         with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
         asked = settings.tasks if with_tasks else ()
         place = f"cell {number} of {len(wanted)}: {cell.key}"
         try:
-            _run_missing(cell, replace(settings, tasks=tuple(asked)), out, peer_python, place, say, show)
+            _run_missing(cell, replace(settings, tasks=tuple(asked)), out, run, place, say, show)
         except SecateurError as error:
             if cell.recipe == DENSE:  # no other would do better
                 raise
@@ -93,7 +106,7 @@ def _run_missing(
     cell: Cell,
     settings: ComparisonSettings,
     out: Path,
-    peer_python: Path | None,
+    run: Callable[[ComparisonSettings, Cell, Path], dict[str, Any]],
     place: str,
     say: Callable[[str], None],
     show: Callable[[Comparison], None],
@@ -112,7 +125,7 @@ def _run_missing(
         folder = out / f".{_file_name(cell)}"
         if to_run is not None:
             say(place)
-            result = _in_own_process(to_run, cell, folder, peer_python)
+            result = run(to_run, cell, folder)
             show(_add(out, settings, cell, result))
             say(f"  {_summary(result)}")
         for left in (folder, journal_of(folder)) if cell.is_ours else ():  # what a killed process left, too
@@ -230,9 +243,11 @@ def _agree(known: Any, now: Any) -> bool:
     return known == now
 
 
-def _in_own_process(settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None) -> dict[str, Any]:
+def _in_own_process(
+    settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None, watched: Watched
+) -> dict[str, Any]:
     with errors_within(f"cell {cell.key}"):
-        return run_in_own_process(run_cell, settings, cell, folder, peer_python)
+        return run_in_own_process(run_cell, settings, cell, folder, peer_python, watched)
 
 
 def _summary(cell: dict[str, Any]) -> str:
