@@ -231,7 +231,7 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on twice the tokens: the model [writes as many again](docs/guides/data.md#text-that-the-model-writes), going on from the text."
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on three times the tokens: the model [writes twice as many](docs/guides/data.md#text-that-the-model-writes), going on from the text."
         + older_cells(),
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
