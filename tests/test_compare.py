@@ -172,6 +172,13 @@ def test_models_of_cells_are_removed_once_they_are_measured(settings, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", ".locks"}
 
 
+def test_a_recipe_file_with_a_text_of_its_own_is_refused(settings, tmp_path):
+    (tmp_path / "mine.yaml").write_text("solver: wanda\ncalibration: {source: other.txt}\n")
+    with pytest.raises(ValueError, match="it names a text, other.txt, and all cells share one"):
+        compare(settings, [str(tmp_path / "mine.yaml")], ["50%"], [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_in_the_folder_of_the_model_are_refused_before_any_work(settings):
     with pytest.raises(ValueError, match="lies in the model's folder"):
         compare(settings, ["magnitude"], ["50%"], [0], Path(settings.model) / "comparison")

@@ -31,10 +31,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("limit", "expected"), [("123456", 123456), ("max", None), (str(1 << 62), None)])
 def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch, limit, expected):
-    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "memory.max"))
+    names = ("memory.max", "memory.current", "inactive_file")
+    monkeypatch.setattr(memory, "CONTAINERS", ((tmp_path / "none", *names), (tmp_path, *names)))
     (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("100000\n")
+    (tmp_path / "memory.stat").write_text("anon 60000\ninactive_file 40000\n")
     assert memory.total_memory("cpu") == (expected or psutil.virtual_memory().total)
-    assert memory.available_bytes() == expected if expected else memory.available_bytes() > 1e6
+    assert memory.available_bytes() == 63456 if expected else memory.available_bytes() > 1e6
 
 
 @pytest.fixture

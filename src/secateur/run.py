@@ -91,7 +91,8 @@ def prune_to_folder(
         checkpoint = source.load(folder, place)
         checkpoint.notices += check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
-        data = _calibration_of(checkpoint, request, placement, before.identity.get("calibration", {}).get("own_words"))
+        begun_with = None if overwrite else before.identity.get("calibration", {}).get("own_words")
+        data = _calibration_of(checkpoint, request, placement, begun_with)
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data, where)
@@ -250,7 +251,8 @@ def _calibration_of(
             return begun_with > 0
         width = checkpoint.compute_dtype.itemsize
         size = sum(each.numel() * max(each.itemsize, width) for each in checkpoint.model.parameters())
-        return size <= total_memory(checkpoint.device) // 2 and can_write(checkpoint.model, placement)
+        half = total_memory(checkpoint.device) // 2 // _processes(checkpoint.device)
+        return size <= half and can_write(checkpoint.model, placement)
 
     return request.calibration(checkpoint.tokenizer, config_of(checkpoint.model), writes)
 
@@ -258,8 +260,13 @@ def _calibration_of(
 def _to_write(checkpoint: Checkpoint) -> OffloadedWeights:
     """Where the weights are while the model writes: each token reads all, so copies stay where there is memory."""
     device = checkpoint.device
-    room = _room(device) if device.startswith("cuda") else available_bytes() // 2
+    room = _room(device) if device.startswith("cuda") else available_bytes() // 2 // _processes(device)
     return OffloadedWeights(device, checkpoint.compute_dtype, room)
+
+
+def _processes(device: str) -> int:
+    """Processes that share the memory of a device, at most: each has its own GPU."""
+    return 1 if device.startswith("cuda") else distributed.world_size()
 
 
 def _room(device: str) -> int:

@@ -76,13 +76,13 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
     """Token ids of all documents in a row, cut at about `limit`."""
     ids = array("q")
-    prefix = opening(tokenizer)  # each window gets it anyway
     for document in documents:
         for part in [document] if isinstance(document, Conversation) else _pieces(document, PIECE):
             if isinstance(part, str):
                 encoded = encode_text(part, tokenizer)
             else:
                 encoded = encode_chat(part, tokenizer)
+                prefix = opening(tokenizer)  # each window gets it anyway
                 encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
             ids.extend(encoded)
             if limit is not None and len(ids) >= limit:

@@ -100,19 +100,23 @@ class ComparisonSettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a recipe at a pattern with a seed; the dense model has none of them."""
+    """One run: a recipe at a pattern with a seed; the dense model has none of them.
+
+    Args:
+        recipe: as tables name it (`label_of`).
+        pattern, seed: of the run.
+        asked: the recipe as it was asked for; "" = as it is named.
+    """
 
     recipe: str
     pattern: str | None = None
     seed: int | None = None
+    asked: str = ""
 
     @property
     def key(self) -> str:
-        """Name of the cell in the file of results; a recipe file counts by name and content."""
-        head, plus, settings = self.recipe.partition("+")
-        if _is_file(head):
-            head = f"{Path(head).name}@{sha256(user_path(head))[:8]}"
-        return " ".join(str(part) for part in (head + plus + settings, self.pattern, self.seed) if part is not None)
+        """Name of the cell in the file of results."""
+        return " ".join(str(part) for part in (self.recipe, self.pattern, self.seed) if part is not None)
 
     @property
     def is_ours(self) -> bool:
@@ -129,6 +133,13 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
     head, *parts = recipe.split("+")
     arguments: dict[str, Any] = {"recipe" if head in PRESETS or _is_file(head) else "solver": head}
     return arguments | ({"settings": parse_settings(parts)} if parts else {})
+
+
+def label_of(recipe: str) -> str:
+    """What tables call a recipe: a file by its name and content."""
+    head, plus, settings = recipe.partition("+")
+    label = f"{Path(head).name}@{sha256(user_path(head))[:8]}" if _is_file(head) else head
+    return label + plus + settings
 
 
 def _is_file(head: str) -> bool:
@@ -196,6 +207,9 @@ def _pruned(
     folder: Path, settings: ComparisonSettings, cell: Cell, reading: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     """Prune the model into a folder; returns its figures, without peak memory where a process was stopped."""
+    recipe = cell.asked or cell.recipe
+    if label_of(recipe) != cell.recipe:
+        raise SecateurError(f"{recipe} was changed while its cell {cell.recipe} was to run: run the comparison again")
     is_new = not folder.exists() and not journal_of(folder).exists()
     report = prune(
         settings.model,
@@ -210,7 +224,7 @@ def _pruned(
         overwrite=settings.overwrite,
         progress=progress,
         **reading,
-        **parse_recipe(cell.recipe),
+        **parse_recipe(recipe),
     )
     peak = {"peak_memory": _peak_memory(reading["device"])} if is_new else {}
     return {

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from secateur.comparison.cell import (
@@ -26,6 +27,7 @@ from secateur.comparison.cell import (
     Cell,
     ComparisonSettings,
     Watched,
+    label_of,
     parse_recipe,
     run_cell,
     unwatched,
@@ -145,10 +147,10 @@ def _cells(
         SecateurError: one that can't be run.
     """
     names = [str(parse_pattern(pattern)) for pattern in patterns]
-    cells = [Cell(recipe, name, seed) for seed in seeds for name in names for recipe in recipes]
+    cells = [Cell(label_of(recipe), name, seed, recipe) for seed in seeds for name in names for recipe in recipes]
     for cell in cells:
         shortcuts = {"samples": settings.samples, "seq_len": settings.seq_len, "seed": cell.seed}
-        check_recipe(cell.recipe, str(cell.pattern), peer_python, **shortcuts)
+        check_recipe(cell.asked, str(cell.pattern), peer_python, **shortcuts)
     check_tasks(settings.tasks, settings.task_dir, settings.task_limit)
     return [Cell(DENSE), *cells]
 
@@ -214,6 +216,11 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
         found = resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
         if found.format == "packed":
             raise SecateurError("format=packed changes no figure of a comparison: leave it out")
+        if found.calibration.source is not None:
+            raise SecateurError(
+                f"it names a text, {found.calibration.source}, and all cells share one: leave it out, and pass "
+                f"‹calibration›"
+            )
 
 
 def _open(out: Path, settings: ComparisonSettings) -> Comparison:
@@ -247,7 +254,10 @@ def _in_own_process(
     settings: ComparisonSettings, cell: Cell, folder: Path, peer_python: Path | None, watched: Watched
 ) -> dict[str, Any]:
     with errors_within(f"cell {cell.key}"):
-        return run_in_own_process(run_cell, settings, cell, folder, peer_python, watched)
+        try:
+            return run_in_own_process(run_cell, settings, cell, folder, peer_python, watched)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            raise SecateurError(f"{type(error).__name__}: {error}: the machine could not do this") from error
 
 
 def _summary(cell: dict[str, Any]) -> str:

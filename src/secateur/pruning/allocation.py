@@ -83,6 +83,8 @@ def _allocated(
     assert allocation is not None
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     sequences = sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
+    if any(matrix.name in stream.routed and matrix.index is None for block in blocks for matrix in block.matrices):
+        sequences = sum(sizes)  # only experts in one parameter are known to weigh nothing where no token reaches them
     # A router shows an expert only some tokens, and its Hessian needs as many as it has inputs.
     first = stream.first(sizes, sum(sizes) if stream.routed else sequences)
     if allocation.rule == "owl":

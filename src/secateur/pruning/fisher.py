@@ -66,15 +66,18 @@ def output_fisher_information(
     generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
     with _no_weight_gradients(model), torch.enable_grad():
-        own = [*_own_sequences(batches, sequences)]
+        own, by_chunks = [*_own_sequences(batches, sequences)], False
         for number, sequence in own:
+            if done == 0:
+                with placement.onload_model(model), torch.no_grad():
+                    by_chunks = _has_head_apart(model, on_device_of(model, sequence))
             generator.manual_seed(seed + number)  # every rank draws the same labels for a sequence
             with (
                 placement.onload_model(model),
                 _recorded(blocks, HiddenStates(memory or MemoryBudget(), len(blocks))) as record,
             ):
                 inputs = on_device_of(model, sequence)
-                tokens, done = tokens + _backward_to_last_block(model, inputs, generator), done + 1
+                tokens, done = tokens + _backward_to_last_block(model, inputs, generator, by_chunks), done + 1
             gradient: Tensor | None = None
             for number, (block, call) in reversed([*enumerate(record.calls)]):
                 gradient = _sum(gradient, record.gradients.pop(block.name, None))
@@ -177,16 +180,16 @@ def _backward(
     return start.grad
 
 
-def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generator) -> int:
+def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generator, by_chunks: bool) -> int:
     """Run the model on one sequence and the gradient of drawn labels back to its last block; its real tokens.
 
-    The logits of a chunk of positions are held at a time, where the model forms those of chosen positions.
+    `by_chunks` holds the logits of a chunk of positions at a time.
     """
-    body_output = _body_output(model, inputs) if takes_positions(model) else None
-    if body_output is None:
+    if not by_chunks:
         logits = _logits(run_without_cache(model, model, **inputs), inputs)
         _likelihood_of_draw(logits, generator).backward()
         return len(logits)
+    (body_output,) = _body_outputs(model, inputs)
     hidden, tokens = body_output.last_hidden_state, 0
     leaf = hidden.detach().requires_grad_(True)
     inputs = _unlabelled(inputs)
@@ -206,15 +209,23 @@ def _unlabelled(inputs: Batch) -> Batch:
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def _body_output(model: Any, inputs: Batch) -> Any:
-    """What the body gives in a forward pass of the whole model; None if that names no last hidden states."""
+def _has_head_apart(model: Any, inputs: Batch) -> bool:
+    """Whether logits of chosen positions can be formed from what the model's body gives. OPT runs a part of it only."""
+    if not takes_positions(model):
+        return False
+    found = _body_outputs(model, inputs)
+    return len(found) == 1 and getattr(found[0], "last_hidden_state", None) is not None
+
+
+def _body_outputs(model: Any, inputs: Batch) -> list[Any]:
+    """What the body gives each time that a forward pass of the whole model runs it."""
     found: list[Any] = []
     hook = body_of(model).register_forward_hook(lambda _module, _args, output: found.append(output))
     try:
         run_without_cache(model, model, **_unlabelled(inputs), logits_to_keep=1)  # the head is run on chunks later
     finally:
         hook.remove()
-    return found[0] if getattr(found[0], "last_hidden_state", None) is not None else None
+    return found
 
 
 def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator) -> Float[Tensor, ""]:

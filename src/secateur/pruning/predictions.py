@@ -80,8 +80,13 @@ class ModelEnd:
             if hidden is None:
                 return False
             few = {"logits_to_keep": torch.arange(1, device=hidden.device)} if takes_positions(self.model) else {}
+            calls: list[Any] = []  # OPT's head looks at a part of the body, which is not the body's call
+            hook = body_of(self.model).register_forward_hook(lambda *call: calls.append(call))
             with body_gives(self.model, output):
                 whole = run_without_cache(self.model, self.model, **inputs, **few)
+            hook.remove()
+            if not calls:
+                return False
         logits = getattr(whole, "logits", None)
         expected = (len(hidden), 1) if few else hidden.shape[:2]
         return logits is not None and logits.ndim == 3 and logits.shape[:2] == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.resume.kept import ALLOCATION_FILE, ORDER_FILE, OWN_WORDS_FILE
+from secateur.resume.kept import ORDER_FILE, OWN_WORDS_FILE
 from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
 from secateur.resume.output_folder import check_may_replace, check_unchanged
 from secateur.resume.publish import OUTCOME
@@ -22,8 +22,8 @@ from secateur.storage.held_folder import HeldFolder, make_folders
 
 LOCK = "lock"
 _OURS = re.compile(
-    rf"block-\d{{5,}}\.safetensors|converted-\d+|reordered-\d+|{FINISHED}|{REPLACED}|"
-    + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE, ALLOCATION_FILE)))
+    rf"block-\d{{5,}}\.safetensors|allocation-\d+\.json|converted-\d+|reordered-\d+|{FINISHED}|{REPLACED}|"
+    + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE)))
 )
 
 

@@ -24,7 +24,7 @@ from secateur.storage.json_files import read_json
 
 OWN_WORDS_FILE = "own-words.json"
 ORDER_FILE = "channel-order.json"
-ALLOCATION_FILE = "allocation.json"
+ALLOCATION_FILES = "allocation-{}.json"
 
 
 def kept_windows(manifest: RunManifest, write: Callable[[], Int[Tensor, "N T"]]) -> Int[Tensor, "N T"]:
@@ -38,7 +38,7 @@ def kept_windows(manifest: RunManifest, write: Callable[[], Int[Tensor, "N T"]])
     if digest := manifest.state.own_words:
         return torch.tensor(_read(manifest, OWN_WORDS_FILE, digest)["windows"])
     windows = distributed.broadcast_object(write())
-    _keep(manifest, OWN_WORDS_FILE, {"windows": windows.tolist()}, "own_words")
+    _keep(manifest, OWN_WORDS_FILE, {"windows": windows.tolist()}, lambda digest: {"own_words": digest})
     return windows
 
 
@@ -63,7 +63,7 @@ def keep_order(manifest: RunManifest, order: ChannelOrder) -> None:
         SecateurError: the journal can't be written.
     """
     plain = {name: {dim: index.tolist() for dim, index in by_dim.items()} for name, by_dim in order.indices.items()}
-    _keep(manifest, ORDER_FILE, plain, "channel_order")
+    _keep(manifest, ORDER_FILE, plain, lambda digest: {"channel_order": digest})
 
 
 def kept_patterns(manifest: RunManifest, chain: str, find: Callable[[], LayerPatterns]) -> LayerPatterns:
@@ -72,21 +72,22 @@ def kept_patterns(manifest: RunManifest, chain: str, find: Callable[[], LayerPat
     Raises:
         SecateurError: a damaged file, or a journal that can't be written.
     """
-    digest = manifest.state.allocation
-    kept = _read(manifest, ALLOCATION_FILE, digest) if digest else {}
-    if chain not in kept:
+    digests = manifest.state.allocation
+    if chain not in digests:
         found = find()
-        kept[chain] = {
+        plain = {
             "patterns": {name: _plain(pattern) for name, pattern in found.patterns.items()},
             "row_scales": {name: scale.tolist() for name, scale in found.row_scales.items()},
             "prices": found.prices,
         }
-        _keep(manifest, ALLOCATION_FILE, kept, "allocation")
+        file = ALLOCATION_FILES.format(len(digests))
+        _keep(manifest, file, plain, lambda digest: {"allocation": digests | {chain: digest}})
         return found
+    kept = _read(manifest, ALLOCATION_FILES.format([*digests].index(chain)), digests[chain])
     return LayerPatterns(
-        {name: parse_pattern(pattern) for name, pattern in kept[chain]["patterns"].items()},
-        {name: torch.tensor(scale) for name, scale in kept[chain]["row_scales"].items()},
-        kept[chain]["prices"],
+        {name: parse_pattern(pattern) for name, pattern in kept["patterns"].items()},
+        {name: torch.tensor(scale) for name, scale in kept["row_scales"].items()},
+        kept["prices"],
     )
 
 
@@ -101,12 +102,12 @@ def _read(manifest: RunManifest, name: str, digest: str) -> dict[str, Any]:
     return read_json(path)
 
 
-def _keep(manifest: RunManifest, name: str, content: dict[str, Any], entry: str) -> None:
-    """Write a file, and its digest to an entry of the manifest."""
+def _keep(manifest: RunManifest, name: str, content: dict[str, Any], entry: Callable[[str], dict[str, Any]]) -> None:
+    """Write a file, and the manifest's entry of its digest."""
     if distributed.is_main():
         try:
             manifest.held.write(name, json.dumps(content) + "\n")
-            manifest.update(**{entry: manifest.held.record(name).sha256})
+            manifest.update(**entry(manifest.held.record(name).sha256))
         except OSError as error:
             raise SecateurError(f"{manifest.folder} can't be written ({error})") from error
     manifest.take_state_of_main()

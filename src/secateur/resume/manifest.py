@@ -41,7 +41,8 @@ class Manifest:
         notices: what the user should know of how the run was resumed.
         own_words: SHA-256 of the file with what the model wrote to be calibrated on; "" where there is none.
         channel_order: SHA-256 of the file with the order of the model's channels; "" where it is their own.
-        allocation: SHA-256 of the file with the matrices' patterns; "" where none were looked for yet.
+        allocation: SHA-256 of the file with the patterns of a chain of blocks, by the chain's first block; files are
+            numbered in this order.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Manifest:
     notices: list[str] = field(default_factory=list)
     own_words: str = ""
     channel_order: str = ""
-    allocation: str = ""
+    allocation: dict[str, str] = field(default_factory=dict)
 
     @property
     def has_begun(self) -> bool:
@@ -123,10 +124,11 @@ def _checked(found: dict[str, Any]) -> Manifest:
         SecateurError, KeyError, TypeError, AttributeError: data of another form.
     """
     blocks = {str(block): str(digest) for block, digest in found["blocks"].items()}
-    outcome, *kept = (str(found[name]) for name in ("outcome", "own_words", "channel_order", "allocation"))
+    outcome, own_words, channel_order = (str(found[name]) for name in ("outcome", "own_words", "channel_order"))
+    allocation = {str(chain): str(digest) for chain, digest in found["allocation"].items()}
     if wrong := [digest for digest in blocks.values() if digest != SAVED and not _DIGEST.fullmatch(digest)]:
         raise SecateurError(f"{wrong[0]!r} is not a SHA-256")
-    for digest in (outcome, *kept):
+    for digest in (outcome, own_words, channel_order, *allocation.values()):
         if digest and not _DIGEST.fullmatch(digest):
             raise SecateurError(f"{digest!r} is not a SHA-256")
     for part in ("environment", "calibration"):
@@ -145,9 +147,9 @@ def _checked(found: dict[str, Any]) -> Manifest:
         shards=shards,
         files=files,
         notices=[str(notice) for notice in found["notices"]],
-        own_words=kept[0],
-        channel_order=kept[1],
-        allocation=kept[2],
+        own_words=own_words,
+        channel_order=channel_order,
+        allocation=allocation,
     )
 
 

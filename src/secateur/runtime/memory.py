@@ -17,7 +17,12 @@ from secateur.runtime.chunking import MIN_CHUNK_BYTES, chunk_bytes
 from secateur.runtime.distributed import all_gather
 
 HESSIAN_BYTES = 4 << 30  # Hessians of a block that are held at a time, without a cap
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = Path("/sys/fs/cgroup")
+# Folder, and the names of the limit, of what is in use, and of its part that holds files that can be dropped.
+CONTAINERS = (
+    (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+    (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 HIDDEN_SETS = 4  # the pruned stream, the dense one, a block's outputs on it, and what the block is refit to
 
 
@@ -121,20 +126,27 @@ def peak_resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory of this machine, or of the container, that processes can still take, at most."""
-    return min(psutil.virtual_memory().available, _container_bytes())
+    """Memory of this machine, or of the container if it has less left, that processes can still take."""
+    limit, used = _container()
+    return min(psutil.virtual_memory().available, max(0, limit - used))
 
 
 def total_memory(device: str) -> int:
     """Memory of a GPU, or of this machine; in a container with a limit, that limit if it is less."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
-    return min(psutil.virtual_memory().total, _container_bytes())
+    return min(psutil.virtual_memory().total, _container()[0])
 
 
-def _container_bytes() -> int:
-    """The limit of a container's memory (cgroup v2, v1), or a number beyond any machine's."""
-    for path in CONTAINER_LIMITS:
+def _container() -> tuple[int, int]:
+    """The limit of a container's memory (cgroup v2, v1), or a number beyond any machine's; and what is in use.
+
+    Files that can be dropped from memory don't count as used.
+    """
+    for folder, limit, used, files in CONTAINERS:
+        path = folder / limit
         if path.is_file() and (text := path.read_text().strip()).isdigit():
-            return int(text)
-    return sys.maxsize
+            lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = next((int(value) for name, value in lines if name == files), 0)
+            return int(text), int((folder / used).read_text()) - cached
+    return sys.maxsize, 0
