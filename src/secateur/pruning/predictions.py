@@ -35,8 +35,9 @@ from secateur.models.head import (
 )
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
+from secateur.runtime import distributed
 
-SHARES = 4  # of the positions, taken in turn by the steps of a refit
+SHARES = 4  # of a batch's positions, taken in turn by the epochs of a refit
 
 
 @dataclass(eq=False)
@@ -168,8 +169,8 @@ class PredictionDivergence:
     """The loss of a block's refit on one batch: the divergence of the model's predictions from the dense model's.
 
     The later blocks are dense, so this is what the block's error alone does to the predictions, with that of earlier
-    blocks. A gradient looks at a quarter of the positions, at another one in each step: the head of a large vocabulary
-    costs more than the block. The loss without a gradient, which decides, looks at all.
+    blocks. A gradient looks at a quarter of a batch's positions, at another one in each epoch: the head of a large
+    vocabulary costs more than the block. The loss without a gradient, which decides, looks at all.
     """
 
     gradient_scale: float
@@ -186,7 +187,8 @@ class PredictionDivergence:
 
         Cost: a forward pass of what lies behind the block, without the head.
         """
-        self.block, self.stream, self.end, self.steps = block, stream, end, 0
+        self.block, self.stream, self.end = block, stream, end
+        self.visits: dict[int, int] = {}  # steps so far on each batch
         with torch.no_grad():
             self.dense = HiddenStates.of(
                 (end.body_output(block, output, index).last_hidden_state for index, output in enumerate(dense_outputs)),
@@ -199,15 +201,16 @@ class PredictionDivergence:
         """The loss on this rank's batch `index`."""
         output = self.stream.calls[self.block.name][index].replay(self.block, self.stream.hidden[index].clone())
         body_output = self.end.body_output(self.block, output, index)
-        share = self._share()
+        share = self._share(index)
         value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.padding[index], share)
         hidden = body_output.last_hidden_state
         surrogate = (hidden.float() * gradient.float()).sum()  # its gradient is known; its value is not wanted
         return value + surrogate - surrogate.detach()
 
-    def _share(self) -> slice:
-        """The positions that the next call looks at."""
+    def _share(self, index: int) -> slice:
+        """The positions of a batch that the next call looks at, whatever rank has the batch."""
         if not torch.is_grad_enabled():
             return ALL
-        self.steps += 1
-        return slice(self.steps % SHARES, None, SHARES)
+        number = index * distributed.world_size() + distributed.rank()
+        visits = self.visits[index] = self.visits.get(index, 0) + 1
+        return slice((number + visits) % SHARES, None, SHARES)
