@@ -23,7 +23,10 @@ from zoo import tiny
 import secateur
 from secateur import run
 from secateur.pruning import loop
+from secateur.pruning.context import LayerPatterns
+from secateur.recipe.patterns import NM, Unstructured
 from secateur.resume import block_store, folder, manifest, publish
+from secateur.resume.kept import kept_patterns
 from secateur.storage import held_folder
 from secateur.storage.held_folder import HeldFolder
 
@@ -405,6 +408,25 @@ def test_what_was_found_before_the_first_block_is_not_looked_for_again(source, t
     monkeypatch.setattr("secateur.pruning.allocation._allocated", lambda *_: pytest.fail("allocated again"))
     prune(source, out)
     check_as_if_never_stopped(source, out)
+
+
+def test_an_allocation_is_kept_exactly(tmp_path):
+    """Of two chains, and with a matrix that stays dense."""
+    found = [
+        LayerPatterns(
+            {"a": Unstructured(0.0), "b": Unstructured(1 / 3)}, {"a": torch.tensor([0.125, 8.0])}, {"a": 0.1}
+        ),
+        LayerPatterns({"c": NM(2, 4)}),
+    ]
+    with HeldFolder(tmp_path) as held:
+        for find in (found, [None, None]):  # the second process finds nothing by itself
+            run_manifest = manifest.RunManifest(tmp_path, manifest.read_manifest(tmp_path), held)
+            for chain, patterns in zip(("encoder", "decoder"), find, strict=True):
+                kept = kept_patterns(run_manifest, chain, lambda patterns=patterns: patterns)
+                expected = found[chain == "decoder"]
+                assert (kept.patterns, kept.prices) == (expected.patterns, expected.prices)
+                assert kept.row_scales.keys() == expected.row_scales.keys()
+                assert all(torch.equal(kept.row_scales[name], scale) for name, scale in expected.row_scales.items())
 
 
 def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, monkeypatch):

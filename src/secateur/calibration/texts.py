@@ -38,7 +38,7 @@ def sample_documents(documents: Iterable[Document], tokens: int, seed: int) -> I
     most = max(LEAST_CHARACTERS, CHARACTERS_A_TOKEN * tokens)
     draw, held = random.Random(seed), 0
     kept: list[tuple[float, int, Document]] = []  # a heap: what is dropped next comes first
-    parts = (part for document in documents for part in _parts(document, most))
+    parts = (part for document in documents for part in _parts(document, most, most // PARTS))
     for number, part in enumerate(parts):
         heappush(kept, (draw.random(), number, part))
         held += _characters(part)
@@ -48,12 +48,18 @@ def sample_documents(documents: Iterable[Document], tokens: int, seed: int) -> I
         yield part
 
 
-def _parts(document: Document, most: int) -> Iterator[Document]:
-    """A document, or pieces of a text that is longer than `most` characters."""
-    if isinstance(document, str) and len(document) > most:
-        yield from _pieces(document, max(1, most // PARTS))
-    else:
+def _parts(document: Document, most: int, size: int) -> Iterator[Document]:
+    """A document, or pieces of `size` characters of a text longer than `most`, which end with a line where one ends."""
+    if isinstance(document, Conversation) or len(document) <= most:
         yield document
+        return
+    start = 0
+    while start < len(document):
+        end = min(len(document), start + size)
+        if end < len(document):
+            end = document.rfind("\n", start, end) + 1 or end
+        yield document[start:end]
+        start = end
 
 
 def _characters(document: Document) -> int:
@@ -62,35 +68,19 @@ def _characters(document: Document) -> int:
     return sum(len(str(message.get("content"))) for message in document.messages)
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
-    """A text in pieces of at most `size` characters, which end with a line where one ends within."""
-    start = 0
-    while start < len(text):
-        end = min(len(text), start + size)
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
-
-
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
     """Token ids of all documents in a row, cut at about `limit`."""
     ids = array("q")
-    for document in documents:
-        for part in [document] if isinstance(document, Conversation) else _pieces(document, PIECE):
-            if isinstance(part, str):
-                encoded = encode_text(part, tokenizer)
-            else:
-                encoded = encode_chat(part, tokenizer)
-                prefix = opening(tokenizer)  # each window gets it anyway
-                encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
-            ids.extend(encoded)
-            if limit is not None and len(ids) >= limit:
-                return _as_tensor(ids)
-    return _as_tensor(ids)
-
-
-def _as_tensor(ids: array[int]) -> Tensor:
+    for part in (part for document in documents for part in _parts(document, PIECE, PIECE)):
+        if isinstance(part, str):
+            encoded = encode_text(part, tokenizer)
+        else:
+            encoded = encode_chat(part, tokenizer)
+            prefix = opening(tokenizer)  # each window gets it anyway
+            encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
+        ids.extend(encoded)
+        if limit is not None and len(ids) >= limit:
+            break
     return torch.frombuffer(ids, dtype=torch.long).clone() if ids else torch.tensor([], dtype=torch.long)
 
 

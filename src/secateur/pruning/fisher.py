@@ -58,9 +58,10 @@ def output_fisher_information(
     Raises:
         SecateurError: a matrix that saw none of the sequences, or predictions that are not finite.
 
-    Cost: for each sequence a forward pass of the whole model, and one more and a backward pass (no weight gradients) of
-    each block in turn. The activations of one block are held at a time, with the hidden states in front of every other.
-    What a block hands to a later one next to hidden states (Gemma 3n's shared keys and values) carries no gradient.
+    Cost: a forward pass of one sequence, to see how the head is called. Then for each sequence a forward pass of the
+    whole model, and one more and a backward pass (no weight gradients) of each block in turn. The activations of one
+    block are held at a time, with the hidden states in front of every other. What a block hands to a later one next to
+    hidden states (Gemma 3n's shared keys and values) carries no gradient.
     """
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator()

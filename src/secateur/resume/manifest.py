@@ -134,6 +134,8 @@ def _checked(found: dict[str, Any]) -> Manifest:
     for part in ("environment", "calibration"):
         if not isinstance(found["identity"].get(part, {}), dict):
             raise SecateurError(f"its {part} is not a mapping")
+    if not isinstance(found["identity"].get("calibration", {}).get("own_words", 0), int):
+        raise SecateurError("its number of sequences that the model writes is not a number")
     shards = [read_records(shard) for shard in found["shards"]]
     files = read_records(found["files"])
     if (shards or files) and not outcome:

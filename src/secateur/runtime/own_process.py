@@ -31,7 +31,9 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
         error, result = receiver.recv()
     except EOFError:
         process.join()
-        raise SecateurError(f"its process died (exit code {process.exitcode}); it may have run out of memory") from None
+        raise SecateurError(
+            f"its process died (exit code {process.exitcode}): unless it printed why, it was killed or out of memory"
+        ) from None
     except (KeyboardInterrupt, SystemExit):
         for child in active_children():  # `process` may be half started
             child.terminate()
