@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import character_tokenizer, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from zoo import tiny
 
 import secateur
@@ -199,6 +200,22 @@ def test_a_packed_model_on_the_gpu_is_dense_there_and_saved_packed(tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@on_gpu
+@pytest.mark.parametrize("device_map", ["cuda", "auto", {"": 0}, {"model": "cpu", "lm_head": "cuda"}])
+def test_a_device_map_with_the_gpu_loads_a_packed_model_dense(tmp_path, monkeypatch, device_map, capsys):
+    monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)  # asks CUDA itself
+    save_checkpoint(tmp_path / "dense")
+    secateur.prune(tmp_path / "dense", tmp_path / "pruned", pattern="50%", solver="magnitude", calibration=BATCHES)
+    secateur.pack(tmp_path / "pruned", tmp_path / "packed")
+    load = AutoModelForCausalLM.from_pretrained
+    ids = torch.arange(8)[None].cuda()
+    with torch.no_grad():
+        expected = load(tmp_path / "pruned", device_map=device_map)(ids).logits
+        found = load(tmp_path / "packed", device_map=device_map)(ids).logits
+    assert "device map" in capsys.readouterr().err
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @on_gpu

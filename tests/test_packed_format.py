@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import packed_reader
@@ -17,6 +19,7 @@ from secateur.packed import kernels, layout
 from secateur.packed.encoding import HEADER, MAGIC, decode, encode, read_header
 from secateur.packed.files import Entry, write_weights
 from secateur.packed.layout import PackedTensor, check, is_worth_packing, pack, pack_int8, unpack
+from secateur.packed.mapped import drop_pages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1), (1, 7), (17, 3), (16, 2), (33, 65), (3, 20, 7), (2, 16, 32), (64, 48))
@@ -139,6 +142,26 @@ def test_int8_sums_do_not_overflow(monkeypatch, level):
     y = kernels.multiply(
         x[:1] * 0, packed.masks, packed.values, packed.offsets(), 16, packed.columns, None, packed.scales
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 1e4, 1e8])
+def test_an_outlier_leaves_the_other_inputs_their_digits(monkeypatch, level, outlier):
+    """Massive activations of some tokens are thousands of times the others (arXiv 2402.17762)."""
+    monkeypatch.setattr(kernels, "level", lambda: level)
+    packed = pack_int8(sparse((256, 2048), 0.5))
+    W = layout._unpack_by_numpy(replace(packed, dtype=torch.float32))[0].double()
+    x = sparse((3, 2048), 0, seed=1) * 0.1
+    x[0, 7] = x[2, 9] = outlier
+    y = kernels.multiply(x, packed.masks, packed.values, packed.offsets(), 256, packed.columns, None, packed.scales)
+    exact = x.double() @ W.T
+    others = x.double().clone()
+    others[0, 7] = others[2, 9] = 0
+    size = (others @ W.T).square().mean(1).sqrt()
+    for row, column in ((0, 7), (1, 0), (2, 9)):
+        spared = W[:, column] == 0  # outputs that the outlier does not reach
+        assert ((y.double() - exact)[row, spared].square().mean().sqrt() <= 0.004 * size[row]).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -304,3 +327,25 @@ def test_check_accepts_what_pack_makes():
     for shape in SHAPES:
         for transposed in (False, True):
             check(pack(sparse(shape, 0.5), transposed))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_decoded_bytes_leave_memory_and_the_rest_of_their_file_stays(tmp_path):
+    """Of a file of 8 MB, the middle 4 MB were decoded: they are dropped, and still there when they are read again."""
+    path, numbers = tmp_path / "file", torch.arange(1 << 20)
+    path.write_bytes(numbers.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=1 << 20, dtype=torch.int64)
+    middle = mapped[(1 << 18) + 3 : 3 << 18]
+
+    def resident() -> int:
+        areas = Path("/proc/self/smaps").read_text().split(str(path))[1]
+        return int(re.search(r"Rss:\s+(\d+) kB", areas)[1])
+
+    assert torch.equal(mapped, numbers)
+    assert resident() == 8192
+    drop_pages(middle)
+    assert 4096 <= resident() <= 4096 + 8
+    assert torch.equal(mapped, numbers)
+    own = numbers.clone()
+    drop_pages(own)  # not part of a file, so it keeps its content
+    assert torch.equal(own, numbers)

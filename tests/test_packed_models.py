@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from models import FAMILIES, character_tokenizer, save_checkpoint, tiny_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.models.semi_structured import is_two_four
 from secateur.packed import kernels
-from secateur.packed import linear as packed_linear
-from secateur.packed.layout import pack
 from secateur.packed.linear import PackedLinear
-from secateur.packed.mapped import drop_pages
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
@@ -125,26 +119,71 @@ def test_a_full_disk_leaves_the_weights_that_were_there(saved, monkeypatch):
     assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
-def test_decoded_bytes_leave_memory_and_the_rest_of_their_file_stays(tmp_path):
-    """Of a file of 8 MB, the middle 4 MB were decoded: they are dropped, and still there when they are read again."""
-    path, numbers = tmp_path / "file", torch.arange(1 << 20)
-    path.write_bytes(numbers.numpy().tobytes())
-    mapped = torch.from_file(str(path), shared=False, size=1 << 20, dtype=torch.int64)
-    middle = mapped[(1 << 18) + 3 : 3 << 18]
+@pytest.mark.parametrize("shards", ["50GB", "40KB"])
+def test_weights_are_replaced_only_once_the_config_is_written(saved, monkeypatch, shards):
+    _, packed = saved()
+    model = secateur.load(packed)
+    model.save_pretrained(packed, max_shard_size=shards)
+    before = {path.name: path.read_bytes() for path in packed.iterdir()}
 
-    def resident() -> int:
-        areas = Path("/proc/self/smaps").read_text().split(str(path))[1]
-        return int(re.search(r"Rss:\s+(\d+) kB", areas)[1])
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    assert torch.equal(mapped, numbers)
-    assert resident() == 8192
-    drop_pages(middle)
-    assert 4096 <= resident() <= 4096 + 8
-    assert torch.equal(mapped, numbers)
-    own = numbers.clone()
-    drop_pages(own)  # not part of a file, so it keeps its content
-    assert torch.equal(own, numbers)
+    monkeypatch.setattr(type(model.config), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(packed)
+    model.save_pretrained(packed / "elsewhere", is_main_process=False)
+    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
+    with pytest.raises(secateur.SecateurError, match="saved as safetensors"):
+        model.save_pretrained(packed, safe_serialization=False)
+
+
+@needs_kernels
+def test_a_state_dict_is_that_of_the_dense_model_and_loads_packed(saved):
+    folder, packed = saved()
+    plain, model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), secateur.load(packed)
+    assert_same_weights(dict(model.state_dict()), dict(plain.state_dict()))
+    layer = model.model.layers[0].mlp.up_proj
+    changed = {name: each.flip(0) if name.endswith("up_proj.weight") else each
+               for name, each in plain.state_dict().items()}  # fmt: skip
+    assert str(model.load_state_dict(changed)) == "<All keys matched successfully>"
+    assert layer.is_packed
+    assert_same_weights(dict(model.state_dict()), changed)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: each for name, each in changed.items() if not name.endswith("up_proj.weight")})
+    assert layer.is_packed
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [80, 4096])
+def test_a_matrix_of_another_shape_than_the_config_is_refused(tmp_path, rows):
+    """A kernel would read beyond the bias."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=128,
+    )  # fmt: skip
+    dense = tmp_path / "dense"
+    without_half(transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)).save_pretrained(dense)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights = load_file(dense / "model.safetensors") | {name: torch.zeros(rows, 64, dtype=torch.bfloat16)}
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    secateur.pack(dense, tmp_path / "packed")
+    with pytest.raises(secateur.SecateurError, match=rf"q_proj.weight has the shape \({rows}, 64\) in the packed file"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_shards_of_any_name_are_packed_and_counted(saved, tmp_path):
+    folder, _ = saved(max_shard_size="40KB")
+    for path in [*folder.glob("model-*"), folder / "model.safetensors.index.json"]:
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace("model-", "weights-"))
+        else:
+            path.rename(path.with_name(path.name.replace("model-", "weights-")))
+    found = secateur.pack(folder, tmp_path / "again")
+    back = secateur.unpack(tmp_path / "again", tmp_path / "back")
+    assert found["packed_bytes"] == back["packed_bytes"] > 0
+    assert 0.9 <= back["dense_bytes"] / found["dense_bytes"] <= 1.1
 
 
 @needs_kernels
@@ -217,60 +256,14 @@ def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
     assert found["results"]["tiny"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def a_layer(rows=48, columns=32, bias=True):
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(columns, rows, bias).to(torch.bfloat16)
-    linear.weight.data[torch.rand(rows, columns) < 0.5] = 0
-    return linear, PackedLinear(pack(linear.weight), None if linear.bias is None else linear.bias.data)
-
-
 @needs_kernels
-def test_gradients_of_the_input():
-    linear, packed = a_layer()
-    x = torch.randn(3, 32).bfloat16()
-    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-    packed(found).float().square().sum().backward()
-    linear(expected).float().square().sum().backward()
-    assert torch.allclose(found.grad, expected.grad, rtol=0.05, atol=0.05)
-
-
-@needs_kernels
-def test_a_layer_becomes_dense_where_no_kernel_serves_it(monkeypatch, capsys):
-    monkeypatch.setattr(packed_linear, "_said", set())
-    linear, packed = a_layer()
-    x = torch.randn(3, 32).bfloat16()
-    copied = copy.deepcopy(packed)
-    assert copied.is_packed
-    assert torch.equal(packed.weight, linear.weight)  # asked for by a model's code
-    assert not packed.is_packed
-    assert torch.equal(packed(x), linear(x))
-    assert not copied.to(torch.float32).is_packed
-    assert torch.allclose(copied(x.float()), linear.float()(x.float()))
-    assert capsys.readouterr().err.count("unpacked") == 2
-
-
-@needs_kernels
-def test_torch_compile_keeps_the_product():
-    _, packed = a_layer()
-    x = torch.randn(5, 32).bfloat16()
-    with torch.no_grad():
-        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), packed(x))
-    torch.library.opcheck(
-        torch.ops.secateur.packed_linear.default,
-        (x, packed.masks, packed.values, packed.offsets, packed.bias.detach(), packed.scales, 32, 48),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-@needs_kernels
-def test_another_dtype_is_dense(saved, monkeypatch, capsys):
-    monkeypatch.setattr(packed_linear, "_said", set())
+def test_another_dtype_is_dense(saved, capsys):
     folder, packed = saved()
-    model = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for _ in range(2):  # each model that is loaded says so
+        model = transformers.AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+        assert "torch.float32 was asked for" in capsys.readouterr().err
     assert_same_weights(dict(model.state_dict()), dict(plain.state_dict()))
-    assert "torch.float32 was asked for" in capsys.readouterr().err
 
 
 def test_the_commands_take_packed_folders(pruned, main, tmp_path, monkeypatch):
@@ -348,8 +341,6 @@ def test_bad_input_is_refused_and_leaves_nothing(pruned, tmp_path, saved):
 
     weights = load_file(pruned / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
-    from safetensors.torch import save_file
-
     damaged = shutil.copytree(pruned, tmp_path / "damaged")
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     with pytest.raises(secateur.SecateurError, match="not what was saved"):

@@ -37,6 +37,7 @@ TOGETHER, TOGETHER_TOKENS = 16, 20 << 10  # texts that are written together, and
 SILENT_TEXTS = 48  # in a row, after which a model that ends every text at once is given up
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
+NAMED_CHARACTERS = 40  # of a chat, in messages
 PROBE_TOKENS, SAME = 8, 1e-3  # tells whether predictions depend on later tokens
 
 
@@ -92,19 +93,19 @@ class Prompts:
         chats: list[list[int]] = []
         pieces: list[list[int]] = []
         size = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE)
-        for number, document in enumerate(documents, 1):
+        for document in documents:
             if not isinstance(document, Conversation):
                 pieces += _pieces(encode_text(document, tokenizer), tokenizer, size)
                 continue
             question = _question(document, tokenizer)
             if strict and question is None:
-                raise SecateurError(f"{what}, chat {number}: no message of a user, which the model could answer")
+                raise SecateurError(f"{what}, {_name(document)}: no message of a user, which the model could answer")
             if question is None or (not strict and len(question) >= length):
                 pieces += _pieces(encode_chat(document, tokenizer), tokenizer, size)
             elif len(question) >= length:
                 raise SecateurError(
-                    f"{what}, chat {number}: its prompt has {len(question)} tokens, and a sequence has {length}: raise "
-                    f"‹seq_len›, or leave the chat out"
+                    f"{what}, {_name(document)}: its prompt has {len(question)} tokens, and a sequence has {length}: "
+                    f"raise ‹seq_len›, or leave the chat out"
                 )
             else:
                 chats.append(question)
@@ -160,6 +161,12 @@ class OwnWords:
         seconds = time.perf_counter() - started
         whole = written.repeat(-(-wanted // len(written)))[:wanted].view(self.number, prompts.length)
         return whole, seconds * (most - usual) / new * -(-_texts(wanted, most) // together)
+
+
+def _name(chat: Conversation) -> str:
+    """A chat as messages call it. Its number would not do: of a long text only some chats are looked at."""
+    first = next((str(each.get("content")) for each in chat.messages if each.get("content")), "")
+    return f"the chat that begins {' '.join(first.split())[:NAMED_CHARACTERS]!r}"
 
 
 def _question(chat: Conversation, tokenizer: Any) -> list[int] | None:

@@ -22,13 +22,14 @@ from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
 from secateur.models.matrices import parameter_of
 from secateur.packed.encoding import Compression
-from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, Entry, write_index, write_weights
+from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, STEM, Entry, file_names, write_index, write_weights
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
 from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
 from secateur.sources.unpacked import (
     NOT_SMALLER,
     USAGE,
+    bytes_of,
     check_new_folder,
     is_packed,
     publish_folder,
@@ -75,8 +76,9 @@ def pack_folder(
         raise SecateurError(_why_not_worth(folder, files))
     _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed))
 
+    names = file_names(STEM, len(files))
+
     def write(target: Path) -> None:
-        names = [path.name.replace("model", "packed", 1) for path in files] if len(files) > 1 else [WEIGHTS]
         for number, (name, entries) in enumerate(zip(names, by_file.values(), strict=True), 1):
             write_weights(target / name, entries, compression)
             progress("pack", number, len(files))
@@ -87,8 +89,8 @@ def pack_folder(
         write_rest(folder, target, config, partial(_card_of_packed, folder))
 
     publish_folder(out, write)
-    sizes = [sum(path.stat().st_size for path in paths) for paths in (files, out.glob("packed*.safetensors"))]
-    return {"matrices": count, "dense_bytes": sizes[0], "packed_bytes": sizes[1]}
+    dense_bytes, packed_bytes = bytes_of(files), bytes_of(out / name for name in names)
+    return {"matrices": count, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes}
 
 
 def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
@@ -156,7 +158,10 @@ def entries_of(path: Path, transposed: set[str], make: Callable[[Tensor, bool], 
 def _read_packed(
     path: Path, name: str, is_transposed: bool, make: Callable[[Tensor, bool], PackedTensor]
 ) -> PackedTensor:
-    return make(read_tensor(path, name), is_transposed)
+    try:
+        return make(read_tensor(path, name), is_transposed)
+    except SecateurError as error:
+        raise SecateurError(f"{path}: {name}: {error.raw}") from error
 
 
 def _card_of_packed(folder: Path, text: str) -> str:

@@ -17,7 +17,8 @@ from secateur.packed.encoding import HEADER, MAGIC, Compression, Header, decode,
 from secateur.packed.layout import PackedTensor, unpack
 
 METHOD, FORMAT_VERSION = "secateur", 1
-WEIGHTS, INDEX = "packed.safetensors", "packed.safetensors.index.json"  # nothing but secateur looks for these
+STEM = "packed"  # of the files, which nothing but secateur looks for
+WEIGHTS, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 METADATA = {"format": "pt", "secateur": str(FORMAT_VERSION)}
 
 
@@ -61,6 +62,13 @@ def write_weights(path: Path, entries: Iterable[Entry], compression: Compression
                 writer.write_encoded(entry.name, encode(content, compression))
             else:
                 writer.write_dense(entry.name, content)
+
+
+def file_names(stem: str, number: int) -> list[str]:
+    """Names of one weight file, or of several, as transformers gives them."""
+    if number == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{each:05d}-of-{number:05d}.safetensors" for each in range(1, number + 1)]
 
 
 def write_index(path: Path, files: Iterable[str], parameters: int | None = None) -> None:

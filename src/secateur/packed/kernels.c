@@ -9,6 +9,7 @@
  * VALUE_PADDING bytes follow the last value. No function keeps state, but for the tiles of AMX.
  */
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -454,12 +455,12 @@ AVX2 static void range_avx2(const matrix_t *w, int64_t from, int64_t to, const f
 
 /* ------------------------------------------------------------------------------------- int8 values, int16 activations */
 
-/* x is rounded to 16 bits with a scale for each input vector. A sum of 32 bits takes FLUSH products of pairs without
- * overflow, 2 * 127 * 32767 * FLUSH < 2^31, and goes to float then. */
+/* x is rounded to 16 bits with a scale for each vector. A sum of 32 bits takes FLUSH products of pairs, and two more at
+ * the end of a row, without overflow, 2 * 127 * 32767 * (FLUSH + 2) < 2^31, and goes to float then. */
 enum { FLUSH = 256 };
 
 AVX512 INLINE void panel_int8_avx512(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride,
-                                     const float *x_scales, int batch, int sums, const uint16_t *bias, uint16_t *y) {
+                                     const float *x_scales, int batch, int sums, float *y) {
     int64_t blocks = blocks_of(w);
     const uint32_t *masks = w->masks + panel * blocks;
     const int8_t *values = bytes_of(w, panel);
@@ -499,16 +500,15 @@ AVX512 INLINE void panel_int8_avx512(const matrix_t *w, int64_t panel, const uin
 #pragma GCC unroll 8
     for (int i = 0; i < batch; i++) {
         __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(total[i], scales), _mm512_set1_ps(x_scales[i]));
-        store(y + i * w->rows + panel * ROWS, scaled, bias ? bias + panel * ROWS : NULL, rows);
+        _mm512_mask_storeu_ps(y + i * w->rows + panel * ROWS, rows, scaled);
     }
 }
 
 #define PANELS_INT8(BATCH, SUMS)                                                                                       \
     AVX512 static void panels_int8_##BATCH(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x,             \
-                                           int64_t x_stride, const float *x_scales, const uint16_t *bias,              \
-                                           uint16_t *y) {                                                              \
+                                           int64_t x_stride, const float *x_scales, float *y) {                        \
         for (int64_t panel = from; panel < to; panel++)                                                                \
-            panel_int8_avx512(w, panel, x, x_stride, x_scales, BATCH, SUMS, bias, y);                                  \
+            panel_int8_avx512(w, panel, x, x_stride, x_scales, BATCH, SUMS, y);                                        \
     }
 
 PANELS_INT8(1, 4)
@@ -517,10 +517,10 @@ PANELS_INT8(4, 2)
 PANELS_INT8(8, 2)
 
 AVX512 static void range_int8_avx512(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
-                                     const float *x_scales, int64_t batch, const uint16_t *bias, uint16_t *y) {
+                                     const float *x_scales, int64_t batch, float *y) {
     while (batch > 0) {
         int64_t done;
-#define TAKE(BATCH) (panels_int8_##BATCH(w, from, to, x, x_stride, x_scales, bias, y), (int64_t)BATCH)
+#define TAKE(BATCH) (panels_int8_##BATCH(w, from, to, x, x_stride, x_scales, y), (int64_t)BATCH)
         if (batch >= 8) done = TAKE(8);
         else if (batch >= 4) done = TAKE(4);
         else if (batch >= 2) done = TAKE(2);
@@ -554,7 +554,7 @@ AVX2 INLINE __m256i expand_bytes_avx2(const int8_t **values, uint32_t mask) {
 }
 
 AVX2 INLINE void panel_int8_avx2(const matrix_t *w, int64_t panel, const uint32_t *x, int64_t x_stride,
-                                 const float *x_scales, int batch, const uint16_t *bias, uint16_t *y) {
+                                 const float *x_scales, int batch, float *y) {
     int64_t blocks = blocks_of(w);
     const uint32_t *masks = w->masks + panel * blocks;
     const int8_t *values = bytes_of(w, panel);
@@ -586,22 +586,19 @@ AVX2 INLINE void panel_int8_avx2(const matrix_t *w, int64_t panel, const uint32_
         float sums[ROWS];
         _mm256_storeu_ps(sums, total[i][0]);
         _mm256_storeu_ps(sums + 8, total[i][1]);
-        for (int64_t row = 0; row < count; row++) {
-            float plus = bias ? widened(bias[panel * ROWS + row]) : 0.0f;
-            y[i * w->rows + panel * ROWS + row] =
-                rounded(sums[row] * w->scales[panel * ROWS + row] * x_scales[i] + plus);
-        }
+        for (int64_t row = 0; row < count; row++)
+            y[i * w->rows + panel * ROWS + row] = sums[row] * w->scales[panel * ROWS + row] * x_scales[i];
     }
 }
 
 AVX2 static void range_int8_avx2(const matrix_t *w, int64_t from, int64_t to, const uint32_t *x, int64_t x_stride,
-                                 const float *x_scales, int64_t batch, const uint16_t *bias, uint16_t *y) {
+                                 const float *x_scales, int64_t batch, float *y) {
     for (; batch >= 4; batch -= 4, x += 4 * x_stride, x_scales += 4, y += 4 * w->rows)
         for (int64_t panel = from; panel < to; panel++)
-            panel_int8_avx2(w, panel, x, x_stride, x_scales, 4, bias, y);
+            panel_int8_avx2(w, panel, x, x_stride, x_scales, 4, y);
     for (; batch >= 1; batch -= 1, x += x_stride, x_scales += 1, y += w->rows)
         for (int64_t panel = from; panel < to; panel++)
-            panel_int8_avx2(w, panel, x, x_stride, x_scales, 1, bias, y);
+            panel_int8_avx2(w, panel, x, x_stride, x_scales, 1, y);
 }
 
 /* -------------------------------------------------------------------------------------------------------- unpacking */
@@ -750,36 +747,74 @@ static void unpack_panels(const void *pointer, int64_t from, int64_t to) {
 typedef struct {
     const matrix_t *w;
     int level;
-    const uint32_t *x;
+    const uint32_t *x; /* vectors of 16-bit numbers: one for each input, and one more for an input with outliers */
     int64_t x_stride;
     const float *x_scales;
     int64_t batch;
+    const int64_t *first; /* of each input's vectors, and their number */
+    float *sums;          /* vectors x rows */
     const uint16_t *bias;
     uint16_t *y;
 } int8_product_t;
 
 static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) {
     const int8_product_t *p = pointer;
+    int64_t rows = p->w->rows, vectors = p->first[p->batch];
     if (p->level >= LEVEL_AVX512)
-        range_int8_avx512(p->w, from, to, p->x, p->x_stride, p->x_scales, p->batch, p->bias, p->y);
+        range_int8_avx512(p->w, from, to, p->x, p->x_stride, p->x_scales, vectors, p->sums);
     else
-        range_int8_avx2(p->w, from, to, p->x, p->x_stride, p->x_scales, p->batch, p->bias, p->y);
+        range_int8_avx2(p->w, from, to, p->x, p->x_stride, p->x_scales, vectors, p->sums);
+    int64_t end = to * ROWS < rows ? to * ROWS : rows;
+    for (int64_t i = 0; i < p->batch; i++) {
+        const float *sums = p->sums + p->first[i] * rows;
+        int is_split = p->first[i + 1] - p->first[i] == 2;
+        for (int64_t row = from * ROWS; row < end; row++) {
+            float total = is_split ? sums[row] + sums[rows + row] : sums[row];
+            p->y[i * rows + row] = rounded(p->bias ? total + widened(p->bias[row]) : total);
+        }
+    }
 }
 
-/* Round a vector to 16 bits; returns its scale. What is not finite makes the scale not a number. */
-static float quantised(const uint16_t *x, int64_t columns, int16_t *out) {
-    float most = 0.0f, sum = 0.0f;
+/* What is this many times the mean size of a vector is an outlier, and gets a vector with a scale of its own: with one
+ * scale, the other entries would be rounded coarsely. Rounding to 128 / 2^15 of their mean is as fine as bfloat16. */
+enum { OUTLIER = 128 };
+
+/* The mean size of the entries up to `to` in size, and in `most` the largest. One that is not finite makes both so. */
+static float mean_size(const uint16_t *x, int64_t columns, float to, float *most) {
+    float largest = 0.0f, sum = 0.0f;
+    int64_t count = 0;
     for (int64_t c = 0; c < columns; c++) {
         float value = widened(x[c]), size = value < 0 ? -value : value;
-        most = size > most ? size : most;
-        sum += value * 0.0f; /* 0, or not a number */
+        if (size > to) continue;
+        largest = size > largest ? size : largest;
+        sum += size;
+        count++;
     }
-    float inverse = most > 0 && sum == 0.0f ? 32767.0f / most : 0.0f;
+    *most = largest + sum * 0.0f; /* 0, or not a number */
+    return sum / (float)(count ? count : 1);
+}
+
+/* Round the entries of a vector above `from` and up to `to` in size to 16 bits; the others are 0. Returns the scale. */
+static float quantised(const uint16_t *x, int64_t columns, float from, float to, int16_t *out) {
+    float inverse = to > 0 ? 32767.0f / to : 0.0f;
     for (int64_t c = 0; c < columns; c++) {
-        float scaled = widened(x[c]) * inverse;
-        out[c] = sum == 0.0f ? (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f)) : 0;
+        float value = widened(x[c]), size = value < 0 ? -value : value, scaled = value * inverse;
+        out[c] = size > from && size <= to ? (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f)) : 0;
     }
-    return most / 32767.0f + sum;
+    return to / 32767.0f;
+}
+
+/* A vector as 16-bit numbers, and its scale; an outlier goes to a second vector. Returns how many there are. */
+static int64_t split(const uint16_t *x, int64_t columns, int64_t stride, int16_t *out, float *scales) {
+    float most, least, bound = OUTLIER * mean_size(x, columns, INFINITY, &most);
+    if (!(most > bound)) {
+        scales[0] = quantised(x, columns, 0.0f, most, out);
+        return 1;
+    }
+    bound = OUTLIER * mean_size(x, columns, bound, &least); /* without the outliers, which raised the mean */
+    scales[0] = quantised(x, columns, 0.0f, bound, out);
+    scales[1] = quantised(x, columns, bound, most, out + 2 * stride);
+    return 2;
 }
 
 /* bfloat16 values: y = x W^T + bias. */
@@ -811,17 +846,28 @@ static int multiply_bf16(int level, const matrix_t *w, const uint16_t *x, int64_
 static int multiply_int8(int level, const matrix_t *w, const uint16_t *x, int64_t batch, const uint16_t *bias,
                          uint16_t *y, int threads) {
     int64_t stride = (w->columns + 1) / 2;
-    int16_t *inputs = calloc((size_t)(batch * stride), sizeof(uint32_t));
-    float *x_scales = malloc((size_t)batch * sizeof(float));
-    int failed = !inputs || !x_scales;
+    int16_t *inputs = calloc((size_t)(2 * batch * stride), sizeof(uint32_t));
+    float *x_scales = malloc((size_t)(2 * batch) * sizeof(float));
+    int64_t *first = malloc((size_t)(batch + 1) * sizeof(int64_t));
+    float *sums = NULL;
+    int failed = !inputs || !x_scales || !first;
     if (!failed) {
+        first[0] = 0;
         for (int64_t i = 0; i < batch; i++)
-            x_scales[i] = quantised(x + i * w->columns, w->columns, inputs + 2 * i * stride);
-        int8_product_t product = {w, level, (const uint32_t *)inputs, stride, x_scales, batch, bias, y};
+            first[i + 1] = first[i] + split(x + i * w->columns, w->columns, stride, inputs + 2 * first[i] * stride,
+                                            x_scales + first[i]);
+        sums = malloc((size_t)(first[batch] * w->rows) * sizeof(float));
+        failed = !sums;
+    }
+    if (!failed) {
+        int8_product_t product = {w,    level, (const uint32_t *)inputs, stride, x_scales, batch, first,
+                                  sums, bias,  y};
         in_parallel(multiply_int8_panels, &product, (w->rows + ROWS - 1) / ROWS, threads);
     }
     free(inputs);
     free(x_scales);
+    free(first);
+    free(sums);
     return failed;
 }
 

@@ -1,7 +1,7 @@
 """The compiled products (kernels.c): found, chosen by the CPU's features, and called.
 
-They are built when secateur is installed where there is a C compiler, or by `python -m secateur.packed.build`. Without
-them, packed matrices are unpacked to dense ones. `SECATEUR_KERNELS` may name a lower level: `none`, `avx2`, `avx512`.
+They are built when secateur is installed where there is a C compiler. Without them, packed matrices are unpacked to
+dense ones. `SECATEUR_KERNELS` may name a lower level: `none`, `avx2`, `avx512`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ LIBRARY = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SECATEUR_KERNELS"
 # Larger batches unpack some rows at a time, and leave the product to torch: from there on, arithmetic decides.
 MAX_BATCH = {"avx2": 8, "avx512": 16, "amx": 512}
+ROWS, COLUMNS = 16, 2  # of a block of a packed matrix
 TILE_BYTES = 1 << 22  # of unpacked rows
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -99,15 +100,17 @@ def multiply(
         scales: of the rows of int8 values.
 
     Raises:
-        SecateurError: inputs of another width, which would be read beyond their end.
+        SecateurError: inputs, masks or a bias of other sizes or of another dtype, which would be read beyond their end.
 
     Cost: one read of W for a small batch; above `MAX_BATCH`, W is unpacked in tiles.
     """
     if x.shape[-1] != columns:
         raise SecateurError(f"the inputs have {x.shape[-1]} columns, and the packed matrix has {columns}")
+    _check_masks(masks, offsets, rows, columns)
+    check_bias(bias, rows)
     inputs = x.reshape(-1, columns).contiguous()
     batch = len(inputs)
-    out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16)
+    out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16, device="cpu")
     name = level()
     found = library()
     assert found is not None
@@ -124,6 +127,26 @@ def multiply(
     return out
 
 
+def check_bias(bias: Tensor | None, rows: int) -> None:
+    """Check that a kernel can read a bias.
+
+    Raises:
+        SecateurError: it has another size or dtype, or is elsewhere.
+    """
+    if bias is None or (bias.shape == (rows,) and bias.dtype == torch.bfloat16 and bias.is_cpu):
+        return
+    raise SecateurError(
+        f"the bias has the shape {tuple(bias.shape)} and is {bias.dtype} on {bias.device}; a packed matrix of {rows} "
+        f"rows takes {torch.bfloat16} on the CPU"
+    )
+
+
+def _check_masks(masks: Tensor, offsets: Tensor, rows: int, columns: int) -> None:
+    panels, blocks = -(-rows // ROWS), -(-columns // COLUMNS)
+    if masks.shape != (panels, blocks) or offsets.shape != (panels + 1,):
+        raise SecateurError(f"masks of the shape {tuple(masks.shape)} are not of a matrix ({rows}, {columns})")
+
+
 def unpack_rows(
     masks: Int[Tensor, "panels blocks"],
     values: Tensor,
@@ -134,7 +157,7 @@ def unpack_rows(
     scales: Float[Tensor, " rows"] | None = None,
 ) -> Tensor:
     """Rows of a packed matrix with values of two bytes, or of int8, then as bfloat16. `start` is a multiple of 16."""
-    out = torch.empty(stop - start, columns, dtype=values.dtype if scales is None else torch.bfloat16)
+    out = torch.empty(stop - start, columns, dtype=values.dtype if scales is None else torch.bfloat16, device="cpu")
     found = library()
     assert found is not None
     found.secateur_unpack(

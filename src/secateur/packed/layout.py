@@ -17,12 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.numerics.int8 import best_scales, from_int8, to_int8
+from secateur.numerics.int8 import LARGEST, best_scales, from_int8, to_int8
 from secateur.packed import kernels
+from secateur.packed.kernels import COLUMNS, ROWS
 
-ROWS, COLUMNS = 16, 2  # of a block
 VALUE_PADDING = 64  # bytes that kernels may read after the last value
 Values = Literal["same", "int8"]
+SMALLEST = torch.finfo(torch.float32).tiny
 WORTH = 0.9  # of a tensor's bytes, at most, for it to be packed
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -125,7 +126,7 @@ def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
         SecateurError: a value that is not finite.
     """
     if not tensor.isfinite().all():
-        raise SecateurError("it holds values that are not finite, which int8 can't")
+        raise SecateurError("it holds values that are not finite, which int8 can't: keep them by ‹values=same›")
     matrices = tensor.detach().mT if transposed else tensor.detach()
     scales = best_scales(matrices)
     bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
@@ -141,6 +142,9 @@ def pack_int8_where_exact(tensor: Tensor, transposed: bool = False) -> PackedTen
     """Pack a dense tensor, bit for bit: with int8 values where it was rounded to such, else as `pack` does."""
     if tensor.isfinite().all():
         packed = pack_int8(tensor, transposed)
+        assert packed.scales is not None
+        if (packed.scales[packed.scales > 0] < SMALLEST).any():  # some kernels take denormal weights for zeros
+            return pack(tensor, transposed)
         bits = BITS[tensor.dtype]
         if torch.equal(unpack(packed).view(bits), tensor.detach().contiguous().view(bits)):
             return packed
@@ -215,18 +219,23 @@ def is_mapped(encoded: Tensor, packed: PackedTensor) -> bool:
 
 
 def check(packed: PackedTensor) -> None:
-    """Check that masks and values fit: as many bits as values, and none outside of the matrix. Cost: one read of masks.
+    """Check that masks and values fit: as many bits as values, and none outside of the matrix.
 
     Raises:
         SecateurError: they don't fit.
+
+    Cost: one read of masks, and of int8 values.
     """
     count = int(_popcounts(packed.masks).sum(dtype=np.int64))
     if count != packed.kept:
         raise SecateurError(f"its masks have {count:,} bits, but it holds {packed.kept:,} values")
     if len(packed.values) * packed.values.itemsize < packed.kept * packed.values.itemsize + VALUE_PADDING:
         raise SecateurError("its values end too early")
-    if packed.scales is not None and not packed.scales.isfinite().all():
-        raise SecateurError("its scales are not finite")
+    if packed.scales is not None:
+        if not packed.scales.isfinite().all():
+            raise SecateurError("its scales are not finite")
+        if (packed.values[: packed.kept] < -LARGEST).any():  # sums of the kernels would overflow
+            raise SecateurError(f"its 8-bit values go beyond -{LARGEST}")
     panels_of_one = max(1, len(packed.masks) // max(1, packed.stack))
     last_panels = packed.masks[panels_of_one - 1 :: panels_of_one].numpy().view(np.uint32)
     if (rows := packed.rows % ROWS) and (last_panels >> np.uint32(COLUMNS * rows)).any():

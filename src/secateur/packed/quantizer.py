@@ -2,7 +2,8 @@
 
 transformers reads the weights through the file that `config.transformers_weights` names, which only this sets: without
 secateur there is no file that it looks for, so loading fails. Layers that a kernel serves keep their encoded weight
-until all are read; then each becomes a `PackedLinear`. Everything else is decoded to dense while it is read.
+until all are read; then each becomes a `PackedLinear`. Everything else is decoded to dense while it is read, and so is
+all where a device map names anything but the CPU.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from secateur.packed import kernels
 from secateur.packed.encoding import Header, decode, is_encoded
 from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, dense, read_headers
 from secateur.packed.layout import is_mapped
-from secateur.packed.linear import PackedLinear, say_once
+from secateur.packed.linear import PackedLinear
 from secateur.packed.mapped import drop_pages
 from secateur.packed.saving import save_packed
+from secateur.runtime.messages import say
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed folder: method, version, whether its weights are in several files.
 
-    `dequantize=True` loads the ordinary dense model.
+    `secateur.load(folder, dense=True)` sets `dequantize`, and gives the ordinary dense model.
     """
 
     def __init__(
@@ -64,10 +66,6 @@ class PackedConfig(QuantizationConfigMixin):
         """What config.json holds."""
         return {"quant_method": METHOD, "version": self.version, "sharded": self.sharded}
 
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What the caller's config decides, in place of the file's."""
-        return {"dequantize": self.dequantize}
-
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
@@ -87,29 +85,34 @@ class PackedQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
     ) -> Any:
-        """Give each layer that a kernel will serve a weight of encoded bytes."""
+        """Give each layer that a kernel will serve a weight of encoded bytes.
+
+        Raises:
+            SecateurError: a matrix of another shape than the model's, or a device map with a disk.
+        """
         self._layers: dict[str, nn.Module] = {}
+        _check_no_disk(device_map)
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
-        if self.quantization_config.dequantize or kernels.level() == "none" or self._dtype != torch.bfloat16:
+        by_target = _by_target(model, headers)
+        why_dense = _why_dense(self._dtype, device_map)
+        if self.quantization_config.dequantize or why_dense:
             if not self.quantization_config.dequantize:
-                say_once(f"the packed model is unpacked to a dense one: {_why_dense(self._dtype)}")
+                say(f"secateur: the packed model is unpacked to a dense one: {why_dense}")
             return model
         modules = dict(model.named_modules())
-        for target, (header, size) in _by_target(model, headers).items():
+        for target, (header, size) in by_target.items():
             name = target.removesuffix(".weight")
             module = modules.get(name)
             kind = Conv1D if header.transposed else nn.Linear
             if _is_served(header) and name != target and type(module) is kind:
+                _check_shape(target, header, module.weight)
                 self._layers[name] = module
                 empty = torch.empty(size, dtype=torch.uint8, device="meta")
                 module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-        if len(self._layers) < len(headers):
-            say_once(
-                f"{len(headers) - len(self._layers)} of {len(headers)} packed matrices are unpacked: no kernel "
-                f"serves them"
-            )
+        if unserved := len(headers) - len(self._layers):
+            say(f"secateur: {unserved} of {len(headers)} packed matrices are unpacked: no kernel serves them")
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:  # noqa: ARG002
@@ -131,7 +134,12 @@ class PackedQuantizer(HfQuantizer):
         return None if name in ("U8", "torch.uint8") else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Make a packed layer of each that was read."""
+        """Make a packed layer of each that was read.
+
+        Raises:
+            SecateurError: damaged bytes, or a device map that came to name a disk.
+        """
+        _check_no_disk(getattr(model, "hf_device_map", None))
         while self._layers:
             name, module = self._layers.popitem()
             parent, _, child = name.rpartition(".")
@@ -207,6 +215,20 @@ def _by_target(model: Any, headers: dict[str, tuple[Header, int]]) -> dict[str, 
     return {target: headers[key] for key, (target, pattern) in targets.items() if pattern is None}
 
 
+def _check_no_disk(device_map: Any) -> None:
+    if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+        raise SecateurError("layers of a packed model can't stay on a disk: unpack it first, by `secateur unpack`")
+
+
+def _check_shape(name: str, header: Header, weight: Tensor) -> None:
+    """Check the shape that a file gives a matrix: a kernel would read beyond the layer's bias, or its input."""
+    if header.shape != tuple(weight.shape):
+        raise SecateurError(
+            f"{name} has the shape {header.shape} in the packed file, and {tuple(weight.shape)} by config.json: the "
+            f"folder is damaged"
+        )
+
+
 def _is_served(header: Header) -> bool:
     return header.dtype == torch.bfloat16 and len(header.shape) == 2
 
@@ -224,13 +246,31 @@ def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
 
 
 def _dense(tensor: Tensor, name: str) -> Tensor:
-    found = dense(tensor, name)
-    if is_encoded(tensor):
-        drop_pages(tensor)
+    """A tensor of the file, where it is; unpacked on the CPU if it is packed."""
+    if tensor.dtype != torch.uint8:
+        return tensor
+    here = tensor.cpu()
+    found = dense(here, name).to(tensor.device)
+    if is_encoded(here):
+        drop_pages(here)
     return found
 
 
-def _why_dense(dtype: Any) -> str:
+def _why_dense(dtype: Any, device_map: Any) -> str:
+    """Why no layer stays packed; "" where they do."""
     if dtype != torch.bfloat16:
         return f"kernels serve torch.bfloat16, and {dtype} was asked for"
-    return "the kernels were not built, or this CPU has neither AVX2 nor AVX-512 (see `secateur env`)"
+    if not _is_on_cpu(device_map):
+        return f"kernels serve the CPU, and the device map is {device_map}"
+    if kernels.level() == "none":
+        return "the kernels were not built, or this CPU has neither AVX2 nor AVX-512 (see `secateur env`)"
+    return ""
+
+
+def _is_on_cpu(device_map: Any) -> bool:
+    """Whether all layers of a device map are on the CPU and stay there."""
+    if isinstance(device_map, dict):
+        return all(str(place) == "cpu" for place in device_map.values())
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.accelerator.is_available()
+    return device_map is None or str(device_map) == "cpu"

@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
-from secateur.packed.files import INDEX, WEIGHTS, Entry, write_index, write_weights
+from secateur.packed.files import INDEX, STEM, Entry, file_names, write_index, write_weights
 from secateur.packed.layout import PackedTensor, is_worth_packing, pack
 from secateur.packed.linear import PackedLinear
 from secateur.recipe.sizes import parse_size
@@ -25,6 +25,7 @@ _ANY_WEIGHTS = re.compile(r"(model|packed|pytorch_model)(-\d{5}-of-\d{5})?\.(saf
 def save_packed(
     model: Any,
     save_directory: str | Path,
+    is_main_process: bool = True,
     max_shard_size: int | str = "50GB",
     compression: Compression = "zstd",
     **others: Any,
@@ -34,30 +35,42 @@ def save_packed(
     Args:
         model: loaded from a packed folder.
         save_directory: is made where it is missing; weights that are there are replaced.
+        is_main_process: whether this process writes; the others do nothing.
         max_shard_size: of a file, such as `5GB`; a packed file ends up smaller.
         compression: `zstd`, or `none` for weights that can be mapped.
         others: arguments of transformers that this does not need; those that it can't honour are refused.
 
     Raises:
-        SecateurError: `push_to_hub`, or a `state_dict`.
+        SecateurError: `push_to_hub`, a `state_dict`, a `variant`, or a form that is not safetensors.
     """
     for name in ("push_to_hub", "state_dict", "variant"):
         if others.get(name):
             raise SecateurError(f"a packed model can't be saved with ‹{name}›: save it to a folder first")
+    if not others.get("safe_serialization", True):
+        raise SecateurError("a packed model is saved as safetensors: leave ‹safe_serialization› out")
+    if not is_main_process:
+        return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(_entries(model), parse_size(max_shard_size, "max_shard_size"))
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:  # a full disk leaves the earlier weights
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:  # a full disk leaves the earlier model
         for name, entries in shards.items():
             write_weights(Path(scratch) / name, entries, compression)
         if len(shards) > 1:
             write_index(Path(scratch) / INDEX, shards)
+        _write_configs(model, Path(scratch), len(shards) > 1)
+        written = {path.name for path in Path(scratch).iterdir()}
+        for name in sorted(
+            written, key=lambda name: name == "config.json"
+        ):  # the config names the files, so it is last
+            (Path(scratch) / name).replace(folder / name)
         for path in folder.iterdir():
-            if _ANY_WEIGHTS.fullmatch(path.name):
+            if _ANY_WEIGHTS.fullmatch(path.name) and path.name not in written:
                 path.unlink()
-        for path in Path(scratch).iterdir():
-            path.replace(folder / path.name)
-    model.config.quantization_config.sharded = len(shards) > 1
+
+
+def _write_configs(model: Any, folder: Path, is_sharded: bool) -> None:
+    model.config.quantization_config.sharded = is_sharded
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -66,11 +79,20 @@ def save_packed(
 
 def _entries(model: Any) -> list[Entry]:
     """Every tensor under the name that it has in a checkpoint, tied ones once."""
-    content: dict[str, Any] = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    content: dict[str, Any] = remove_tied_weights_from_state_dict(_dense_tensors(model), model)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and module.is_packed:
             content[f"{name}.weight"] = module.packed
     return [_entry(name, each) for name, each in revert_weight_conversion(model, content).items()]
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without packed weights, which it would hold unpacked."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        of_module: Any = super(PackedLinear, module) if isinstance(module, PackedLinear) else module
+        of_module._save_to_state_dict(found, f"{name}." if name else "", keep_vars=False)
+    return found
 
 
 def _entry(name: str, content: Tensor | PackedTensor) -> Entry:
@@ -96,6 +118,4 @@ def _shards(entries: list[Entry], max_bytes: int) -> dict[str, list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"packed-{number:05d}-of-{len(shards):05d}.safetensors": each for number, each in enumerate(shards, 1)}
+    return dict(zip(file_names(STEM, len(shards)), shards, strict=True))

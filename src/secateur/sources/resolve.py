@@ -42,7 +42,8 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
         raise SecateurError(f"{name} is a file other than .gguf: give a model folder, a GGUF file or a hub name")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise SecateurError(f"no model at {name}: there is no such folder or file")
-    return _from_hub(name, trust_remote_code, allow_pickle)
+    found = _from_hub(name, trust_remote_code, allow_pickle)
+    return unpacked(found) if is_packed(found) else found
 
 
 def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:

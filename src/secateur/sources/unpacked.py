@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.calibration.stream import Progress
 from secateur.errors import SecateurError
-from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, read_headers, write_index, write_weights
+from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, file_names, read_headers, write_index, write_weights
 from secateur.reporting.report import METADATA, read_metadata
 from secateur.sources.model_cache import cached
 from secateur.sources.other_files import copy_other_files
@@ -25,6 +25,7 @@ from secateur.storage.held_folder import HeldFolder, make_folders
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path
 
+DENSE_STEM = "model"  # of the weight files
 NOT_SMALLER = "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster."
 USAGE = """\
 The weights are packed (a bitmask and the nonzero values). Load them with [secateur](https://pypi.org/project/secateur):
@@ -61,8 +62,13 @@ def unpack_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]
         _write_dense(folder, files, target, progress)
 
     publish_folder(out, write)
-    sizes = [sum(path.stat().st_size for path in paths) for paths in (files, out.glob("model*.safetensors"))]
-    return {"packed_bytes": sizes[0], "dense_bytes": sizes[1]}
+    dense_files = (out / name for name in file_names(DENSE_STEM, len(files)))
+    return {"packed_bytes": bytes_of(files), "dense_bytes": bytes_of(dense_files)}
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    """Bytes of files in all."""
+    return sum(path.stat().st_size for path in files)
 
 
 def unpacked(folder: Path) -> Path:
@@ -132,7 +138,7 @@ def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callabl
 
 
 def _write_dense(folder: Path, files: list[Path], target: Path, progress: Progress) -> None:
-    names = [path.name.replace("packed", "model", 1) for path in files]
+    names = file_names(DENSE_STEM, len(files))
     for number, (path, name) in enumerate(zip(files, names, strict=True), 1):
         write_weights(target / name, _dense_entries(path), "none")
         progress("unpack", number, len(files))

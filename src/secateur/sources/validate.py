@@ -37,7 +37,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
             f"{folder} is a LoRA adapter, not a model: merge it first, by "
             f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED)"
         )
-    config = read_json(folder / "config.json", "a model folder needs its config.json")
+    config = _config_of(folder)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         if method == METHOD:
@@ -78,7 +78,7 @@ def check_packed(folder: Path) -> dict[str, Path]:
     Raises:
         SecateurError: it is not packed, or files are missing, incomplete, damaged or of another version.
     """
-    config = read_json(folder / "config.json", "a model folder needs its config.json")
+    config = _config_of(folder)
     packing = config.get("quantization_config")
     if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
         raise SecateurError(f"{folder} is not packed: its config.json names no packing")
@@ -98,6 +98,12 @@ def check_packed(folder: Path) -> dict[str, Path]:
             shards |= dict.fromkeys(file.keys(), path)
     _check_counts(folder / "config.json", config, len(shards))
     return shards
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise SecateurError(f"there is no folder {folder}")
+    return read_json(folder / "config.json", "a model folder needs its config.json")
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

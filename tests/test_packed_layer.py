@@ -1,0 +1,146 @@
+"""A packed layer as users and libraries treat it: gradients, compilation, pickles, other dtypes and devices."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from secateur.errors import SecateurError
+from secateur.packed import kernels
+from secateur.packed import linear as packed_linear
+from secateur.packed.layout import pack, pack_int8
+from secateur.packed.linear import PackedLinear
+
+needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
+
+
+def a_layer(rows=48, columns=32, bias=True):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(columns, rows, bias).to(torch.bfloat16)
+    linear.weight.data[torch.rand(rows, columns) < 0.5] = 0
+    return linear, PackedLinear(pack(linear.weight), None if linear.bias is None else linear.bias.data)
+
+
+@needs_kernels
+def test_gradients_of_the_input():
+    linear, packed = a_layer()
+    x = torch.randn(3, 32).bfloat16()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    packed(found).float().square().sum().backward()
+    linear(expected).float().square().sum().backward()
+    assert torch.allclose(found.grad, expected.grad, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_a_layer_becomes_dense_where_no_kernel_serves_it(monkeypatch, capsys):
+    monkeypatch.setattr(packed_linear, "_said", set())
+    linear, packed = a_layer()
+    x = torch.randn(3, 32).bfloat16()
+    copied = copy.deepcopy(packed)
+    assert copied.is_packed
+    assert torch.equal(packed.weight, linear.weight)  # asked for by a model's code
+    assert not packed.is_packed
+    assert torch.equal(packed(x), linear(x))
+    assert not copied.to(torch.float32).is_packed
+    assert torch.allclose(copied(x.float()), linear.float()(x.float()))
+    assert capsys.readouterr().err.count("unpacked") == 2
+
+
+@needs_kernels
+def test_torch_compile_keeps_the_product():
+    _, packed = a_layer()
+    x = torch.randn(5, 32).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), packed(x))
+    torch.library.opcheck(
+        torch.ops.secateur.packed_linear.default,
+        (x, packed.masks, packed.values, packed.offsets, packed.bias.detach(), packed.scales, 32, 48),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@needs_kernels
+def test_compiled_products_have_gradients():
+    _, packed = a_layer()
+    x = torch.randn(5, 32).bfloat16()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.compile(packed, fullgraph=True, backend="aot_eager")(found).sum().backward()
+    packed(expected).sum().backward()
+    assert torch.equal(found.grad, expected.grad)
+
+
+@needs_kernels
+def test_inputs_that_no_kernel_takes_are_refused_and_leave_the_layer_packed():
+    linear, packed = a_layer()
+    for x in (torch.randn(3, 32), torch.randn(3, 32).half(), torch.randn(3, 32).bfloat16().to("meta")):
+        with pytest.raises(SecateurError, match="takes torch.bfloat16 on the CPU, and got"):
+            packed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(torch.ones(3, 32)), linear(torch.ones(3, 32)))
+    assert packed.is_packed
+
+
+@needs_kernels
+def test_a_bias_of_another_size_or_dtype_is_refused():
+    linear, packed = a_layer()
+    for bias in (torch.zeros(47).bfloat16(), torch.zeros(48)):
+        with pytest.raises(SecateurError, match="the bias has the shape"):
+            PackedLinear(pack(linear.weight), bias)
+    packed.bias = torch.nn.Parameter(torch.zeros(47).bfloat16())
+    with pytest.raises(SecateurError, match=r"the bias has the shape \(47,\)"):
+        packed(torch.ones(1, 32).bfloat16())
+    packed.bias = None
+    packed.masks = packed.masks[:1]
+    with pytest.raises(SecateurError, match="are not of a matrix"):
+        packed(torch.ones(1, 32).bfloat16())
+
+
+@needs_kernels
+def test_no_content_is_no_packed_layer():
+    """Kernels would read where garbage points to."""
+    _, packed = a_layer()
+    for _ in range(20):
+        layer = copy.deepcopy(packed).to_empty(device="cpu")
+        assert not layer.is_packed
+        assert layer(torch.ones(2, 32).bfloat16()).shape == (2, 48)
+    with torch.device("meta"):
+        assert packed(torch.ones(2, 32, dtype=torch.bfloat16, device="cpu")).is_cpu
+        assert packed.bfloat16().is_packed
+
+
+@needs_kernels
+def test_tensors_without_content_go_through_the_operator():
+    from torch._subclasses import FakeTensorMode
+
+    _, packed = a_layer()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert packed(torch.ones(3, 32, dtype=torch.bfloat16)).shape == (3, 48)
+
+
+@needs_kernels
+def test_a_pickled_layer_is_dense_where_there_are_no_kernels(monkeypatch):
+    linear, packed = a_layer()
+    file = io.BytesIO()
+    torch.save(packed, file)
+    for level in (kernels.level(), "none"):
+        monkeypatch.setattr(kernels, "level", lambda level=level: level)
+        file.seek(0)
+        layer = torch.load(file, weights_only=False)
+        assert layer.is_packed == (level != "none")
+        assert torch.equal(layer.packed.masks if layer.is_packed else layer.weight,
+                           packed.packed.masks if layer.is_packed else linear.weight)  # fmt: skip
+
+
+@needs_kernels
+def test_int8_layers_have_state_dicts():
+    linear, _ = a_layer()
+    layer = PackedLinear(pack_int8(linear.weight), None)
+    state = layer.state_dict()
+    again = PackedLinear(pack_int8(linear.weight * 2), None)
+    again.load_state_dict(state)
+    assert again.scales is not None
+    assert torch.equal(again.state_dict()["weight"], state["weight"])
