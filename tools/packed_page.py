@@ -51,8 +51,23 @@ def measured_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({tokens}). SmolLM2 was pruned by `balanced`, on the text of the next table. {apart_line()}"
+        f"{settings['text']} ({tokens}). {pruned_line()} {apart_line()}"
     ).rstrip()
+
+
+def pruned_line() -> str:
+    """How the models were pruned, and what today's recipe gives."""
+    smol = [perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%")]
+    return (
+        f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
+        f"{smol[0]:.2f} (50%) and {smol[1]:.2f} (70%). Qwen was pruned by an early recipe, to measure size and speed: "
+        f"`balanced` with more tokens in its allocation ends at "
+        f"{perplexity_of('qwen', 'balanced+allocation.tokens=8192 50% 0'):.2f} (50%)."
+    )
+
+
+def perplexity_of(comparison: str, cell: str) -> float:
+    return read_result(f"compare/{comparison}/compare")["cells"][cell]["perplexity"]["wikitext2-test.txt"]
 
 
 def apart_line() -> str:
@@ -183,7 +198,7 @@ dense = secateur.load("PACKED", dense=True)  # the ordinary model
 ```
 
 After `import secateur`, `pipeline`, `generate`, `lm_eval`'s `HFLM`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed
-again) work as with any model. `lm_eval`'s own command does not import secateur: use `secateur eval PACKED --tasks ...`. [The format](format.md) is open and small.
+again) work as with any model. A state dict holds the dense weights, and one that is loaded is packed. `lm_eval`'s own command does not import secateur: use `secateur eval PACKED --tasks ...`. [The format](format.md) is open and small.
 
 ## Whole models
 
@@ -197,9 +212,12 @@ again) work as with any model. `lm_eval`'s own command does not import secateur:
 
 {rounding_table()}
 
-SmolLM2-135M. Little, in every way: the difference between two runs of pruning is larger than that of rounding. Rounding [while
+SmolLM2-135M, by earlier versions of the recipes: compare only within this table. Little, in every way: the difference between two runs of pruning is larger than that of rounding. Rounding [while
 pruning](how/round.md) changes layers less: on two matrices of SmolLM2 at 50% the error that it adds is {rounding_of_matrices()} of that of the nearest
 values. The third row has the masks of the first, so its divergence is that of rounding alone.
+
+In small batches, inputs are rounded too, to 16 bits with one scale for each token. Those that are more than 128 times the mean size
+have a scale of their own, so that they leave the others their digits. The table has no part of that: its texts run in large batches.
 
     python benchmarks/rounding.py --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json
 

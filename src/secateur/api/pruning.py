@@ -291,7 +291,9 @@ def coverage_of(
         checkpoint = load_checkpoint(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
     chosen, texts = texts_of(chosen, calibration)
-    few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
+    few = CalibrationText()
+    if texts is None or isinstance(texts, str | Path):
+        few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
     data = calibration_batches(texts, tokenizer, config_of(module), few)
     if data.to_write is not None:
         data = data.with_written(data.to_write.write(module, tokenizer, InMemory(), no_progress))

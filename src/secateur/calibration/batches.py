@@ -90,11 +90,7 @@ def calibration_batches(
             prompts that leave no room for an answer.
     """
     if source is not None and not isinstance(source, str | Path):
-        if text.own_words and text.own_words != AUTO:
-            raise SecateurError(
-                f"calibration.own_words={text.own_words} lets the model go on from a text, and ‹calibration› holds "
-                f"tensors: name a text"
-            )
+        _check_no_text_options(text)
         return _from_tensors(source, config)
     check_is_name(source)
     if source == OWN_BATCHES and not Path(OWN_BATCHES).exists():
@@ -120,6 +116,24 @@ def calibration_batches(
     batches = [{"input_ids": drawn}]
     origin |= {"samples": len(drawn) + number, "sha256": _digest([*batches, *_asked(to_write)])}
     return CalibrationBatches(batches, origin, notices, to_write)
+
+
+def _check_no_text_options(text: CalibrationText) -> None:
+    """Check that no option asks for what is done with a text only.
+
+    Raises:
+        SecateurError: one does.
+    """
+    if text.own_words and text.own_words != AUTO:
+        raise SecateurError(
+            f"calibration.own_words={text.own_words} lets the model go on from a text, and ‹calibration› holds "
+            f"tensors: name a text"
+        )
+    for name in ("samples", "seq_len", "text_field"):
+        if (value := getattr(text, name)) != getattr(CalibrationText(), name):
+            raise SecateurError(
+                f"‹{name}={value}› is for a text, and ‹calibration› holds tensors, of which all are taken: leave it out"
+            )
 
 
 def _own_words_on_top(text: CalibrationText, length: int, can_write: bool) -> int:
@@ -199,10 +213,16 @@ def _batched(windows: Int[Tensor, "N T"], batch_tokens: int) -> list[Batch]:
 
 def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
     batches: list[Batch] = []
-    for item in source:
+    for number, item in enumerate(source, 1):
         batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
-        if not batch or not all(isinstance(value, Tensor) for value in batch.values()):
-            raise SecateurError("calibration items must be tensors of token ids, or keyword batches of tensors")
+        if wrong := [each for each in batch.values() if not isinstance(each, Tensor)] or [None] * (not batch):
+            raise SecateurError(
+                f"item {number} of the calibration data is or holds a {type(wrong[0]).__name__}: items are tensors of "
+                f"token ids, or keyword batches of tensors, as tokenizer(TEXT, return_tensors='pt') gives them; a text "
+                f"file is given by its name"
+            )
+        if (mask := batch.get("attention_mask")) is not None and not mask.any():
+            raise SecateurError(f"item {number} of the calibration data is all padding: leave it out")
         for_decoder = any(name.startswith("decoder_") for name in batch)
         if "labels" in batch and getattr(config, "is_encoder_decoder", False) and not for_decoder:
             raise SecateurError(

@@ -151,7 +151,7 @@ def _breaks_of_rules(recipe: Recipe, recorded: dict[str, dict[str, Any]]) -> lis
     found = []
     for name, entry in recorded.items():
         rule, own = rule_for(recipe, name), matrix_recipe(recipe, name)
-        if rule is not None and rule.dense:
+        if rule is not None and rule.dense is True:
             found.append(f"{name} was pruned, but a rule of the recipe leaves it dense")
         elif own.own_pattern and entry["pattern"] != str(own.pattern):
             found.append(f"{name} was pruned to {entry['pattern']}, but its rule in the recipe says {own.pattern}")

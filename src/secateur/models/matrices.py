@@ -138,7 +138,7 @@ class MatrixFilter:
     def why_dense(self, name: str) -> str | None:
         """Why a matrix stays dense; None where it is pruned."""
         rule = rule_for(self.recipe, name)
-        if rule is not None and rule.dense:
+        if rule is not None and rule.dense is True:
             return f"a rule leaves {' and '.join(map(repr, rule.match))} dense"
         if rule is not None and rule.dense is False:
             return None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur.calibration.dense_pass import inputs_of
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
-from secateur.models.blocks import Block, body_of, run_without_cache
+from secateur.models.blocks import Block, ForwardError, body_of, run_without_cache
 from secateur.models.discovery import BlockChain
 from secateur.models.head import (
     ALL,
@@ -83,9 +83,13 @@ class ModelEnd:
             few = {"logits_to_keep": torch.arange(1, device=hidden.device)} if takes_positions(self.model) else {}
             calls: list[Any] = []  # OPT's head looks at a part of the body, which is not the body's call
             hook = body_of(self.model).register_forward_hook(lambda *call: calls.append(call))
-            with body_gives(self.model, output):
-                whole = run_without_cache(self.model, self.model, **inputs, **few)
-            hook.remove()
+            try:
+                with body_gives(self.model, output):
+                    whole = run_without_cache(self.model, self.model, **inputs, **few)
+            except ForwardError:  # such as a classifier of sequences, which wants to know their padding
+                return False
+            finally:
+                hook.remove()
             if not calls:
                 return False
         logits = getattr(whole, "logits", None)

@@ -25,7 +25,9 @@ class Unstructured:
             raise SecateurError(f"sparsity is {self.sparsity:g}; it must lie between 0 (dense) and 1 (all zero){hint}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity * 100:.10g}%"
+        percent = f"{self.sparsity * 100:.10g}"
+        is_exact = float(percent) / 100 == self.sparsity and not 0 < self.sparsity < 0.01
+        return f"{percent}%" if is_exact else repr(self.sparsity)  # `check_asked_pattern` refuses shares such as 0.5%
 
     def num_pruned(self, rows: int, columns: int) -> int:
         """Exact number of zeros in a matrix: round(sparsity R C)."""
@@ -88,7 +90,7 @@ def check_asked_pattern(text: Any) -> None:
     Raises:
         SecateurError: `1` and `0`, which would remove every weight or none, and shares below 1% written with a %.
     """
-    spelled = str(text).strip() if isinstance(text, int | str) else ""
+    spelled = str(text).strip() if isinstance(text, int | float | str) else ""
     if re.fullmatch(r"[01](\.0*)?", spelled):
         raise SecateurError(
             f"pattern {text} removes {'every' if spelled[0] == '1' else 'no'} weight: write 50% or 0.5 for half of the "

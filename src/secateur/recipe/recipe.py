@@ -61,14 +61,16 @@ class Rule:
     match: Globs = Field(min_length=1, description="Globs on matrix names, such as `*.mlp.*`.")
     pattern: PatternField | None = Field(default=None, description="Pattern of these matrices; empty = the recipe's.")
     solver: Solver | None = Field(default=None, description="Solver of these matrices; empty = the recipe's.")
-    dense: Switch | None = Field(
-        default=None, description="true leaves them dense; false prunes what is dense by default, such as routers."
+    dense: Switch | Literal["auto"] | None = Field(
+        default=None,
+        description="true leaves them dense; false prunes what is dense by default, such as routers; auto leaves that "
+        "dense, and prunes the others.",
     )
 
     def __post_init__(self) -> None:
         if self.pattern is None and self.solver is None and self.dense is None:
             raise RecipeError("a rule needs a pattern, a solver or dense")
-        if self.dense and (self.pattern is not None or self.solver is not None):
+        if self.dense is True and (self.pattern is not None or self.solver is not None):
             raise RecipeError("a rule with dense: true can't have a pattern or a solver", ("dense",))
 
 
@@ -156,7 +158,7 @@ class Recipe:
                 ("permutation",),
             )
         for number, rule in enumerate(self.rules):
-            if not rule.dense:
+            if rule.dense is not True:
                 _check_together(rule.pattern or self.pattern, rule.solver or self.solver, ("rules", number))
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def resolve_recipe(
         recipe: a recipe, its data, the name of a preset or of a file. None is the preset `balanced`, or the solver
             alone where one is named.
         settings: options by dotted name, which win over the recipe.
-        include: globs; only these matrices are pruned.
+        include: globs; only these matrices are pruned, and of them none that is dense by default, such as routers.
         exclude: globs; these matrices stay dense.
         shortcuts: options by the names of `SHORTCUTS`, None = not given. They may fill in what the recipe leaves open,
             and may not contradict it.
@@ -48,7 +48,6 @@ def resolve_recipe(
     Raises:
         RecipeError: an unknown name or option, a wrong value, or a shortcut that contradicts the recipe.
     """
-    check_asked_pattern(shortcuts.get("pattern"))
     given = {SHORTCUTS[name]: value for name, value in shortcuts.items() if value is not None}
     settings = dict(settings or {})
     data, file = _stated(recipe, given, settings)
@@ -58,6 +57,8 @@ def resolve_recipe(
     added = _rules(include, exclude, bool(data.get("rules")))
     if added:
         data["rules"] = [*_rules_of(data), *added]
+    for stated in (data, *_rules_of(data)):
+        check_asked_pattern(stated.get("pattern") if isinstance(stated, Mapping) else None)
     return Recipe.from_dict(data) if file is None else file.recipe(data)
 
 
@@ -66,7 +67,8 @@ def _stated(
 ) -> tuple[dict[str, Any], RecipeFile | None]:
     """What the recipe says, as data, and the file that it comes from."""
     if isinstance(recipe, Recipe):
-        return stated_settings(recipe), None
+        made_for = recipe.allocation is not None or recipe.refit is not None  # both depend on the kind of pattern
+        return stated_settings(recipe) | ({"pattern": str(recipe.pattern)} if made_for else {}), None
     if isinstance(recipe, Mapping):
         return dict(recipe), None
     if recipe is None:
@@ -131,5 +133,5 @@ def _rules(include: Sequence[str], exclude: Sequence[str], with_others: bool) ->
     """Rules for what `include` and `exclude` name."""
     if include and with_others:
         raise RecipeError("‹include› can't be combined with a recipe's rules: write a rule for the others instead")
-    only = [{"match": "*", "dense": True}, {"match": list(include), "dense": False}] if include else []
+    only = [{"match": "*", "dense": True}, {"match": list(include), "dense": "auto"}] if include else []
     return only + ([{"match": list(exclude), "dense": True}] if exclude else [])
