@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import UnsupportedModelError
+from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import (
     Block,
     BlockCall,
@@ -27,7 +27,7 @@ from secateur.models.blocks import (
     run_without_cache,
     same_tensor,
 )
-from secateur.models.matrices import Matrix, MatrixFilter, matrices_of
+from secateur.models.matrices import Matrix, MatrixFilter, matrices_of, parameter_of
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.models.stubs import CallSample, StubOutput, same_calls, sampled, stubbed
 from secateur.recipe.recipe import Recipe
@@ -87,7 +87,7 @@ def find_block_chains(
 
     Raises:
         UnsupportedModelError: no list of blocks that runs, or none with a prunable matrix.
-        SecateurError: a rule that matches no matrix.
+        SecateurError: a rule that matches no matrix, or that leaves one of two matrices dense which are one tensor.
 
     Cost: a forward pass of one sequence, and one with stubbed blocks for each chain.
     """
@@ -124,7 +124,22 @@ def find_block_chains(
     )
     if not any(block.matrices for block in structure.blocks):
         raise UnsupportedModelError(f"no prunable matrix is left in the blocks of {', '.join(trace.ran)}")
+    _check_other_names(model, structure.blocks, matrices)
     return structure
+
+
+def _check_other_names(model: nn.Module, blocks: Sequence[Block], matrices: MatrixFilter) -> None:
+    """Check that no rule leaves a matrix dense that is pruned under another name.
+
+    Raises:
+        SecateurError: one does.
+    """
+    pruned = {id(matrix.parameter): matrix.name for block in blocks for matrix in block.matrices}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = path.removesuffix(".weight")
+        taken_as = pruned.get(id(parameter))
+        if taken_as and parameter_of(taken_as) != name and (reason := matrices.why_dense(name)):
+            raise SecateurError(f"{name} stays dense ({reason}), and {taken_as} is the same tensor: exclude both")
 
 
 def _block(path: str, module: nn.Module, matrices: MatrixFilter) -> Block:

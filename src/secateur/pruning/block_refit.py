@@ -175,7 +175,7 @@ def _descend(
     best: _Best,
 ) -> _Best:
     """Adam over the training batches from the weights as solved; the best weights of all epochs and before."""
-    groups = [{"params": [master]} for master in weights.masters]
+    groups = [{"params": [part]} for part in weights.parts]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=ADAM_EPS, fused=True)
     steps, step = epochs * len(train), 0
     for epoch in range(1, epochs + 1):
@@ -305,9 +305,15 @@ class MaskedMasterWeights:
         names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
         self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
+        self.gradients = [torch.zeros_like(master) for master in self.masters]
+        self.parts = [part for master in self.masters for part in _matrices_in(master)]
+        for part, gradient in zip(
+            self.parts, [each for of in self.gradients for each in _matrices_in(of)], strict=True
+        ):
+            part.grad = gradient  # a view, as the part is
         self.scales = [
-            float(((master * mask).square().sum() / mask.sum().clamp_min(1)).sqrt())
-            for master, mask in zip(self.masters, kept, strict=True)
+            float(((part * mask).square().sum() / mask.sum().clamp_min(1)).sqrt())
+            for part, mask in zip(self.parts, [each for of in kept for each in _matrices_in(of)], strict=True)
         ]
         # In the gradients' dtype, as products of mixed dtypes take several times as long.
         self.factors = [mask.to(parameter.dtype) for mask, parameter in zip(kept, self.parameters, strict=True)]
@@ -331,14 +337,12 @@ class MaskedMasterWeights:
 
     def collect_gradients(self, owner: int) -> None:
         """Move each parameter's gradient, of rank `owner`, to its master, without that of pruned weights."""
-        for parameter, master, factor in zip(self.parameters, self.masters, self.factors, strict=True):
-            if master.grad is None:
-                master.grad = torch.empty_like(master)
+        for parameter, gradient, factor in zip(self.parameters, self.gradients, self.factors, strict=True):
             if parameter.grad is None:  # an expert that no token of the batch reached
-                master.grad.zero_()
+                gradient.zero_()
             else:
-                master.grad.copy_(parameter.grad.mul_(factor))
-            distributed.broadcast(master.grad, owner)
+                gradient.copy_(parameter.grad.mul_(factor))
+            distributed.broadcast(gradient, owner)
 
     def write_back(self) -> None:
         """Write the masters to the model, rounded as they are saved."""
@@ -367,6 +371,11 @@ class MaskedMasterWeights:
         """Reset the parameters to a snapshot."""
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.data.copy_(saved)
+
+
+def _matrices_in(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of a parameter's matrices: the experts of one with three dimensions, or itself."""
+    return tensor.unbind() if tensor.ndim == 3 else [tensor]
 
 
 def _kept(block: Block, parameter: nn.Parameter) -> Bool[Tensor, ...]:

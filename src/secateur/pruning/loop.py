@@ -277,16 +277,19 @@ def prune_block(
     """
     target = context.recipe.target
     one_by_one = context.recipe.true_sequential or (target is not None and target.kind == "residual")
-    originals = None if target is None else DenseWeights(block)
     moments_a_group = 1 if target is None else 3
     hessian_bytes = 0 if one_by_one else context.memory.hessian_bytes // moments_a_group
+    passes = observation_passes(stream.groups[block.name], hessian_bytes)
+    in_passes = len(passes) > 1 and not one_by_one  # for memory alone, so each pass sees the dense block
+    originals = DenseWeights(block) if target is not None or in_passes else None
     reports: list[MatrixReport] = []
-    for observed in observation_passes(stream.groups[block.name], hessian_bytes):
-        if target is None or originals is None:
-            moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed).items()}
-        else:
-            assert dense_outputs is not None
-            moments = observe_moments(block, stream, observed, dense_outputs, originals, target)
+    for observed in passes:
+        with originals.restored() if originals is not None and in_passes else nullcontext():
+            if target is None or originals is None:
+                moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed).items()}
+            else:
+                assert dense_outputs is not None
+                moments = observe_moments(block, stream, observed, dense_outputs, originals, target)
         owners = _owners(observed)
         gains = _write_gains(block, stream, observed) if target is not None and target.kind == "residual" else {}
         solved: dict[str, MatrixReport] = {}

@@ -155,7 +155,7 @@ def exact_patterns(
 
 def exchange_levels(curves: dict[str, LossCurve], pattern: NM, spread: float) -> dict[str, Pattern]:
     """n:m patterns of one m: while the summed loss falls, one matrix gives a weight a group to another of its size."""
-    allowed = [n for n in range(1, pattern.m) if abs(n - pattern.n) <= spread * pattern.m + 1e-9]
+    allowed = pattern.near(spread)
     kept = dict.fromkeys(curves, pattern.n)
     by_size: dict[int, list[str]] = {}
     for name, curve in curves.items():

@@ -59,6 +59,10 @@ class NM:
         """Share of zeros."""
         return 1 - self.n / self.m
 
+    def near(self, spread: float) -> list[int]:
+        """Numbers that a group of m may keep, within `spread` of this pattern's sparsity."""
+        return [n for n in range(1, self.m) if abs(n - self.n) <= spread * self.m + 1e-9]
+
     @property
     def num_masks(self) -> int:
         """Number of keep masks that a group can have."""
