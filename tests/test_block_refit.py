@@ -13,7 +13,7 @@ from models import tiny_model, tokens
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
 from secateur.pruning import block_refit
-from secateur.pruning.block_refit import OutputError, refit_block, refit_targets
+from secateur.pruning.block_refit import MaskedMasterWeights, OutputError, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import prune_model
 from secateur.recipe.patterns import parse_pattern
@@ -212,6 +212,30 @@ def test_experts_are_refit_but_for_excluded_ones():
     for index in (0, 2, 3):
         assert int((after[index] == 0).sum()) == pruned[f"{name}[{index}]"]
     assert report.blocks[0].best_epoch > 0
+
+
+def test_each_expert_has_its_own_rate():
+    from test_loop import mixtral
+
+    model = mixtral()
+    experts = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    with torch.no_grad():
+        experts[0] *= 20
+        experts[2:, :, ::2] = 0
+    block = find_chain(model, Recipe()).blocks[0]
+    weights = MaskedMasterWeights(block, lambda _, dtype: dtype)
+    place = sum(
+        len(each) if each.ndim == 3 else 1 for each in weights.parameters[: _index(weights.parameters, experts)]
+    )
+    expected = [float(each[each != 0].square().mean().sqrt()) for each in experts]
+    assert weights.scales[place : place + len(experts)] == pytest.approx(expected)
+    assert len(weights.scales) == len(weights.parts)
+    for part in weights.parts:
+        assert part.grad.shape == part.shape
+
+
+def _index(parameters, wanted):
+    return next(number for number, each in enumerate(parameters) if each is wanted)
 
 
 def test_objective_is_the_relative_error_of_each_token():

@@ -222,3 +222,14 @@ def run_layers(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     for layer in model.model.layers:
         hidden = layer(hidden)
     return hidden
+
+
+@pytest.mark.parametrize("excluded", ["model.layers.1.*", "model.layers.0.*"])
+def test_a_matrix_that_is_dense_under_another_name_is_not_pruned(excluded):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(secateur.SecateurError, match="is the same tensor: exclude both"):
+        secateur.prune(model, solver="magnitude", calibration=tokens(), exclude=excluded)
+    assert (model.model.layers[0].mlp.up_proj.weight != 0).all()
+    found = secateur.prune(model, solver="magnitude", calibration=tokens(), exclude="*.up_proj")
+    assert found.sparsity > 0.3

@@ -12,6 +12,7 @@ import torch
 from models import save_checkpoint, save_gguf, tiny_model, tokens
 
 import secateur
+from secateur.calibration.batches import _from_tensors
 from secateur.cli.progress import LogLines
 from secateur.reporting.report import Report
 from secateur.solvers import Solved
@@ -35,6 +36,11 @@ def model(tmp_path):
         (("--max-memory", "8"), "write 8GB"),
         (("--device", "gpu"), "a GPU is 'cuda'"),
         (("--device", "GPU:1"), "a GPU is 'cuda:1'"),
+        (("--set", "pattern=1"), "pattern 1 removes every weight"),
+        (("--set", "epochs=2"), "no option 'epochs' outside of its sections: write refit.epochs"),
+        (("--set", "samples=8"), "write calibration.samples"),
+        (("--include", "mlp"), "write '*mlp*'"),
+        (("--pattern", "1:2", "--set", "allocation.rule=curve"), "mixes 1:2 with no other pattern"),
     ],
 )
 def test_ambiguous_values_are_refused(main, model, tmp_path, arguments, message):
@@ -49,6 +55,50 @@ def test_ambiguous_values_are_refused(main, model, tmp_path, arguments, message)
 def test_the_same_in_python(pattern):
     with pytest.raises(secateur.SecateurError, match="write"):
         secateur.prune(tiny_model("llama"), pattern=pattern, solver="magnitude", calibration=tokens())
+    for request in (
+        {"settings": {"pattern": pattern, "solver": "magnitude"}},
+        {"recipe": {"pattern": pattern, "solver": "magnitude"}},
+        {"recipe": {"solver": "magnitude", "rules": [{"match": "*", "pattern": pattern}]}},
+    ):
+        with pytest.raises(secateur.SecateurError, match="write"):
+            secateur.prune(tiny_model("llama"), calibration=tokens(), **request)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "options", "message"),
+    [
+        ([torch.ones(2, 8, dtype=torch.long)], {"samples": 2}, "samples=2 is for a text"),
+        ([torch.ones(2, 8, dtype=torch.long)], {"seq_len": 4}, "seq_len=4 is for a text"),
+        ([{"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8)}], {}, "all padding"),
+    ],
+)
+def test_calibration_data_that_would_be_ignored_or_fail_late_is_refused(calibration, options, message):
+    model = tiny_model("llama")
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    with pytest.raises(secateur.SecateurError, match=message):
+        secateur.prune(model, solver="magnitude", calibration=calibration, **options)
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+
+
+@pytest.mark.parametrize(("item", "kind"), [("a text", "str"), ({"input_ids": [1, 2]}, "list"), ({}, "NoneType")])
+def test_calibration_data_of_another_kind_is_named(item, kind):
+    with pytest.raises(secateur.SecateurError, match=f"item 2 of the calibration data is or holds a {kind}"):
+        _from_tensors([torch.ones(2, 8, dtype=torch.long), item], tiny_model("llama").config)
+
+
+def test_a_preset_as_an_object_holds_on_to_its_pattern():
+    """Its allocation and refit are those of the kind of pattern that it was made for."""
+    with pytest.raises(secateur.SecateurError, match="says pattern: 50%, and .*contradicts"):
+        secateur.prune(tiny_model("llama"), recipe=secateur.Recipe.preset("balanced"), pattern="2:4",
+                       calibration=tokens())  # fmt: skip
+
+
+def test_shares_of_all_sizes_come_back_exactly():
+    for share in (1 / 3, 0.005, 1e-7, 0.7, 0.123456789012345, 0.5, 1.0, 0.0):
+        recipe = secateur.Recipe(pattern=share)
+        again = secateur.Recipe.from_dict(recipe.to_dict())
+        assert again.pattern.sparsity == share
+        secateur.recipe.resolve.resolve_recipe(recipe.to_dict())  # no share is taken for a mistake
 
 
 @pytest.mark.parametrize("pattern", ["100%", "0.005", 0.5, "2:4"])

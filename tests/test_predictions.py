@@ -10,7 +10,14 @@ import torch
 from helpers import find_chain, quiet
 from models import save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
@@ -130,6 +137,7 @@ T5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "nu
         (lambda: BertForMaskedLM(BertConfig(**BERT)), PREDICTIONS),
         (lambda: BertModel(BertConfig(**BERT)), OUTPUT_ERROR),
         (lambda: T5ForConditionalGeneration(T5Config(**T5)), OUTPUT_ERROR),
+        (lambda: LlamaForSequenceClassification(tiny_model("llama").config), OUTPUT_ERROR),  # refuses several sequences
     ],
 )
 def test_models_that_predict_no_tokens_aim_at_outputs(make, objective):
@@ -140,6 +148,7 @@ def test_models_that_predict_no_tokens_aim_at_outputs(make, objective):
         batches = [batch | {"decoder_input_ids": batch["input_ids"][:, :8]} for batch in batches]
     report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=batches, settings=REFIT)
     assert report.blocks[-1].objective == objective
+    assert not model.base_model._forward_hooks
 
 
 def test_a_dry_run_counts_the_last_blocks(tmp_path, monkeypatch):

@@ -231,6 +231,11 @@ def test_a_rule_can_prune_what_is_dense_by_default():
 
     assert report(Rule(match="*", pattern="60%")).dense["model.layers.0.mlp.gate"] == "router"
     assert "model.layers.0.mlp.gate" not in report(Rule(match="*.gate", dense=False)).dense
+    found = secateur.prune(mixtral(), solver="magnitude", calibration=tokens(), include="*.mlp.*")
+    assert found.dense["model.layers.0.mlp.gate"] == "router"
+    assert {each.name.rpartition(".")[0] for each in found.matrices} == {
+        f"model.layers.{n}.mlp.experts" for n in (0, 1)
+    }
 
 
 def test_a_report_of_a_model_in_memory_is_saved_beside_it(tmp_path):

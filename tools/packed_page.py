@@ -217,7 +217,7 @@ pruning](how/round.md) changes layers less: on two matrices of SmolLM2 at 50% th
 values. The third row has the masks of the first, so its divergence is that of rounding alone.
 
 In small batches, inputs are rounded too, to 16 bits with one scale for each token. Those that are more than 128 times the mean size
-have a scale of their own, so that they leave the others their digits. The table has no part of that: its texts run in large batches.
+get a second scale, so that the others keep their digits. The table has no part of that: its texts run in large batches.
 
     python benchmarks/rounding.py --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json
 

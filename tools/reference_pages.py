@@ -45,6 +45,8 @@ def is_argument(param: Any) -> bool:
 def flag_row(param: Any) -> list[str]:
     """One row; switches and flags without a default have an empty last cell."""
     spelled = param.metavar if is_argument(param) else ", ".join(param.opts)
+    if not is_argument(param) and not param.is_flag:
+        spelled += f" {param.metavar or 'N'}"
     silent = param.default is None or param.default is False or param.required
     return [f"`{spelled}`", escaped(param.help), "" if silent else f"`{param.default}`"]
 

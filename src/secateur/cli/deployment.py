@@ -76,8 +76,8 @@ def unpack(
 
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or names; packed ones too.")],
-    prompt_tokens: Annotated[int, flags.flag("Tokens of the prompt.", flags.WHAT, "N")] = 128,
-    new_tokens: Annotated[int, flags.flag("Tokens to decode.", flags.WHAT, "N")] = 64,
+    prompt_tokens: Annotated[int, flags.flag("Tokens of the prompt.", flags.EVALUATION, "N")] = 128,
+    new_tokens: Annotated[int, flags.flag("Tokens to decode.", flags.EVALUATION, "N")] = 64,
     record: flags.Record = False,
     as_json: flags.Json = False,
     threads: flags.Threads = None,

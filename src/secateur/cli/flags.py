@@ -43,13 +43,16 @@ RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a fi
 PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
 SolverName = Annotated[str | None, recipe_flag("solver", WHAT, "NAME")]
 Settings = Annotated[list[str] | None, flag("Any option, such as refit.rate=0.01.", WHAT, "NAME=VALUE", "--set")]
-Include = Annotated[list[str] | None, flag("Prune only these matrices.", WHAT, "GLOB")]
-Exclude = Annotated[list[str] | None, flag("Leave these matrices dense.", WHAT, "GLOB")]
+Include = Annotated[list[str] | None, flag("Prune only these, as '*.mlp.*' (repeatable).", WHAT, "GLOB")]
+Exclude = Annotated[list[str] | None, flag("Leave these dense (repeatable).", WHAT, "GLOB")]
 
-Calibration = Annotated[str | None, recipe_flag("calibration.source", CALIBRATION, "TEXT")]
+Calibration = Annotated[
+    str | None,
+    flag("File, folder or data set; self or self:PROMPTS = the model writes it (a shipped text).", CALIBRATION, "TEXT"),
+]
 TextField = Annotated[str | None, recipe_flag("calibration.text_field", CALIBRATION, "NAME")]
 Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]
-SeqLen = Annotated[int | None, recipe_flag("calibration.seq_len", CALIBRATION, "N")]
+SeqLen = Annotated[int | None, flag("Tokens a sequence (2048, or all positions if fewer).", CALIBRATION, "N")]
 Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
 
 Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, name="--overwrite")]
@@ -70,7 +73,7 @@ Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, n
 Text = Annotated[str | None, flag("Text file or data set name; empty = the shipped text.", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
 EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
-EvalSeqLen = Annotated[int | None, flag("Tokens a window; empty = 1024 or the model's positions.", EVALUATION, "N")]
+EvalSeqLen = Annotated[int | None, flag("Tokens a window (1024, or all positions if fewer).", EVALUATION, "N")]
 MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]

@@ -24,7 +24,7 @@ from secateur.calibration.stream import Progress, no_progress
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 from secateur.evaluation.tasks import run_tasks
 from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText
@@ -128,9 +128,11 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
     """`best+refit.epochs=4` -> the keyword arguments of `prune`.
 
     Raises:
-        SecateurError: what follows a plus is not NAME=VALUE.
+        SecateurError: what follows a plus is not NAME=VALUE, or a misspelt preset.
     """
     head, *parts = recipe.split("+")
+    if head not in PRESETS and not _is_file(head) and (hint := nearest(head, [*PRESETS])):
+        raise SecateurError(f"there is no recipe or solver {head!r}{hint}")
     arguments: dict[str, Any] = {"recipe" if head in PRESETS or _is_file(head) else "solver": head}
     return arguments | ({"settings": parse_settings(parts)} if parts else {})
 

@@ -61,7 +61,10 @@ def prune_matrix(
         dtype = coarser(storage, view.dtype)
         while (solved := _solve(solver, wanted, hessian, pattern, row_scale, context, dtype)) is None:
             context.workspace.halve("the solver's work", W.device)
-    saved = solved.weight.to(storage).masked_fill_(~solved.keep, 0.0)
+    saved = solved.weight.to(storage)
+    if view.dtype == torch.float64:  # which fp32 rounds: weights that did not move keep their digits
+        saved = torch.where(solved.weight == W, view.to(storage), saved)
+    saved.masked_fill_(~solved.keep, 0.0)
     if not bool(torch.isfinite(saved).all()):
         raise SecateurError(
             f"{matrix.name}: the pruned weights are not finite in {saved.dtype}; use a larger damping "

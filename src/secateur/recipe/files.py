@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,14 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from secateur.recipe.declare import RecipeError, fields_of
+from secateur.recipe.declare import RecipeError, fields_of, plain
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import SECTIONS, plain_data
 from secateur.recipe.solvers import SOLVERS
 
 MAX_BYTES = 64 << 20  # a secateur.json has a few kB a matrix
 MAX_DEPTH = 50
-COMMENT_COLUMN = 40
+COMMENT_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _lines(node: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[
 
 
 def to_yaml(recipe: Recipe, note: str = "") -> str:
-    """A whole recipe as YAML, with the help text of each option.
+    """A whole recipe as YAML, with the help text of each option above it, and the defaults of sections that are off.
 
     Args:
         recipe: the recipe.
@@ -130,10 +131,10 @@ def to_yaml(recipe: Recipe, note: str = "") -> str:
     data = recipe.to_dict()
     root = _commented(data, Recipe)
     solver = SOLVERS.get(data["solver"]["name"])
-    root["solver"] = _commented(data["solver"], solver)
+    root["solver"] = _commented(data["solver"], solver, indent=2)
     for name, kind in (SECTIONS | {"calibration": type(recipe.calibration)}).items():
         if isinstance(data[name], dict):
-            root[name] = _commented(data[name], kind)
+            root[name] = _commented(data[name], kind, indent=2)
     yaml = YAML()
     yaml.width = 4096
     yaml.representer.add_representer(
@@ -145,16 +146,25 @@ def to_yaml(recipe: Recipe, note: str = "") -> str:
     return head + written.getvalue()
 
 
-def _commented(data: Mapping[str, Any], kind: type | None) -> CommentedMap:
+def _commented(data: Mapping[str, Any], kind: type | None, indent: int = 0) -> CommentedMap:
     """A mapping whose options carry their help text as a comment."""
     mapping = CommentedMap()
     declared = {} if kind is None else fields_of(kind)
     for name, value in data.items():
         mapping[name] = _scalar(value)
-        if name in declared and not isinstance(value, dict | list) and (help_text := declared[name].description):
-            first_sentence = help_text.partition(". ")[0].partition("; ")[0].rstrip(".")
-            mapping.yaml_add_eol_comment(first_sentence, name, column=COMMENT_COLUMN)
+        if name in declared and (help_text := declared[name].description):
+            lines = textwrap.wrap(help_text, COMMENT_WIDTH - indent)
+            if value is None and name in SECTIONS:
+                lines.append(f"{name}: {_in_one_line(SECTIONS[name]())}")
+            mapping.yaml_set_comment_before_after_key(name, before="\n".join(lines), indent=indent)
     return mapping
+
+
+def _in_one_line(section: Any) -> str:
+    """A section with its defaults."""
+    return (
+        "{" + ", ".join(f"{name}: {'null' if value is None else value}" for name, value in plain(section).items()) + "}"
+    )
 
 
 def _scalar(value: Any) -> Any:

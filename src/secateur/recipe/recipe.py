@@ -109,7 +109,7 @@ class Recipe:
     version: Literal[1] = Field(default=VERSION, description="Version of the recipe format.")
     pattern: PatternField = Field(
         default=Unstructured(0.5),
-        description="Share such as 50%, or n:m such as 2:4. n weights of every m stay nonzero along the input.",
+        description="Share of zeros, as 50%, or n:m, as 2:4. n weights of every m stay nonzero along the input.",
     )
     solver: Solver = Field(default=MRP(), description="mrp, admm, sparsegpt, wanda, magnitude. Or a plug-in's.")
     damping: Number = Field(default=0.01, gt=0, description="Damping of Hessians, relative to their mean diagonal.")
@@ -128,7 +128,10 @@ class Recipe:
     true_sequential: Switch = Field(default=False, description="Observe a block again after each group of matrices.")
     rules: Annotated[
         tuple[Rule, ...], BeforeValidator(lambda found: tuple(found) if isinstance(found, list) else found)
-    ] = Field(default=(), description="Exceptions for matrices by name; the last match wins.")
+    ] = Field(
+        default=(),
+        description="Exceptions for matrices by name, as {match: '*.mlp.*', pattern: '2:4'}; the last match wins.",
+    )
     calibration: CalibrationText = Field(default=CalibrationText(), description="The text that the run looks at.")
     seed: Whole = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw and of the refit.")
     format: Literal["dense", "packed"] = Field(
@@ -142,7 +145,7 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Cap besides the weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",
+        description="Most memory besides the weights, such as 8GB: for Hessians, hidden states and temporaries.",
     )
 
     def __post_init__(self) -> None:
@@ -154,8 +157,8 @@ class Recipe:
             )
         if isinstance(self.pattern, NM) and self.allocation and len(self.pattern.near(self.allocation.spread)) == 1:
             raise RecipeError(
-                f"an allocation with a spread of {self.allocation.spread:g} mixes {self.pattern} with no other pattern: "
-                f"raise the spread, or leave the allocation out",
+                f"an allocation with a spread of {self.allocation.spread:g} mixes {self.pattern} with no other "
+                f"pattern: raise the spread, or leave the allocation out",
                 ("allocation", "spread"),
             )
         if self.permutation is not None and not isinstance(self.pattern, NM):

@@ -76,6 +76,8 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         value = settings[name]
         section, dot, option = name.partition(".")
         if section not in fields_of(Recipe):
+            if places := _dotted(name):
+                raise RecipeError(f"the recipe has no option {name!r} outside of its sections: write {places[0]}")
             raise RecipeError(unknown_option(section, "", Recipe, (section,)), (section,))
         if not dot:
             data[section] = None if value == "none" and section in SECTIONS else value
@@ -141,7 +143,14 @@ def checks_names(function: Callable[P, T]) -> Callable[P, T]:
 
 def _as_setting(name: str) -> str:
     """A hint for an option of a section, given as an argument."""
-    places = [section for section, kind in SECTIONS.items() if name in fields_of(kind)]
-    places += ["solver"] if any(name in fields_of(kind) for kind in SOLVERS.values()) else []
-    places = places or ([""] if name in fields_of(Recipe) else [])
-    return f" (write settings={{'{f'{places[0]}.{name}'.lstrip('.')}': ...}})" if places else ""
+    if name == "sparsity":
+        return " (write pattern='50%')"
+    places = _dotted(name) or [name] * (name in fields_of(Recipe))
+    return f" (write settings={{'{places[0]}': ...}})" if places else ""
+
+
+def _dotted(name: str) -> list[str]:
+    """The dotted names of an option in the sections that have it."""
+    sections = SECTIONS | {"calibration": CalibrationText}
+    places = [f"{section}.{name}" for section, kind in sections.items() if name in fields_of(kind)]
+    return places + ["solver." + name] * any(name in fields_of(kind) for kind in SOLVERS.values())
