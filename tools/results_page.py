@@ -103,5 +103,5 @@ First iteration within each gap of the optimal loss (float64, against direct sol
 
 {demo_lines()}
 
-    secateur demo --recipe best --json > benchmarks/results/demo.json
+    secateur demo --json > benchmarks/results/demo.json
 """

@@ -20,9 +20,9 @@ def scale_table() -> str:
     ]
     where = found["environment"]
     note = (
-        f"Estimated by the dry run's model from one pruned block of a random model of each shape (7B and 70B: scaled "
-        f"from 1.5B), with {found['samples']} x {found['seq_len']} calibration tokens, on a CPU with {where['threads']} "
-        f"threads. `--samples 32 --seq-len 512` takes a sixteenth of what grows with the text."
+        f"Estimates, as `--dry-run` makes them: one block of a random model of each size was pruned on a CPU with "
+        f"{where['threads']} threads, and its time multiplied. 7B and 70B are scaled up from 1.5B. The text has "
+        f"{found['samples']} x {found['seq_len']} tokens. `--samples 32 --seq-len 512` takes a sixteenth of what grows with the text."
     )
     head = ["estimated", *(f"`--recipe {recipe}`" for recipe in recipes), "memory", "disk"]
     return f"{table(head, lines)}\n\n{note}"

@@ -1,4 +1,4 @@
-"""The public functions, one for each command: they check arguments, and call what does the work.
+"""The public functions behind the commands: they check arguments, and call what does the work.
 
 `secateur/__init__.py` names them. `run.py` holds one run; nothing here computes.
 """

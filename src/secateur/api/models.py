@@ -77,8 +77,8 @@ def evaluate(
         progress: called with (stage, done, total).
 
     Returns:
-        what `evaluation.perplexity` returns, with `tasks` (task -> metric -> value) and `against`
-        (`perplexity`, `kl`, `top1_agreement`) where asked for.
+        `perplexity`, `loss` (nats a token), `windows`, `seq_len`, `targets`, `text`; where asked for, `tasks` (task ->
+        metric -> value) and `against` (`perplexity`, `kl`, `top1_agreement`).
 
     Raises:
         SecateurError: anything wrong with the request, the model or the text.
