@@ -176,6 +176,6 @@ def test_the_example_notebook_runs_from_top_to_bottom(prepared, tmp_path):
     assert all(cell.outputs for cell in code if "show" in cell.metadata.get("tags", ()))
     assert 'MODEL, OUT, PACKED = "smollm2"' in code[0].source
     for cell in code:
-        cell.source = cell.source.replace("smollm2", str(prepared / "my-model")).replace("seq_len=256", "seq_len=128")
+        cell.source = cell.source.replace("smollm2", str(prepared / "my-model")).replace("seq_len=512", "seq_len=128")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any("secateur-report" in str(output) for cell in code for output in cell.outputs)

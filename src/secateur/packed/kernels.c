@@ -757,6 +757,14 @@ typedef struct {
     uint16_t *y;
 } int8_product_t;
 
+/* Sums of a vector, with those of its outliers and the bias where there are any, as bfloat16. */
+AVX2 static void round_sums(const float *sums, const float *others, const uint16_t *bias, int64_t rows, uint16_t *y) {
+    for (int64_t row = 0; row < rows; row++) {
+        float total = others ? sums[row] + others[row] : sums[row];
+        y[row] = rounded(bias ? total + widened(bias[row]) : total);
+    }
+}
+
 static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) {
     const int8_product_t *p = pointer;
     int64_t rows = p->w->rows, vectors = p->first[p->batch];
@@ -768,10 +776,8 @@ static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) 
     for (int64_t i = 0; i < p->batch; i++) {
         const float *sums = p->sums + p->first[i] * rows;
         int is_split = p->first[i + 1] - p->first[i] == 2;
-        for (int64_t row = from * ROWS; row < end; row++) {
-            float total = is_split ? sums[row] + sums[rows + row] : sums[row];
-            p->y[i * rows + row] = rounded(p->bias ? total + widened(p->bias[row]) : total);
-        }
+        round_sums(sums + from * ROWS, is_split ? sums + rows + from * ROWS : NULL,
+                   p->bias ? p->bias + from * ROWS : NULL, end - from * ROWS, p->y + i * rows + from * ROWS);
     }
 }
 
@@ -779,39 +785,59 @@ static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) 
  * scale, the other entries would be rounded coarsely. Rounding to 128 / 2^15 of their mean is as fine as bfloat16. */
 enum { OUTLIER = 128 };
 
-/* The mean size of the entries up to `to` in size, and in `most` the largest. One that is not finite makes both so. */
-static float mean_size(const uint16_t *x, int64_t columns, float to, float *most) {
-    float largest = 0.0f, sum = 0.0f;
-    int64_t count = 0;
-    for (int64_t c = 0; c < columns; c++) {
-        float value = widened(x[c]), size = value < 0 ? -value : value;
-        if (size > to) continue;
-        largest = size > largest ? size : largest;
-        sum += size;
-        count++;
+/* The mean size of a vector's entries, and in `most` the largest. One that is not finite makes both so. */
+AVX2 static float mean_size(const uint16_t *x, int64_t columns, float *most) {
+    enum { LANES = 32 }; /* several sums, so that the compiler can take several entries at once */
+    float largest[LANES] = {0}, sums[LANES] = {0};
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES)
+        for (int k = 0; k < LANES; k++) {
+            float size = fabsf(widened(x[c + k]));
+            largest[k] = size > largest[k] ? size : largest[k];
+            sums[k] += size;
+        }
+    for (int k = 0; c < columns; c++, k++) {
+        float size = fabsf(widened(x[c]));
+        largest[k] = size > largest[k] ? size : largest[k];
+        sums[k] += size;
     }
-    *most = largest + sum * 0.0f; /* 0, or not a number */
-    return sum / (float)(count ? count : 1);
+    for (int k = 1; k < LANES; k++) {
+        largest[0] = largest[k] > largest[0] ? largest[k] : largest[0];
+        sums[0] += sums[k];
+    }
+    *most = largest[0] + sums[0] * 0.0f; /* 0, or not a number */
+    return sums[0] / (float)columns;
+}
+
+/* The mean size of the entries up to `to` in size. */
+static float mean_below(const uint16_t *x, int64_t columns, float to) {
+    float sum = 0.0f, count = 0.0f;
+    for (int64_t c = 0; c < columns; c++) {
+        float size = fabsf(widened(x[c]));
+        if (size <= to) sum += size, count += 1.0f;
+    }
+    return count > 0.0f ? sum / count : 0.0f;
 }
 
 /* Round the entries of a vector above `from` and up to `to` in size to 16 bits; the others are 0. Returns the scale. */
-static float quantised(const uint16_t *x, int64_t columns, float from, float to, int16_t *out) {
+AVX2 static float quantised(const uint16_t *x, int64_t columns, float from, float to, int16_t *out) {
     float inverse = to > 0 ? 32767.0f / to : 0.0f;
     for (int64_t c = 0; c < columns; c++) {
-        float value = widened(x[c]), size = value < 0 ? -value : value, scaled = value * inverse;
-        out[c] = size > from && size <= to ? (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f)) : 0;
+        float value = widened(x[c]), size = fabsf(value);
+        float kept = (size > from) & (size <= to) ? value * inverse : 0.0f;
+        out[c] = (int16_t)(int32_t)(kept + copysignf(0.5f, kept));
     }
     return to / 32767.0f;
 }
 
 /* A vector as 16-bit numbers, and its scale; an outlier goes to a second vector. Returns how many there are. */
 static int64_t split(const uint16_t *x, int64_t columns, int64_t stride, int16_t *out, float *scales) {
-    float most, least, bound = OUTLIER * mean_size(x, columns, INFINITY, &most);
+    float most, bound = OUTLIER * mean_size(x, columns, &most);
     if (!(most > bound)) {
         scales[0] = quantised(x, columns, 0.0f, most, out);
         return 1;
     }
-    bound = OUTLIER * mean_size(x, columns, bound, &least); /* without the outliers, which raised the mean */
+    bound = OUTLIER * mean_below(x, columns, bound); /* without the outliers, which raised the mean */
     scales[0] = quantised(x, columns, 0.0f, bound, out);
     scales[1] = quantised(x, columns, bound, most, out + 2 * stride);
     return 2;
