@@ -7,8 +7,11 @@ import io
 
 import pytest
 import torch
+from models import tiny_model
 
+import secateur
 from secateur.errors import SecateurError
+from secateur.models.semi_structured import is_two_four
 from secateur.packed import kernels
 from secateur.packed import linear as packed_linear
 from secateur.packed.layout import pack, pack_int8
@@ -144,3 +147,17 @@ def test_int8_layers_have_state_dicts():
     again.load_state_dict(state)
     assert again.scales is not None
     assert torch.equal(again.state_dict()["weight"], state["weight"])
+
+
+def test_semi_structured_tensors_need_a_gpu_and_zeros_in_groups():
+    """tests/test_gpu.py makes some."""
+    with pytest.raises(ValueError, match="are on an NVIDIA GPU"):
+        secateur.to_semi_structured(tiny_model("llama"))
+    with pytest.raises(ValueError, match="are on an NVIDIA GPU"):
+        secateur.to_semi_structured(torch.nn.ReLU())
+
+
+@pytest.mark.parametrize(("row", "is_so"), [([1, 0, 0, 2, 0, 0, 0, 0], True), ([0, 1, 0, 0, 3, 0, 4, 5], False)])
+def test_two_of_four_are_counted_in_groups_of_a_row(row, is_so):
+    """The second row has as many zeros, elsewhere."""
+    assert is_two_four(torch.tensor([[1, 2, 0, 0, 0, 0, 1, 2], row])) is is_so

@@ -15,7 +15,6 @@ from models import FAMILIES, character_tokenizer, save_checkpoint, tiny_model, t
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur.models.semi_structured import is_two_four
 from secateur.packed import kernels
 from secateur.packed.linear import PackedLinear
 
@@ -256,6 +255,16 @@ def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
     assert found["results"]["tiny"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+def test_a_packed_model_of_the_hub_is_evaluated(saved, tmp_path, monkeypatch):
+    folder, packed = saved()
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(packed))
+    options = {"text": tmp_path / "text.txt", "max_tokens": 64, "seq_len": 32}
+    found, expected = (secateur.evaluate(model, **options) for model in ("somebody/packed", folder))
+    assert found["loss"] == expected["loss"]
+
+
 @needs_kernels
 def test_another_dtype_is_dense(saved, capsys):
     folder, packed = saved()
@@ -380,17 +389,3 @@ def test_env_names_the_kernels(main):
     code, out, _ = main("env", "--json")
     assert code == 0
     assert json.loads(out)["kernels"] == kernels.description()
-
-
-def test_semi_structured_tensors_need_a_gpu_and_zeros_in_groups():
-    """tests/test_gpu.py makes some."""
-    with pytest.raises(ValueError, match="are on an NVIDIA GPU"):
-        secateur.to_semi_structured(tiny_model("llama"))
-    with pytest.raises(ValueError, match="are on an NVIDIA GPU"):
-        secateur.to_semi_structured(torch.nn.ReLU())
-
-
-@pytest.mark.parametrize(("row", "is_so"), [([1, 0, 0, 2, 0, 0, 0, 0], True), ([0, 1, 0, 0, 3, 0, 4, 5], False)])
-def test_two_of_four_are_counted_in_groups_of_a_row(row, is_so):
-    """The second row has as many zeros, elsewhere."""
-    assert is_two_four(torch.tensor([[1, 2, 0, 0, 0, 0, 1, 2], row])) is is_so
