@@ -22,7 +22,6 @@ LIBRARY = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SECATEUR_KERNELS"
 # Larger batches unpack some rows at a time, and leave the product to torch: from there on, arithmetic decides.
 MAX_BATCH = {"avx2": 8, "avx512": 16, "amx": 512}
-ROWS, COLUMNS = 16, 2  # of a block of a packed matrix
 TILE_BYTES = 1 << 22  # of unpacked rows
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -100,13 +99,12 @@ def multiply(
         scales: of the rows of int8 values.
 
     Raises:
-        SecateurError: inputs, masks or a bias of other sizes or of another dtype, which would be read beyond their end.
+        SecateurError: inputs or a bias of another size or dtype, which would be read beyond their end.
 
     Cost: one read of W for a small batch; above `MAX_BATCH`, W is unpacked in tiles.
     """
     if x.shape[-1] != columns:
         raise SecateurError(f"the inputs have {x.shape[-1]} columns, and the packed matrix has {columns}")
-    _check_masks(masks, offsets, rows, columns)
     check_bias(bias, rows)
     inputs = x.reshape(-1, columns).contiguous()
     batch = len(inputs)
@@ -139,12 +137,6 @@ def check_bias(bias: Tensor | None, rows: int) -> None:
         f"the bias has the shape {tuple(bias.shape)} and is {bias.dtype} on {bias.device}; a packed matrix of {rows} "
         f"rows takes {torch.bfloat16} on the CPU"
     )
-
-
-def _check_masks(masks: Tensor, offsets: Tensor, rows: int, columns: int) -> None:
-    panels, blocks = -(-rows // ROWS), -(-columns // COLUMNS)
-    if masks.shape != (panels, blocks) or offsets.shape != (panels + 1,):
-        raise SecateurError(f"masks of the shape {tuple(masks.shape)} are not of a matrix ({rows}, {columns})")
 
 
 def unpack_rows(

@@ -19,8 +19,8 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.numerics.int8 import LARGEST, best_scales, from_int8, to_int8
 from secateur.packed import kernels
-from secateur.packed.kernels import COLUMNS, ROWS
 
+ROWS, COLUMNS = 16, 2  # of a block
 VALUE_PADDING = 64  # bytes that kernels may read after the last value
 Values = Literal["same", "int8"]
 SMALLEST = torch.finfo(torch.float32).tiny
