@@ -228,8 +228,31 @@ def run_layers(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 def test_a_matrix_that_is_dense_under_another_name_is_not_pruned(excluded):
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(secateur.SecateurError, match="is the same tensor: exclude both"):
+    with pytest.raises(secateur.SecateurError, match="is the same tensor: exclude or include both"):
         secateur.prune(model, solver="magnitude", calibration=tokens(), exclude=excluded)
     assert (model.model.layers[0].mlp.up_proj.weight != 0).all()
-    found = secateur.prune(model, solver="magnitude", calibration=tokens(), exclude="*.up_proj")
-    assert found.sparsity > 0.3
+    both = [excluded, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    found = secateur.prune(model, solver="magnitude", calibration=tokens(), exclude=both)
+    assert found.sparsity > 0.2
+    assert (model.model.layers[0].mlp.up_proj.weight != 0).all()
+
+
+def test_layers_that_the_model_holds_twice_are_pruned_by_their_first_name():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.blocks, self.config = model, model.model.layers, model.config
+
+        def forward(self, input_ids=None, **others):
+            return self.model(input_ids=input_ids, **others)
+
+    wrapped = Wrapper(tiny_model("llama"))
+    found = secateur.prune(wrapped, solver="magnitude", calibration=tokens(), include="model.model.layers.*.mlp.*")
+    assert all(".mlp." in each.name for each in found.matrices)
+
+
+def test_nothing_left_to_prune_says_why():
+    from test_loop import mixtral
+
+    with pytest.raises(UnsupportedModelError, match=r"no matrix is left to prune .*router.*dense: false"):
+        secateur.prune(mixtral(), solver="magnitude", calibration=tokens(), include="*.gate")

@@ -14,6 +14,7 @@ from models import save_checkpoint, save_gguf, tiny_model, tokens
 import secateur
 from secateur.calibration.batches import _from_tensors
 from secateur.cli.progress import LogLines
+from secateur.recipe.resolve import resolve_recipe
 from secateur.reporting.report import Report
 from secateur.solvers import Solved
 
@@ -39,7 +40,9 @@ def model(tmp_path):
         (("--set", "pattern=1"), "pattern 1 removes every weight"),
         (("--set", "epochs=2"), "no option 'epochs' outside of its sections: write refit.epochs"),
         (("--set", "samples=8"), "write calibration.samples"),
-        (("--include", "mlp"), "write '*mlp*'"),
+        (("--include", "mlp"), "write '*.mlp.*'"),
+        (("--exclude", "model.layers.1"), "write 'model.layers.1.*'"),
+        (("--set", "strength=0.5"), "write target.strength or refit.strength"),
         (("--pattern", "1:2", "--set", "allocation.rule=curve"), "mixes 1:2 with no other pattern"),
     ],
 )
@@ -88,9 +91,11 @@ def test_calibration_data_of_another_kind_is_named(item, kind):
 
 def test_a_preset_as_an_object_holds_on_to_its_pattern():
     """Its allocation and refit are those of the kind of pattern that it was made for."""
-    with pytest.raises(secateur.SecateurError, match="says pattern: 50%, and .*contradicts"):
-        secateur.prune(tiny_model("llama"), recipe=secateur.Recipe.preset("balanced"), pattern="2:4",
-                       calibration=tokens())  # fmt: skip
+    recipe = secateur.Recipe.preset("balanced")
+    for request in ({"pattern": "2:4"}, {"settings": {"pattern": "2:4"}}):
+        with pytest.raises(secateur.SecateurError, match=r"made for 50%, .*Recipe.preset\(NAME, '2:4'\)"):
+            secateur.prune(tiny_model("llama"), recipe=recipe, calibration=tokens(), **request)
+    assert resolve_recipe(recipe, pattern="60%") == recipe.changed({"pattern": "60%"})
 
 
 def test_shares_of_all_sizes_come_back_exactly():
@@ -98,7 +103,7 @@ def test_shares_of_all_sizes_come_back_exactly():
         recipe = secateur.Recipe(pattern=share)
         again = secateur.Recipe.from_dict(recipe.to_dict())
         assert again.pattern.sparsity == share
-        secateur.recipe.resolve.resolve_recipe(recipe.to_dict())  # no share is taken for a mistake
+        resolve_recipe(recipe.to_dict())  # no share is taken for a mistake
 
 
 @pytest.mark.parametrize("pattern", ["100%", "0.005", 0.5, "2:4"])

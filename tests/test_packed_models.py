@@ -255,14 +255,21 @@ def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
     assert found["results"]["tiny"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def test_a_packed_model_of_the_hub_is_evaluated(saved, tmp_path, monkeypatch):
-    folder, packed = saved()
+def _packed_layers(model):
+    return sum(isinstance(module, PackedLinear) and module.is_packed for module in model.modules())
+
+
+def test_a_packed_model_of_the_hub_stays_packed(saved, tmp_path, monkeypatch):
+    _, packed = saved()
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(packed))
     options = {"text": tmp_path / "text.txt", "max_tokens": 64, "seq_len": 32}
-    found, expected = (secateur.evaluate(model, **options) for model in ("somebody/packed", folder))
+    found, expected = (secateur.evaluate(model, **options) for model in ("somebody/packed", packed))
     assert found["loss"] == expected["loss"]
+    assert _packed_layers(secateur.load("somebody/packed")) == _packed_layers(secateur.load(packed))
+    measured = secateur.bench(["somebody/packed"], prompt_tokens=4, new_tokens=2)[0]
+    assert measured.file_bytes == sum(path.stat().st_size for path in packed.glob("*.safetensors"))
 
 
 @needs_kernels

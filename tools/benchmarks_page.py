@@ -227,8 +227,10 @@ def older_cells() -> str:
     older = [
         f"perplexity at {pattern}" for pattern in patterns_of(read(MAIN)) if not cells(read(PRESETS), "best", pattern)
     ]
-    older += [] if cells(read(TIMING), "best", "50%") else ["seconds (today's takes longer)"]
-    return f" Older, from when it wrote half as much: its {' and '.join(older)}." if older else ""
+    older += [] if cells(read(TIMING), "best", "50%") else ["seconds"]
+    return (
+        f" Its {' and '.join(older)} are of an older `best`, which wrote half as much and was faster." if older else ""
+    )
 
 
 def readme() -> str:

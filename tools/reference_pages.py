@@ -46,9 +46,9 @@ def flag_row(param: Any) -> list[str]:
     """One row; switches and flags without a default have an empty last cell."""
     spelled = param.metavar if is_argument(param) else ", ".join(param.opts)
     if not is_argument(param) and not param.is_flag:
-        spelled += f" {param.metavar or 'N'}"
+        spelled += f" {param.metavar}"
     silent = param.default is None or param.default is False or param.required
-    return [f"`{spelled}`", escaped(param.help), "" if silent else f"`{param.default}`"]
+    return [f"`{escaped(spelled)}`", escaped(param.help), "" if silent else f"`{param.default}`"]
 
 
 def recipe_page() -> str:

@@ -19,7 +19,7 @@ from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
 from secateur.runtime.environment import default_device
 from secateur.runtime.memory import MemoryBudget, memory_budget
-from secateur.sources.resolve import resolve
+from secateur.sources.resolve import resolve_dense
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelSource:
         """Where the model is; rank 0 downloads or converts it where needed, and the others find it."""
         if not distributed.is_main():
             distributed.barrier()
-        folder = resolve(self.name, self.trust_remote_code, self.allow_pickle)
+        folder = resolve_dense(self.name, self.trust_remote_code, self.allow_pickle)
         if distributed.is_main():
             distributed.barrier()
         return folder

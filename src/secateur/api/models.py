@@ -131,10 +131,10 @@ def _load_to_evaluate(
     model: str | Path, device: str | None, trust_remote_code: bool, allow_pickle: bool
 ) -> tuple[Any, Any]:
     """Model and tokenizer; a packed model stays packed on a CPU."""
-    path, device = user_path(model), device or default_device()
-    if is_packed(path) and device == "cpu":
-        return load_model(path, is_dense=False), load_config_and_tokenizer(path)[1]
-    checkpoint = load_checkpoint(str(model), device, trust_remote_code, allow_pickle)
+    folder, device = resolve(str(model), trust_remote_code, allow_pickle), device or default_device()
+    if is_packed(folder) and device == "cpu":
+        return load_model(folder, is_dense=False), load_config_and_tokenizer(folder)[1]
+    checkpoint = load_checkpoint(str(folder), device, trust_remote_code, allow_pickle)
     return checkpoint.model, checkpoint.tokenizer
 
 
@@ -171,8 +171,7 @@ def load(
         SecateurError: no model there, or damaged files.
     """
     check_device(device)
-    path = user_path(model)
-    return load_model(path if is_packed(path) else resolve(str(model)), dense, dtype, device)
+    return load_model(resolve(str(model)), dense, dtype, device)
 
 
 @checks_names
@@ -255,7 +254,7 @@ def bench(
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("threads", threads)):
         if value is not None and value < 1:
             raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
-    folders = [path if (path := user_path(name)).is_dir() else resolve(str(name)) for name in models]
+    folders = [resolve(str(name)) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
     pruned = _check_can_record(models) if record else []

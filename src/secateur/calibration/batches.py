@@ -132,7 +132,8 @@ def _check_no_text_options(text: CalibrationText) -> None:
     for name in ("samples", "seq_len", "text_field"):
         if (value := getattr(text, name)) != getattr(CalibrationText(), name):
             raise SecateurError(
-                f"‹{name}={value}› is for a text, and ‹calibration› holds tensors, of which all are taken: leave it out"
+                f"‹{name}={value}› is for a text, and ‹calibration› holds tensors, of which all are taken: leave it "
+                f"out of the request, and of the recipe"
             )
 
 

@@ -19,7 +19,7 @@ from secateur.checkpoints.fused_experts import is_converted, load_mapped
 from secateur.errors import SecateurError
 from secateur.runtime.environment import check_device
 from secateur.runtime.messages import first_line
-from secateur.sources.resolve import resolve
+from secateur.sources.resolve import resolve_dense
 from secateur.sources.validate import check_folder, compute_dtype, main_dtype
 from secateur.storage.json_files import read_json
 
@@ -97,7 +97,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     check_device(device)
-    folder = resolve(name, trust_remote_code, allow_pickle)
+    folder = resolve_dense(name, trust_remote_code, allow_pickle)
     dtypes, shards = check_folder(folder, allow_pickle)
     config, tokenizer = load_config_and_tokenizer(folder, trust_remote_code)
     main = main_dtype(dtypes, config)

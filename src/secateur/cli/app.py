@@ -164,13 +164,15 @@ def compare(
     model: flags.Model,
     recipes: Annotated[
         str,
-        flags.flag("Recipes, files, solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT),
+        flags.flag(
+            "Recipes, files, solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT, "NAMES"
+        ),
     ] = "sparsegpt,fast,balanced,best",
-    patterns: Annotated[str, flags.flag("Patterns, with commas.", flags.WHAT)] = "50%,2:4",
-    seeds: Annotated[str, flags.flag("Seeds, with commas.", flags.WHAT)] = "0",
-    out: Annotated[Path, flags.flag("Folder of the results; cells in it are not run again.", flags.OUTPUT)] = Path(
-        "comparison"
-    ),
+    patterns: Annotated[str, flags.flag("Patterns, with commas.", flags.WHAT, "PATTERNS")] = "50%,2:4",
+    seeds: Annotated[str, flags.flag("Seeds, with commas.", flags.WHAT, "NUMBERS")] = "0",
+    out: Annotated[
+        Path, flags.flag("Folder of the results; cells in it are not run again.", flags.OUTPUT, "DIR")
+    ] = Path("comparison"),
     overwrite: Annotated[
         bool, flags.flag("Begin a stopped cell again where it can't go on.", flags.OUTPUT, name="--overwrite")
     ] = False,
@@ -185,9 +187,11 @@ def compare(
     task_dir: flags.TaskDir = None,
     task_limit: flags.TaskLimit = None,
     divergence: flags.Divergence = False,
-    task_seeds: Annotated[str | None, flags.flag("Seeds whose cells run the tasks (all).", flags.EVALUATION)] = None,
+    task_seeds: Annotated[
+        str | None, flags.flag("Seeds whose cells run the tasks (all).", flags.EVALUATION, "NUMBERS")
+    ] = None,
     peer_python: Annotated[
-        Path | None, flags.flag("Python with llmcompressor, for llmcompressor-sparsegpt.", flags.MACHINE)
+        Path | None, flags.flag("Python with llmcompressor, for llmcompressor-sparsegpt.", flags.MACHINE, "FILE")
     ] = None,
     as_json: flags.Json = False,
     device: flags.Device = None,
@@ -295,13 +299,13 @@ def recipe(
 
 @app.command()
 def demo(
-    out: Annotated[Path, flags.flag("Folder for the pruned model.", flags.OUTPUT)] = Path("smollm2-pruned"),
+    out: Annotated[Path, flags.flag("Folder for the pruned model.", flags.OUTPUT, "DIR")] = Path("smollm2-pruned"),
     recipe: flags.RecipeName = None,
     pattern: flags.PatternText = None,
     solver: flags.SolverName = None,
-    samples: Annotated[int | None, flags.flag("Calibration sequences (32).", flags.CALIBRATION)] = None,
-    seq_len: Annotated[int | None, flags.flag("Tokens a sequence (512).", flags.CALIBRATION)] = None,
-    eval_tokens: Annotated[int, flags.flag("Tokens of the shipped text to evaluate.", flags.EVALUATION)] = 20480,
+    samples: Annotated[int | None, flags.flag("Calibration sequences (32).", flags.CALIBRATION, "N")] = None,
+    seq_len: Annotated[int | None, flags.flag("Tokens a sequence (512).", flags.CALIBRATION, "N")] = None,
+    eval_tokens: Annotated[int, flags.flag("Tokens of the shipped text to evaluate.", flags.EVALUATION, "N")] = 20480,
     as_json: flags.Json = False,
     device: flags.Device = None,
     threads: flags.Threads = None,

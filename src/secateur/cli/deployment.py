@@ -15,7 +15,9 @@ from secateur.cli.progress import progress_shown
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
     other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second one, to compare.")] = None,
-    out: Annotated[Path | None, flags.flag("The page (DIR/report.html; comparison.html).", flags.OUTPUT)] = None,
+    out: Annotated[
+        Path | None, flags.flag("The page (DIR/report.html; comparison.html).", flags.OUTPUT, "FILE")
+    ] = None,
 ) -> None:
     """Write the page of a run again, or of two runs side by side: which layers suffered, and why."""
     import secateur as api

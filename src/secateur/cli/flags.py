@@ -48,7 +48,7 @@ Exclude = Annotated[list[str] | None, flag("Leave these dense (repeatable).", WH
 
 Calibration = Annotated[
     str | None,
-    flag("File, folder or data set; self or self:PROMPTS = the model writes it (a shipped text).", CALIBRATION, "TEXT"),
+    flag("File, folder or data set (a shipped text). self or self:PROMPTS: the model writes it.", CALIBRATION, "TEXT"),
 ]
 TextField = Annotated[str | None, recipe_flag("calibration.text_field", CALIBRATION, "NAME")]
 Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]

@@ -29,6 +29,7 @@ from secateur.evaluation.tasks import run_tasks
 from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText
 from secateur.recipe.settings import parse_settings
+from secateur.recipe.solvers import solver_names
 from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import default_device, environment
 from secateur.runtime.memory import peak_resident_bytes
@@ -131,7 +132,7 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
         SecateurError: what follows a plus is not NAME=VALUE, or a misspelt preset.
     """
     head, *parts = recipe.split("+")
-    if head not in PRESETS and not _is_file(head) and (hint := nearest(head, [*PRESETS])):
+    if head not in (*PRESETS, *solver_names()) and not _is_file(head) and (hint := nearest(head, [*PRESETS])):
         raise SecateurError(f"there is no recipe or solver {head!r}{hint}")
     arguments: dict[str, Any] = {"recipe" if head in PRESETS or _is_file(head) else "solver": head}
     return arguments | ({"settings": parse_settings(parts)} if parts else {})

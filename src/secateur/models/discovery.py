@@ -27,7 +27,7 @@ from secateur.models.blocks import (
     run_without_cache,
     same_tensor,
 )
-from secateur.models.matrices import Matrix, MatrixFilter, matrices_of, parameter_of
+from secateur.models.matrices import Matrix, MatrixFilter, matrices_of
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.models.stubs import CallSample, StubOutput, same_calls, sampled, stubbed
 from secateur.recipe.recipe import Recipe
@@ -107,9 +107,9 @@ def find_block_chains(
             f"takes, as a list of its keyword batches"
         )
     layers = {path: layer for each in lists.values() for path, layer in each.items()}
-    everything = _distinct_matrices(layers)
-    matrices = MatrixFilter(recipe)
-    matrices.check_all_matched(matrix.name for matrix in everything)
+    everything, matrices = _distinct_matrices(layers), MatrixFilter(recipe)
+    by_all_names = [matrix for path, layer in layers.items() for matrix in matrices_of(path, layer)]
+    matrices.check_all_matched(matrix.name for matrix in by_all_names)
     running = {path: layers[path] for paths in trace.ran.values() for path in paths}
     chains = [BlockChain([_block(path, layers[path], matrices) for path in paths]) for paths in trace.ran.values()]
     if reason := trace.oddity or _shared_weights(chains):
@@ -123,23 +123,28 @@ def find_block_chains(
         chains, _why_idle(idle, matrices), {matrix.name: matrix.stored.numel() for matrix in everything}
     )
     if not any(block.matrices for block in structure.blocks):
-        raise UnsupportedModelError(f"no prunable matrix is left in the blocks of {', '.join(trace.ran)}")
-    _check_other_names(model, structure.blocks, matrices)
+        reasons = sorted({reason for block in structure.blocks for reason in block.dense.values()})
+        raise UnsupportedModelError(
+            f"no matrix is left to prune in the blocks of {', '.join(trace.ran)} ({', '.join(reasons) or 'none found'}"
+            f"): a rule with `dense: false` prunes what is dense by default"
+        )
+    _check_other_names(structure.blocks, by_all_names, matrices)
     return structure
 
 
-def _check_other_names(model: nn.Module, blocks: Sequence[Block], matrices: MatrixFilter) -> None:
+def _check_other_names(blocks: Sequence[Block], by_all_names: Sequence[Matrix], matrices: MatrixFilter) -> None:
     """Check that no rule leaves a matrix dense that is pruned under another name.
 
     Raises:
         SecateurError: one does.
     """
-    pruned = {id(matrix.parameter): matrix.name for block in blocks for matrix in block.matrices}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        name = path.removesuffix(".weight")
-        taken_as = pruned.get(id(parameter))
-        if taken_as and parameter_of(taken_as) != name and (reason := matrices.why_dense(name)):
-            raise SecateurError(f"{name} stays dense ({reason}), and {taken_as} is the same tensor: exclude both")
+    pruned = {(id(matrix.parameter), matrix.index): matrix.name for block in blocks for matrix in block.matrices}
+    for matrix in by_all_names:
+        taken_as = pruned.get((id(matrix.parameter), matrix.index), matrix.name)
+        if taken_as != matrix.name and (reason := matrices.why_dense(matrix.name)):
+            raise SecateurError(
+                f"{matrix.name} stays dense ({reason}), and {taken_as} is the same tensor: exclude or include both"
+            )
 
 
 def _block(path: str, module: nn.Module, matrices: MatrixFilter) -> Block:

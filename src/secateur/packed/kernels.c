@@ -785,7 +785,7 @@ static void multiply_int8_panels(const void *pointer, int64_t from, int64_t to) 
  * scale, the other entries would be rounded coarsely. Rounding to 128 / 2^15 of their mean is as fine as bfloat16. */
 enum { OUTLIER = 128 };
 
-/* The mean size of a vector's entries, and in `most` the largest. One that is not finite makes both so. */
+/* The mean size of a vector's entries, and in `most` the largest. A sum that is not finite makes both so. */
 AVX2 static float mean_size(const uint16_t *x, int64_t columns, float *most) {
     enum { LANES = 32 }; /* several sums, so that the compiler can take several entries at once */
     float largest[LANES] = {0}, sums[LANES] = {0};

@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
         if not self.is_packed:
             return nn.functional.linear(x, self.weight.T if self.is_transposed else self.weight, self.bias)
         if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
+            x = x.to(torch.bfloat16)
         if x.dtype != torch.bfloat16 or not x.is_cpu:
             raise SecateurError(
                 f"a packed layer takes {torch.bfloat16} on the CPU, and got {x.dtype} on {x.device}: convert its "

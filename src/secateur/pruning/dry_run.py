@@ -247,4 +247,5 @@ def _memory(
     sets = 4 if stream.dense is not None else 2
     budget = context.memory
     held = hidden * sets if budget.limit is None else min(hidden * sets, budget.limit // 4)
-    return int(outside + weights * width + held + max(min(hessians, budget.hessian_bytes), refit))
+    copy = weights * width if hessians > budget.hessian_bytes else 0  # `prune_block` keeps it between passes
+    return int(outside + weights * width + copy + held + max(min(hessians, budget.hessian_bytes), refit))

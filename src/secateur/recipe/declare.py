@@ -135,7 +135,7 @@ def _location(error: Any) -> tuple[str | int, ...]:
 
 
 def _is_option(part: str) -> bool:
-    return part.isidentifier() and part not in ("int", "float", "str", "literal")
+    return part.isidentifier() and part not in ("int", "float", "str", "bool", "literal")
 
 
 def _expected(message: str) -> str:

@@ -155,12 +155,6 @@ class Recipe:
                 f"allocation owl has no form for {self.pattern}: use curve, which mixes patterns of one m",
                 ("allocation", "rule"),
             )
-        if isinstance(self.pattern, NM) and self.allocation and len(self.pattern.near(self.allocation.spread)) == 1:
-            raise RecipeError(
-                f"an allocation with a spread of {self.allocation.spread:g} mixes {self.pattern} with no other "
-                f"pattern: raise the spread, or leave the allocation out",
-                ("allocation", "spread"),
-            )
         if self.permutation is not None and not isinstance(self.pattern, NM):
             raise RecipeError(
                 f"a permutation of channels is for n:m patterns, and gains nothing for the unstructured {self.pattern}",

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.recipe.declare import RecipeError, plain
 from secateur.recipe.files import RecipeFile, read_recipe
-from secateur.recipe.patterns import check_asked_pattern, parse_pattern
+from secateur.recipe.patterns import NM, check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
@@ -59,7 +59,41 @@ def resolve_recipe(
         data["rules"] = [*_rules_of(data), *added]
     for stated in (data, *_rules_of(data)):
         check_asked_pattern(stated.get("pattern") if isinstance(stated, Mapping) else None)
-    return Recipe.from_dict(data) if file is None else file.recipe(data)
+    found = Recipe.from_dict(data) if file is None else file.recipe(data)
+    if isinstance(recipe, Recipe):
+        _check_kind_of_pattern(recipe, found)
+    _check_allocation(found)
+    return found
+
+
+def _check_kind_of_pattern(given: Recipe, found: Recipe) -> None:
+    """Check that a recipe's steps are still for the kind of pattern that they were made for.
+
+    Raises:
+        RecipeError: an allocation or a refit for unstructured patterns, and now n:m, or the reverse.
+    """
+    is_same = isinstance(given.pattern, NM) == isinstance(found.pattern, NM)
+    if not is_same and (found.allocation is not None or found.refit is not None):
+        raise RecipeError(
+            f"the recipe was made for {given.pattern}, and its allocation or refit should be another one for "
+            f"{found.pattern}: name the preset, or make the recipe by Recipe.preset(NAME, {str(found.pattern)!r})",
+            ("pattern",),
+        )
+
+
+def _check_allocation(recipe: Recipe) -> None:
+    """Check that an allocation can do anything.
+
+    Raises:
+        RecipeError: at n:m, it may mix the pattern with no other one.
+    """
+    pattern, allocation = recipe.pattern, recipe.allocation
+    if isinstance(pattern, NM) and allocation is not None and len(pattern.near(allocation.spread)) == 1:
+        raise RecipeError(
+            f"an allocation with a spread of {allocation.spread:g} mixes {pattern} with no other pattern: raise the "
+            f"spread, or leave the allocation out",
+            ("allocation", "spread"),
+        )
 
 
 def _stated(
@@ -67,8 +101,7 @@ def _stated(
 ) -> tuple[dict[str, Any], RecipeFile | None]:
     """What the recipe says, as data, and the file that it comes from."""
     if isinstance(recipe, Recipe):
-        made_for = recipe.allocation is not None or recipe.refit is not None  # both depend on the kind of pattern
-        return stated_settings(recipe) | ({"pattern": str(recipe.pattern)} if made_for else {}), None
+        return stated_settings(recipe), None
     if isinstance(recipe, Mapping):
         return dict(recipe), None
     if recipe is None:

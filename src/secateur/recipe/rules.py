@@ -58,9 +58,9 @@ def check_rules_match(rules: Sequence[Rule], names: Collection[str]) -> None:
     """
     for glob in dict.fromkeys(glob for rule in rules for glob in rule.match):
         if not any(matches(name, glob) for name in names):
-            wider = f"*{glob.strip('*')}*"
-            if any(matches(name, wider) for name in names):
-                raise SecateurError(f"no matrix matches {glob!r}, as a glob is on the whole name: write {wider!r}")
+            for wider in (f"{glob}.*", f"*.{glob}.*", f"*.{glob}", f"*{glob}*"):
+                if any(matches(name, wider) for name in names):
+                    raise SecateurError(f"no matrix matches {glob!r}, as a glob is on the whole name: write {wider!r}")
             near = get_close_matches(glob, list(names), n=NAMES_IN_MESSAGE, cutoff=0.0)
             raise SecateurError(
                 f"no matrix matches {glob!r}: rules, ‹include› and ‹exclude› are globs on names; the nearest are "

@@ -77,7 +77,9 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         section, dot, option = name.partition(".")
         if section not in fields_of(Recipe):
             if places := _dotted(name):
-                raise RecipeError(f"the recipe has no option {name!r} outside of its sections: write {places[0]}")
+                raise RecipeError(
+                    f"the recipe has no option {name!r} outside of its sections: write {' or '.join(places)}"
+                )
             raise RecipeError(unknown_option(section, "", Recipe, (section,)), (section,))
         if not dot:
             data[section] = None if value == "none" and section in SECTIONS else value
@@ -146,7 +148,8 @@ def _as_setting(name: str) -> str:
     if name == "sparsity":
         return " (write pattern='50%')"
     places = _dotted(name) or [name] * (name in fields_of(Recipe))
-    return f" (write settings={{'{places[0]}': ...}})" if places else ""
+    written = " or ".join(f"settings={{'{place}': ...}}" for place in places)
+    return f" (write {written})" if places else ""
 
 
 def _dotted(name: str) -> list[str]:

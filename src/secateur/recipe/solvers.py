@@ -186,13 +186,18 @@ def _unknown(solver: str, option: str, known: list[str]) -> str:
     return f"solver {solver} has no option {option!r}: {has}{hint}"
 
 
+def solver_names() -> list[str]:
+    """Solvers of secateur and of plug-ins."""
+    return sorted({*SOLVERS, *entry_points(group="secateur.solvers").names})
+
+
 def _plugin_options(name: str, values: dict[str, Any]) -> Any:
     """Options of a plug-in's solver; no other plug-in is loaded, so that a broken one stops nobody else."""
     if name in _GIVEN:
         return _GIVEN[name](**values)
     points = {point.name: point for point in entry_points(group="secateur.solvers")}
     if name not in points:
-        known = sorted({*points, *SOLVERS})
+        known = solver_names()
         raise RecipeError(f"unknown solver {name!r}: choose one of {', '.join(known)}{nearest(name, known)}", ("name",))
     try:
         kind = points[name].load()

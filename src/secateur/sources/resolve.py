@@ -37,13 +37,22 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path)
     if path.is_dir():
-        return unpacked(path) if is_packed(path) else path
+        return path
     if path.exists():
         raise SecateurError(f"{name} is a file other than .gguf: give a model folder, a GGUF file or a hub name")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise SecateurError(f"no model at {name}: there is no such folder or file")
-    found = _from_hub(name, trust_remote_code, allow_pickle)
-    return unpacked(found) if is_packed(found) else found
+    return _from_hub(name, trust_remote_code, allow_pickle)
+
+
+def resolve_dense(name: str, trust_remote_code: bool = False, allow_pickle: bool = False) -> Path:
+    """The same, with the weights of a packed model unpacked into the user's cache.
+
+    Raises:
+        SecateurError: there is no such model, or a packed one is damaged.
+    """
+    folder = resolve(name, trust_remote_code, allow_pickle)
+    return unpacked(folder) if is_packed(folder) else folder
 
 
 def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
