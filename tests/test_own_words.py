@@ -16,6 +16,7 @@ from secateur.calibration.documents import Conversation
 from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory, OffloadedWeights
+from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.recipe import CalibrationText
 from secateur.resume.kept import OWN_WORDS_FILE
 
@@ -167,12 +168,18 @@ def test_plain_text_is_plain_text(tmp_path, number):
     assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(1, 24)] * 4
 
 
-@pytest.mark.parametrize(("seq_len", "number"), [(24, 32), (4096, 8), (16384, 2), (40000, 1)])
-def test_by_itself_a_model_writes_twice_as_many_sequences_up_to_a_number_of_tokens(tmp_path, seq_len, number):
+@pytest.mark.parametrize(
+    ("seq_len", "pattern", "number"),
+    [(24, "50%", 16), (24, "60%", 32), (24, "2:4", 32), (4096, "50%", 8), (4096, "70%", 8), (16384, "2:4", 2),
+     (40000, "50%", 1)],
+)  # fmt: skip
+def test_by_itself_a_model_writes_as_many_sequences_and_more_for_harder_patterns(tmp_path, seq_len, pattern, number):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 6000)
     text = CalibrationText(samples=16 if seq_len == 24 else 12, seq_len=seq_len, own_words="auto")
     config = tiny_model("llama", max_position_embeddings=40000).config
-    data = calibration_batches(tmp_path / "text.txt", character_tokenizer(), config, text, can_write=True)
+    data = calibration_batches(
+        tmp_path / "text.txt", character_tokenizer(), config, text, can_write=True, pattern=parse_pattern(pattern)
+    )
     assert data.to_write is not None
     assert data.to_write.number == number
 
@@ -355,8 +362,8 @@ def test_best_lets_the_model_write_where_it_can(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     asked = {"recipe": "best", "calibration": tmp_path / "text.txt", "samples": 4, "seq_len": 24}
     report = secateur.prune(tmp_path / "dense", tmp_path / "out", **asked)
-    assert report.calibration["samples"] == 12
-    assert report.calibration["written"] == 8
+    assert report.calibration["samples"] == 8
+    assert report.calibration["written"] == 4
     again = secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **asked)
     assert again.identity == report.identity
 
@@ -365,7 +372,7 @@ def test_a_model_that_memory_hardly_holds_writes_nothing_by_itself(tmp_path, mon
     save_checkpoint(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     asked = SETTINGS | {"calibration": tmp_path / "text.txt", "settings": {"calibration.own_words": "auto"}}
-    assert secateur.prune(tmp_path / "dense", tmp_path / "whole", **asked).calibration["written"] == 12
+    assert secateur.prune(tmp_path / "dense", tmp_path / "whole", **asked).calibration["written"] == 6
     monkeypatch.setattr("secateur.run.total_memory", lambda _device: 1000)
     assert "written" not in secateur.prune(tmp_path / "dense", tmp_path / "streamed", **asked).calibration
     assert secateur.dry_run(tmp_path / "dense", **asked).num_tokens == 6 * 24
@@ -409,7 +416,7 @@ def test_a_resumed_run_lets_the_model_write_as_the_first_process_did(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(tmp_path / "dense", tmp_path / "out", progress=stop, **asked)
     monkeypatch.setattr("secateur.run.total_memory", lambda _device: 1000)
-    assert secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **asked).calibration["written"] == 12
+    assert secateur.prune(tmp_path / "dense", tmp_path / "out", resume=True, **asked).calibration["written"] == 6
 
 
 def test_weights_are_not_converted_for_each_token(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from comparisons import COLOURS, MAIN, cells, gap_closed, names, patterns_of, read, recipes_of, spread
+from comparisons import COLOURS, cells, gap_closed, names, patterns_of, read, recipes_of, spread
 from packed_page import measured_line, models_table
 from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
@@ -37,7 +37,6 @@ VARIANTS = {
     "mrp+solver.mask=M+solver.compensation=S": "MS",
     "mrp+solver.mask=M+solver.compensation=M": "MM",
 }
-OLDER = "calibration.own_words=32"  # of `best` when the model wrote no more than the text has
 TIMING = "timing"  # the same runs at 50%, one at a time on a quiet machine
 ROWS = {
     "sparsegpt": "--solver sparsegpt",
@@ -45,7 +44,7 @@ ROWS = {
     "balanced": "--recipe balanced (default)",
     "best": "--recipe best",
 }
-PRESETS = "tokens-16k"  # where the presets are from: cells of today's
+PRESETS = "tokens-16k"  # cells of today's presets
 
 
 def gap_table(comparison: Comparison) -> str:
@@ -196,49 +195,28 @@ of a quiet machine.
     )
 
 
-def main_cells(recipe: str, pattern: str) -> dict[str, dict[str, Any]]:
-    """Seed -> cell, of the README's table and picture."""
-    if recipe == "sparsegpt":
-        return cells(read(MAIN), recipe, pattern)
-    return cells(read(PRESETS), recipe, pattern) or cells(read(PRESETS), f"{recipe}+{OLDER}", pattern)
-
-
 def readme_table() -> str:
-    comparison = read(MAIN)
+    comparison = read(PRESETS)
     patterns = patterns_of(comparison)
     dense = comparison.cells["dense"]["perplexity"][TEXT]
     timing = read(TIMING) if TIMING in names() else comparison
     rows = [["perplexity", *patterns, "seconds"], ["dense", *[f"{dense:.2f}"] * len(patterns), ""]]
     for recipe, label in ROWS.items():
         values = [
-            [c["perplexity"][TEXT] for c in (main_cells(recipe, p) or cells(timing, recipe, p)).values()]
-            for p in patterns
+            [cell["perplexity"][TEXT] for cell in cells(comparison, recipe, pattern).values()] for pattern in patterns
         ]
         if not any(values):
             continue
-        timed = cells(timing, recipe, "50%") or cells(timing, f"{recipe}+{OLDER}", "50%")
-        seconds = [cell["seconds"] for cell in timed.values()]
+        seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
         rows.append([label, *(spread(each) for each in values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
     return table(rows[0], rows[1:])
 
 
-def older_cells() -> str:
-    """Which cells of the README's table are by an older `best`, in a sentence."""
-    older = [
-        f"perplexity at {pattern}" for pattern in patterns_of(read(MAIN)) if not cells(read(PRESETS), "best", pattern)
-    ]
-    older += [] if cells(read(TIMING), "best", "50%") else ["seconds"]
-    return (
-        f" Its {' and '.join(older)} are of an older `best`, which wrote half as much and was faster." if older else ""
-    )
-
-
 def readme() -> str:
     """The README with its table renewed."""
-    block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(MAIN))} {{}}\n{END}".replace(
+    block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(PRESETS))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; empty cells were not run, and a cell without a spread has one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on three times the tokens: the model [writes twice as many](docs/guides/data.md#text-that-the-model-writes), going on from the text."
-        + older_cells(),
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes), as much as the text has at 50%, and twice as much at 70% and 2:4.",
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
     sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"
@@ -254,12 +232,12 @@ def pages() -> dict[Path, str]:
 
 def pictures() -> list[Picture]:
     """Perplexity by recipe."""
-    comparison = read(MAIN)
+    comparison = read(PRESETS)
     means = {
         recipe: {
             pattern: statistics.mean(cell["perplexity"][TEXT] for cell in found.values())
             for pattern in patterns_of(comparison)
-            if (found := main_cells(recipe, pattern))
+            if (found := cells(comparison, recipe, pattern))
         }
         for recipe in COLOURS
     }

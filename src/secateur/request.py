@@ -78,7 +78,14 @@ class Request:
         size = BATCH_TOKENS if refit is None else refit.step_tokens
         asks = text.own_words == AUTO and (self.texts is None or isinstance(self.texts, str | Path))
         return calibration_batches(
-            self.texts, tokenizer, config, text, self.recipe.seed, size, can_write=asks and writes()
+            self.texts,
+            tokenizer,
+            config,
+            text,
+            self.recipe.seed,
+            size,
+            can_write=asks and writes(),
+            pattern=self.recipe.pattern,
         )
 
     def written(

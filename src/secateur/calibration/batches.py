@@ -26,12 +26,16 @@ from secateur.calibration.own_words import OwnWords, Prompts
 from secateur.calibration.stream import Batch
 from secateur.calibration.texts import cut_windows, encode, max_positions, sample_documents, window_length
 from secateur.errors import SecateurError
+from secateur.recipe.patterns import Pattern, Unstructured
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
-AUTO, OWN_WORDS_A_SAMPLE, MOST_OWN_TOKENS = "auto", 2, 1 << 15  # what a model writes on top of a text by itself
+AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
+SPARSE, OWN_WORDS_A_SAMPLE = 0.6, 2  # from this sparsity on, and at n:m: so many sequences for each of the text's
+
+HALF = Unstructured(0.5)
 
 Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
 
@@ -71,6 +75,7 @@ def calibration_batches(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     can_write: bool = False,
+    pattern: Pattern = HALF,
 ) -> CalibrationBatches:
     """Calibration batches from a text, or from the caller's token tensors or batches.
 
@@ -84,6 +89,7 @@ def calibration_batches(
         seed: fixes which windows are drawn, and in which order.
         batch_tokens: tokens a batch, in whole windows, at least one.
         can_write: whether the model writes text, for `own_words: auto`.
+        pattern: of the run, for the same.
 
     Raises:
         SecateurError: nothing to read, a text shorter than a window, a window longer than the model's positions, or
@@ -107,7 +113,7 @@ def calibration_batches(
         return _all_own_words(source, tokenizer, config, text, length, seed, batch_tokens)
     drawn, notices = _draw(source, tokenizer, config, text, length, seed)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
-    number = _own_words_on_top(text, length, can_write)
+    number = _own_words_on_top(text, length, can_write, pattern)
     if not number:
         batches = _batched(drawn, batch_tokens)
         return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
@@ -137,10 +143,12 @@ def _check_no_text_options(text: CalibrationText) -> None:
             )
 
 
-def _own_words_on_top(text: CalibrationText, length: int, can_write: bool) -> int:
+def _own_words_on_top(text: CalibrationText, length: int, can_write: bool, pattern: Pattern) -> int:
     """Sequences that the model writes on top of those of a text."""
     if text.own_words == AUTO:
-        return min(OWN_WORDS_A_SAMPLE * text.samples, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
+        is_easy = isinstance(pattern, Unstructured) and pattern.sparsity < SPARSE
+        wanted = text.samples * (1 if is_easy else OWN_WORDS_A_SAMPLE)
+        return min(wanted, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
     return text.own_words or 0
 
 

@@ -87,7 +87,8 @@ class CalibrationText:
     own_words: Annotated[Whole, Ge(0)] | Literal["auto"] | None = Field(
         default=None,
         description="Sequences that the model writes on top of `samples`, going on from the text; empty = none. auto = "
-        "twice as many, at most 32,768 tokens, where the model writes text and takes at most half of memory.",
+        "as many, or twice as many at n:m and from 60% on, at most 32,768 tokens, where the model writes text and "
+        "takes at most half of memory.",
     )
     text_field: str | None = Field(
         default=None, description="Field or column that holds the text; empty = found by the form of the records."
