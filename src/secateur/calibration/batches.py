@@ -33,7 +33,7 @@ DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
 AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
-SPARSE, OWN_WORDS_A_SAMPLE = 0.6, 2  # from this sparsity on, and at n:m: so many sequences for each of the text's
+SPARSE, OWN_WORDS_A_SAMPLE = 0.6, 2  # from this sparsity on, and at n:m: sequences a sample
 
 HALF = Unstructured(0.5)
 
