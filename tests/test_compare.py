@@ -364,13 +364,14 @@ def test_a_cell_ends_with_the_comparison_that_was_stopped(tmp_path, how):
     """The parent is stopped while its cell's process sleeps; neither waits for the end of the cell."""
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, time\n"
+        "import os, signal, time\n"
         "from secateur.cli.process import prepare_process\n"
         "from secateur.runtime.own_process import run_in_own_process\n"
         "def cell():\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "    prepare_process()\n"
         "    run_in_own_process(cell)\n"
     )

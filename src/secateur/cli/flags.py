@@ -52,7 +52,7 @@ Calibration = Annotated[
 ]
 TextField = Annotated[str | None, recipe_flag("calibration.text_field", CALIBRATION, "NAME")]
 Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]
-SeqLen = Annotated[int | None, flag("Tokens a sequence (2048, or all positions if fewer).", CALIBRATION, "N")]
+SeqLen = Annotated[int | None, flag("Tokens a sequence (2048, or fewer).", CALIBRATION, "N")]
 Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
 
 Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, name="--overwrite")]
@@ -73,7 +73,7 @@ Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, n
 Text = Annotated[str | None, flag("Text file or data set name; empty = the shipped text.", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
 EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
-EvalSeqLen = Annotated[int | None, flag("Tokens a window (1024, or all positions if fewer).", EVALUATION, "N")]
+EvalSeqLen = Annotated[int | None, flag("Tokens a window (1024, or fewer).", EVALUATION, "N")]
 MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]

@@ -146,7 +146,7 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Most memory besides the weights, such as 8GB: for Hessians, hidden states and temporaries.",
+        description="Most memory besides weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",
     )
 
     def __post_init__(self) -> None:

@@ -188,7 +188,7 @@ def _unknown(solver: str, option: str, known: list[str]) -> str:
 
 def solver_names() -> list[str]:
     """Solvers of secateur and of plug-ins."""
-    return sorted({*SOLVERS, *entry_points(group="secateur.solvers").names})
+    return sorted({*SOLVERS, *(point.name for point in entry_points(group="secateur.solvers"))})
 
 
 def _plugin_options(name: str, values: dict[str, Any]) -> Any:
