@@ -108,7 +108,7 @@ def find_block_chains(
         )
     layers = {path: layer for each in lists.values() for path, layer in each.items()}
     everything, matrices = _distinct_matrices(layers), MatrixFilter(recipe)
-    by_all_names = [matrix for path, layer in layers.items() for matrix in matrices_of(path, layer)]
+    by_all_names = _all_matrices(layers)
     matrices.check_all_matched(matrix.name for matrix in by_all_names)
     running = {path: layers[path] for paths in trace.ran.values() for path in paths}
     chains = [BlockChain([_block(path, layers[path], matrices) for path in paths]) for paths in trace.ran.values()]
@@ -167,12 +167,16 @@ def _lists_of_layers(model: nn.Module) -> dict[str, Layers]:
     return lists
 
 
+def _all_matrices(layers: Layers) -> list[Matrix]:
+    """Every matrix of the layers; one that layers share comes by each of its paths."""
+    return [matrix for path, layer in layers.items() for matrix in matrices_of(path, layer)]
+
+
 def _distinct_matrices(layers: Layers) -> list[Matrix]:
     """Every matrix of the layers; one that layers share comes once, by its first path."""
     found: dict[tuple[int, int | None], Matrix] = {}
-    for path, layer in layers.items():
-        for matrix in matrices_of(path, layer):
-            found.setdefault((id(matrix.parameter), matrix.index), matrix)
+    for matrix in _all_matrices(layers):
+        found.setdefault((id(matrix.parameter), matrix.index), matrix)
     return list(found.values())
 
 

@@ -66,12 +66,8 @@ class PackedLinear(nn.Module):
         """
         if not self.is_packed:
             raise SecateurError("this layer was unpacked to a dense one")
-        scales, dtype = self._scales(), torch.bfloat16
-        values = self.values.view(dtype) if scales is None else self.values
-        return PackedTensor(self.shape, dtype, self.is_transposed, self.masks, values, self.kept, scales)
-
-    def _scales(self) -> Tensor | None:
-        return None if self.scales is None else self.scales.view(torch.float32)
+        values, scales = _for_kernels(self.values, self.scales)
+        return PackedTensor(self.shape, torch.bfloat16, self.is_transposed, self.masks, values, self.kept, scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias`.
@@ -162,9 +158,13 @@ def _multiply(
     rows: int,
 ) -> Tensor:
     """The product. `values` holds bfloat16 as int16, or is int8; `scales` holds float32 as int32."""
-    if scales is None:
-        return kernels.multiply(x, masks, values.view(torch.bfloat16), offsets, rows, columns, bias)
-    return kernels.multiply(x, masks, values, offsets, rows, columns, bias, scales.view(torch.float32))
+    values, scales = _for_kernels(values, scales)
+    return kernels.multiply(x, masks, values, offsets, rows, columns, bias, scales)
+
+
+def _for_kernels(values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values and scales in their own dtypes, of the integers that a layer holds."""
+    return (values.view(torch.bfloat16), None) if scales is None else (values, scales.view(torch.float32))
 
 
 # The product as an operator that `torch.compile` keeps whole, and that has a gradient.
@@ -176,7 +176,7 @@ def _(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], others[-1]))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _remember(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     _, masks, values, offsets, _, scales, columns, rows = inputs
     ctx.save_for_backward(masks, values, offsets, scales)
     ctx.sizes = columns, rows
@@ -200,11 +200,8 @@ def packed_linear_gradient(
     rows: int,
 ) -> Tensor:
     """The gradient of the product's input, by the unpacked weight."""
-    stored = values if scales is not None else values.view(torch.bfloat16)
-    weight = kernels.unpack_rows(
-        masks, stored, offsets, columns, 0, rows, None if scales is None else scales.view(torch.float32)
-    )
-    return gradient @ weight
+    values, scales = _for_kernels(values, scales)
+    return gradient @ kernels.unpack_rows(masks, values, offsets, columns, 0, rows, scales)
 
 
 @packed_linear_gradient.register_fake

@@ -306,14 +306,12 @@ class MaskedMasterWeights:
         self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
         self.masters = [parameter.data.float().clone() for parameter in self.parameters]
         self.gradients = [torch.zeros_like(master) for master in self.masters]
-        self.parts = [part for master in self.masters for part in _matrices_in(master)]
-        for part, gradient in zip(
-            self.parts, [each for of in self.gradients for each in _matrices_in(of)], strict=True
-        ):
+        self.parts = _matrices_in(self.masters)
+        for part, gradient in zip(self.parts, _matrices_in(self.gradients), strict=True):
             part.grad = gradient  # a view, as the part is
         self.scales = [
             float(((part * mask).square().sum() / mask.sum().clamp_min(1)).sqrt())
-            for part, mask in zip(self.parts, [each for of in kept for each in _matrices_in(of)], strict=True)
+            for part, mask in zip(self.parts, _matrices_in(kept), strict=True)
         ]
         # In the gradients' dtype, as products of mixed dtypes take several times as long.
         self.factors = [mask.to(parameter.dtype) for mask, parameter in zip(kept, self.parameters, strict=True)]
@@ -373,9 +371,9 @@ class MaskedMasterWeights:
             parameter.data.copy_(saved)
 
 
-def _matrices_in(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of a parameter's matrices: the experts of one with three dimensions, or itself."""
-    return tensor.unbind() if tensor.ndim == 3 else [tensor]
+def _matrices_in(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Views of the parameters' matrices: the experts of one with three dimensions, or itself."""
+    return [part for each in parameters for part in (each.unbind() if each.ndim == 3 else [each])]
 
 
 def _kept(block: Block, parameter: nn.Parameter) -> Bool[Tensor, ...]:
