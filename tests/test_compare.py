@@ -24,7 +24,7 @@ from secateur.cli.progress import progress_shown
 from secateur.comparison.cell import ComparisonSettings, parse_recipe
 from secateur.comparison.compare import check_recipe, compare
 from secateur.comparison.page import to_html
-from secateur.comparison.results import Comparison
+from secateur.comparison.results import DENSE, Comparison
 from secateur.comparison.table import tables, to_csv
 from secateur.errors import SecateurError
 from secateur.recipe.patterns import parse_pattern
@@ -406,3 +406,13 @@ def is_running(pid):
     """Whether a process exists and is not a zombie that waits for its new parent to collect it."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_only_members_of_a_task_group_are_left_out_of_a_table():
+    texts = {"wiki": 10.0, "wiki_de": 11.0, "wiki_fr": 12.0}
+    accuracy = {"acc": 0.5}
+    ran = dict.fromkeys(("blimp", "blimp_a", "blimp_b", "hellaswag", "hellaswag_de", "hellaswag_fr"), accuracy)
+    asked = ["blimp", "hellaswag", "hellaswag_de", "hellaswag_fr"]
+    cells = {DENSE: {"perplexity": texts}, "fast 50% 0": {"perplexity": texts, "tasks": ran, "tasks_asked": asked}}
+    header = tables(replace(comparison(), cells=cells))["50%"][0]
+    assert header == ["recipe", "seeds", *(f"ppl {text}" for text in texts), *asked]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import character_tokenizer, save_checkpoint, tiny_model, tokens
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import Dataset
 
 import secateur
@@ -127,3 +128,49 @@ def test_inspect_tells_a_kept_mask_from_a_broken_one(tmp_path):
     problems = secateur.inspect(tmp_path / "broken").problems
     assert len(problems) == 14
     assert "secateur.keep_zeros(model)" in problems[0]
+
+
+@pytest.fixture
+def adapted(pruned):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(pruned, peft.LoraConfig(target_modules=["up_proj"], r=4, task_type="CAUSAL_LM"))
+
+
+def test_an_adapter_inside_of_the_base_model_learns(pruned, adapted):
+    """Half of a LoRA begins as zeros alone. That is not a mask."""
+    with secateur.keep_zeros(pruned):
+        train(adapted, torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], 1e-2))
+    halves = [each for name, each in adapted.named_parameters() if "lora_B" in name]
+    assert halves
+    assert all((each != 0).any() for each in halves)
+
+
+def test_the_callback_refuses_an_adapter(adapted):
+    with pytest.raises(secateur.SecateurError, match="train without KeepZerosCallback, and merge it inside"):
+        secateur.KeepZerosCallback().on_train_begin(None, None, None, model=adapted)
+
+
+def test_training_that_was_interrupted_holds_no_model(pruned):
+    """No `on_train_end` comes after Ctrl-C or an out-of-memory error."""
+    callback = secateur.KeepZerosCallback()
+    for _ in range(2):
+        callback.on_train_begin(None, None, None, model=pruned)
+    assert len(_global_optimizer_post_hooks) == 1
+    del callback
+    assert len(_global_optimizer_post_hooks) == 0
+    zeros = zeros_of(pruned)
+    train(pruned, torch.optim.SGD(pruned.parameters(), 0.1))
+    assert any((pruned.get_parameter(name)[zero] != 0).any() for name, zero in zeros.items())
+
+
+def test_weights_that_are_replaced_are_told(pruned):
+    held, dense = secateur.keep_zeros(pruned), tiny_model("llama", seed=1)
+    with pytest.raises(secateur.SecateurError, match="14 sparse matrices were replaced by other tensors"), held:
+        pruned.load_state_dict(dense.state_dict(), assign=True)
+
+
+def test_weights_that_are_loaded_in_place_are_held(pruned):
+    zeros = zeros_of(pruned)
+    with secateur.keep_zeros(pruned):
+        pruned.load_state_dict(tiny_model("llama", seed=1).state_dict())
+    assert_kept(pruned, zeros)

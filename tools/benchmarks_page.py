@@ -14,7 +14,7 @@ from scale_page import scale_table
 from tokens_part import tokens_part, tokens_picture
 
 from secateur.comparison.results import Comparison
-from secateur.comparison.table import tables, without_members
+from secateur.comparison.table import members, tables
 from secateur.evaluation.tasks import headline
 
 README = ROOT / "README.md"
@@ -62,6 +62,7 @@ def task_table(comparison: Comparison) -> str:
     """Accuracy on each task minus sparsegpt's."""
     head: list[str] = []
     rows: list[list[str]] = []
+    hidden = members(comparison)
     for pattern in patterns_of(comparison):
         base = next((cell for cell in cells(comparison, "sparsegpt", pattern).values() if "tasks" in cell), None)
         for recipe in recipes_of(comparison):
@@ -69,7 +70,8 @@ def task_table(comparison: Comparison) -> str:
             if mine is not None and base is not None and recipe != "sparsegpt":
                 tasks = {
                     name: headline(mine["tasks"][name]) - headline(base["tasks"][name])
-                    for name in without_members(list(mine["tasks"]))
+                    for name in mine["tasks"]
+                    if name not in hidden
                 }
                 rows.append([f"{recipe}, {pattern}", *(f"{value:+.4f}" for value in tasks.values())])
                 head = ["accuracy minus sparsegpt's", *tasks]
@@ -149,7 +151,7 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
         for seed, cell in cells(comparison, recipe, pattern).items()
     }
     seeds = sorted({key.rsplit(" ", 1)[1] for key in mine})
-    tasks = without_members(list(dict.fromkeys(task for cell in mine.values() for task in cell.get("tasks", {}))))
+    tasks = sorted({task for cell in mine.values() for task in cell.get("tasks_asked", ())})
     parts = [
         f"secateur compare {model} --recipes {','.join(recipes)}",
         f"--patterns {','.join(patterns)} --seeds {','.join(seeds)} --calibration {calibration(s['calibration'])}",

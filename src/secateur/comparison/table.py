@@ -40,13 +40,14 @@ def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
     figures = columns_of(comparison)
     keys = [key.rsplit(" ", 2) for key in comparison.cells if key != DENSE]
     patterns = sorted({pattern for _, pattern, _ in keys}, key=lambda pattern: (":" in pattern, pattern))
-    return {pattern: _table(figures, [key for key in keys if key[1] == pattern]) for pattern in patterns}
+    hidden = members(comparison)
+    return {pattern: _table(figures, [key for key in keys if key[1] == pattern], hidden) for pattern in patterns}
 
 
-def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[list[str]]:
+def _table(figures: dict[str, dict[str, float]], keys: list[list[str]], hidden: set[str]) -> list[list[str]]:
     recipes = list(dict.fromkeys(recipe for recipe, _, _ in keys))
     every = [DENSE, *(" ".join(key) for key in keys)]
-    columns = without_members(list(dict.fromkeys(name for key in every for name in figures.get(key, {}))))
+    columns = list(dict.fromkeys(name for key in every for name in figures.get(key, {}) if name not in hidden))
     columns.sort(key=lambda name: name in LOWER_IS_BETTER)  # stable: these go last
     rows = [["recipe", "seeds", *columns]]
     if DENSE in figures:
@@ -61,10 +62,11 @@ def _table(figures: dict[str, dict[str, float]], keys: list[list[str]]) -> list[
     return rows
 
 
-def without_members(names: list[str]) -> list[str]:
-    """Names without the members of a group that is there too: two or more that the harness calls `group_member`."""
-    groups = [name for name in names if sum(other.startswith(f"{name}_") for other in names) > 1]
-    return [name for name in names if not any(name.startswith(f"{group}_") for group in groups)]
+def members(comparison: Comparison) -> set[str]:
+    """Tasks that the harness ran as members of a group that was asked for; a table shows the group alone."""
+    cells = comparison.cells.values()
+    ran = {task for cell in cells for task in cell.get("tasks", {})}
+    return ran - {task for cell in cells for task in cell.get("tasks_asked", cell.get("tasks", ()))}
 
 
 def _cell(name: str, values: list[float]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from secateur.errors import SecateurError
 
-LEAST_SHARE = 0.01  # of zeros, for a matrix to count as sparse: no dense one has as many
+LEAST_SHARE = 0.01  # of zeros, for a matrix to count as sparse: no trained dense one has as many
 
 
 class keep_zeros:
-    """A context in which every weight of a model that is zero stays zero.
+    """A context in which the zeros of a model's sparse matrices stay zero.
 
         with secateur.keep_zeros(model):
             train(model)
 
     After each step of any torch optimizer, and at the end, the weights that were zero at the start are set to zero
     again. So the context also serves what changes weights in another way, such as merging a LoRA. It is the projection
-    of projected gradient descent.
+    of projected gradient descent. Sparse matrices have at least 1% zeros, and not zeros alone: a LoRA begins with such.
 
     Memory: a byte for each weight of the sparse matrices. Cost: one read and write of them a step.
     """
@@ -43,7 +43,7 @@ class keep_zeros:
             raise SecateurError(
                 f"no matrix of this {type(model).__name__} has zeros to keep: prune it first, or load the pruned one"
             )
-        self._hook: Any = None
+        self._release: weakref.finalize[..., keep_zeros] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -51,12 +51,39 @@ class keep_zeros:
         return list(self._kept)
 
     def __enter__(self) -> keep_zeros:
-        self._hook = register_optimizer_step_post_hook(lambda *_: self.restore())
+        held = weakref.ref(self)  # training that was interrupted may never leave the context
+
+        def after_step(*_: object) -> None:
+            if (alive := held()) is not None:
+                alive.restore()
+
+        self._release = weakref.finalize(self, register_optimizer_step_post_hook(after_step).remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._hook.remove()
+        """Restore the zeros a last time.
+
+        Raises:
+            SecateurError: a sparse matrix was replaced by another tensor.
+        """
+        self.release()
         self.restore()
+        if kind is None:
+            self._check_not_replaced()
+
+    def release(self) -> None:
+        """Let go of the optimizers."""
+        if self._release is not None:
+            self._release()
+
+    def _check_not_replaced(self) -> None:
+        present = {id(parameter) for parameter in self.model.parameters()}
+        replaced = [name for name, (parameter, _) in self._kept.items() if id(parameter) not in present]
+        if replaced:
+            raise SecateurError(
+                f"{len(replaced)} sparse matrices were replaced by other tensors, whose zeros were not kept (first: "
+                f"{replaced[0]}): change weights in place (load_state_dict without assign=True)"
+            )
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -76,7 +103,7 @@ def _is_sparse(parameter: Tensor) -> bool:
     if parameter.ndim not in (2, 3) or not parameter.is_floating_point() or not parameter.numel():
         return False
     zeros = parameter.numel() - int(torch.count_nonzero(parameter.detach()))
-    return zeros >= max(1, LEAST_SHARE * parameter.numel())
+    return max(1, LEAST_SHARE * parameter.numel()) <= zeros < parameter.numel()
 
 
 def _has_others(weight: Tensor, kept: Tensor) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from secateur.errors import SecateurError
 from secateur.training.keep_zeros import keep_zeros
 
 
@@ -13,7 +14,7 @@ class KeepZerosCallback(TrainerCallback):
     """Keeps the zeros that a model has when training begins: `Trainer(..., callbacks=[KeepZerosCallback()])`.
 
     Raises, when training begins:
-        SecateurError: the model has no sparse matrix.
+        SecateurError: the model has no sparse matrix, or is a peft model, whose zeros change when it is merged.
     """
 
     def __init__(self) -> None:
@@ -22,6 +23,13 @@ class KeepZerosCallback(TrainerCallback):
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Hold the zeros."""
+        if getattr(model, "peft_config", None):
+            raise SecateurError(
+                "training an adapter changes no zeros, merging it does: train without KeepZerosCallback, and merge it "
+                "inside `with keep_zeros(base_model)`"
+            )
+        if self._held is not None:  # of training that was interrupted
+            self._held.release()
         self._held = keep_zeros(model)
         self._held.__enter__()
 
