@@ -21,13 +21,14 @@ from common import arguments_of, write_result
 import secateur
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.dense_pass import run_dense_pass
-from secateur.calibration.stream import Batch, no_progress
+from secateur.calibration.stream import Batch
 from secateur.checkpoints.load import load
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import BlockChain, find_block_chains
 from secateur.numerics.damping import shrinkage_for
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.recipe.recipe import CalibrationText, Recipe
+from secateur.runtime.progress import no_progress
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SHRINKAGES = (0.03, 0.1, 0.2, 0.5, "auto")  # with the default damping

@@ -19,9 +19,9 @@ from common import arguments_of, write_result
 import secateur
 from secateur.calibration.documents import read_documents
 from secateur.calibration.own_words import Prompts, write_windows
-from secateur.calibration.stream import no_progress
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.models.placement import InMemory
+from secateur.runtime.progress import no_progress
 
 TASKS = (
     "Explain {} to a ten-year-old.",

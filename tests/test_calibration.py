@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from models import character_tokenizer, tiny_model
 import secateur
 from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.documents import Conversation, read_documents, shipped_text
+from secateur.calibration.documents import read_documents, shipped_text
+from secateur.calibration.records import Conversation
 from secateur.calibration.texts import encode, opening, sample_documents
 from secateur.recipe.recipe import CalibrationText
 
@@ -122,10 +124,38 @@ def test_a_text_without_a_name_is_refused():
         list(read_documents(""))
 
 
-def test_data_set_streams_stop_at_the_limit(monkeypatch):
-    import sys
-    from types import ModuleType
+@pytest.fixture
+def rows_of_data_sets(monkeypatch):
+    """A stand-in for the library of data sets that gives these rows of any split, shuffled in reverse."""
+    rows = [
+        {"text": " = A =\n", "sentence": "one"},
+        {"text": "", "sentence": "two"},
+        {"text": "x" * 99, "sentence": "3"},
+    ]
 
+    class Rows(list):
+        def shuffle(self, **_):
+            return Rows(reversed(self))
+
+    module = ModuleType("datasets")
+    module.load_dataset = lambda *_, **options: Rows({**row, "split": options["split"]} for row in rows)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.mark.usefixtures("rows_of_data_sets")
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_lines_of_wikitext_and_ptb_are_one_text_joined_as_gptq_and_sparsegpt_do(evaluation):
+    assert list(read_documents("wikitext2", evaluation=evaluation)) == [" = A =\n\n\n\n\n" + "x" * 99]
+    assert list(read_documents("ptb", evaluation=evaluation)) == ["one two 3"]
+
+
+@pytest.mark.usefixtures("rows_of_data_sets")
+def test_documents_of_c4_are_drawn_one_by_one_and_joined_to_evaluate():
+    assert list(read_documents("c4")) == ["x" * 99, "", " = A =\n"]
+    assert list(read_documents("c4", evaluation=True)) == [" = A =\n  " + "x" * 99]
+
+
+def test_data_set_streams_stop_at_the_limit(monkeypatch):
     read = []
 
     class Stream:
@@ -145,8 +175,8 @@ def test_data_set_streams_stop_at_the_limit(monkeypatch):
     assert len(read) < 10
     assert found.origin["samples"] == 4
     read.clear()
-    assert next(iter(read_documents("c4", evaluation=True))) == "abcdefgh" * 4
-    assert read[0] == "validation"
+    assert len(next(iter(read_documents("c4", evaluation=True)))) == 1100 * 33 - 1
+    assert (read[0], len(read)) == ("validation", 1101)
 
 
 def test_folder_is_read_in_order(tmp_path):

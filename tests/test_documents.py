@@ -7,8 +7,9 @@ import json
 import pytest
 from models import character_tokenizer
 
-from secateur.calibration.documents import Conversation, read_documents
-from secateur.calibration.texts import encode
+from secateur.calibration.documents import read_documents
+from secateur.calibration.records import Conversation
+from secateur.calibration.texts import encode, encode_chat
 from secateur.errors import SecateurError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -139,3 +140,28 @@ def test_a_long_line_makes_a_short_message(tmp_path):
             documents(tmp_path / "a.jsonl", content)
         assert len(str(caught.value)) < 1000
     assert documents(tmp_path / "a.jsonl", json.dumps({"text": long})) == [long]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, "line 1: the chat has no messages"),
+        ({"conversations": []}, "line 1: the chat has no messages"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": ["search"]}, "line 1: `tools` must be a list of"),
+    ],
+)
+def test_a_chat_that_no_template_can_take_is_named_with_its_place(tmp_path, record, message):
+    (tmp_path / "chats.jsonl").write_text(json.dumps(record))
+    with pytest.raises(SecateurError, match=message):
+        list(read_documents(tmp_path / "chats.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 + messages[0]['content'] }}", {"one": "{{ messages }}", "two": "{{ messages }}"}]
+)
+def test_a_template_that_fails_is_told(template):
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    chat = Conversation([{"role": "user", "content": "a"}])
+    with pytest.raises(SecateurError, match="chat template refuses a conversation"):
+        encode_chat(chat, tokenizer)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.documents import Conversation
 from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
+from secateur.calibration.records import Conversation
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory, OffloadedWeights
 from secateur.recipe.patterns import parse_pattern
@@ -453,3 +453,12 @@ def test_a_dry_run_counts_the_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.calibration.own_words.time", Clock)
     longer = secateur.dry_run(tmp_path / "dense", calibration="self", **SETTINGS)
     assert longer.seconds == pytest.approx(10**4 * 23 / 2, rel=0.01)
+
+
+def test_a_chat_that_is_cut_into_pieces_opens_each_once():
+    tokenizer = character_tokenizer(bos=True, chat=True)
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    chat = Conversation([{"role": "assistant", "content": "the cat sat on the mat. " * 8}])
+    prompts = Prompts.of([chat], tokenizer, 64, "chats", strict=False)
+    assert len(prompts.ids) > 4
+    assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in prompts.ids)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from secateur.recipe.solvers import ADMM, MRP, Magnitude, SparseGPT, Wanda
     from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
     from secateur.reporting.report import Report
-    from secateur.runtime.progress_bars import ProgressBars
+    from secateur.runtime.progress import ProgressBars
     from secateur.solvers import Solved
     from secateur.training.keep_zeros import keep_zeros
     from secateur.training.trainer import KeepZerosCallback
@@ -40,7 +40,7 @@ _HOME = {
     "DenseTarget": "secateur.recipe.steps",
     "NM": "secateur.recipe.patterns",
     "Pattern": "secateur.recipe.patterns",
-    "ProgressBars": "secateur.runtime.progress_bars",
+    "ProgressBars": "secateur.runtime.progress",
     "Recipe": "secateur.recipe.recipe",
     "Report": "secateur.reporting.report",
     "Rule": "secateur.recipe.recipe",

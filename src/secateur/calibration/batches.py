@@ -16,8 +16,8 @@ from torch import Tensor
 from secateur.calibration.documents import (
     check_is_name,
     has_no_text,
-    is_dataset,
     is_own_words,
+    is_stream,
     name_of,
     read_documents,
     text_of,
@@ -180,7 +180,7 @@ def _prompts(
     """What the model goes on from, of a text."""
     place = text_of(source)
     documents = read_documents(place, seed, text_field=text.text_field)
-    if is_dataset(place):  # it may have no end
+    if is_stream(place):
         documents = islice(documents, text.samples)
     else:
         documents = sample_documents(documents, text.samples * length, seed)
@@ -203,7 +203,7 @@ def _draw(
     """Windows drawn from a text, and what the user should know."""
     number = text.samples
     wanted, documents = number * length, read_documents(source, seed, text_field=text.text_field)
-    if is_dataset(source):
+    if is_stream(source):
         ids = encode(documents, tokenizer, wanted)
     else:
         ids = encode(sample_documents(documents, wanted, seed), tokenizer)

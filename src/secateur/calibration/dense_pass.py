@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import Observations, observed_block, routed_matrices
-from secateur.calibration.stream import Batch, Progress, Stream, real_tokens
+from secateur.calibration.stream import Batch, Stream, real_tokens
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import (
     Block,
@@ -41,6 +41,7 @@ from secateur.models.weight_uses import WeightUse, WeightWatcher
 from secateur.numerics.damping import DEFAULT_DAMPING, Damping
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
+from secateur.runtime.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,11 @@ def inputs_of(model: nn.Module, batch: Batch) -> tuple[Batch, Tensor | None]:
     if real is None:
         inputs.pop("attention_mask", None)
     return inputs, real
+
+
+def unlabelled(batch: Batch) -> Batch:
+    """Inputs without labels: a loss of them needs the logits of all positions at once."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _run_blocks(

@@ -6,14 +6,15 @@ Nothing is guessed in silence: a file of records whose form is unknown is refuse
 from __future__ import annotations
 
 import glob
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.records import Document, document_of, shown
 from secateur.errors import SecateurError
 from secateur.runtime.messages import first_line
 from secateur.storage.json_files import parse_json
@@ -23,33 +24,36 @@ MAX_NAME = 255  # of a file, in all common file systems
 RECORDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # suffix -> builder of the datasets library
 IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".json", *RECORDS)
 TEXT_SUFFIXES = (*IN_FOLDERS, ".md")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-         "model": "assistant", "bot": "assistant", "function_call": "assistant", "system": "system", "tool": "tool",
-         "observation": "tool", "function_response": "tool"}  # fmt: skip
-FORMS = "`text`, `messages` (OpenAI), `conversations` (ShareGPT) or `instruction` (Alpaca)"
-
-# Short names of the data sets that the field uses: (path, configuration, split to evaluate on, text field).
-DATASETS: dict[str, tuple[str, str | None, str, str]] = {
-    "c4": ("allenai/c4", "en", "validation", "text"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
-}
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A chat, for the tokenizer's chat template.
+class KnownDataset:
+    """A data set that the field evaluates on, as GPTQ and SparseGPT do: rows of a split, joined to one text.
 
     Args:
-        messages: with `role` and `content`, as templates take them.
-        tools: descriptions of the tools that it may call.
+        path: on the hub.
+        configuration: its name.
+        test_split: to evaluate on.
+        text_field: of a row.
+        separator: between rows.
+        test_rows: from the front; None = all.
+        is_one_text: whether the rows of a split are lines of one text, in order.
     """
 
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
+    path: str
+    configuration: str
+    test_split: str
+    text_field: str
+    separator: str
+    test_rows: int | None = None
+    is_one_text: bool = True
 
 
-Document = str | Conversation
+DATASETS = {
+    "c4": KnownDataset("allenai/c4", "en", "validation", "text", " ", test_rows=1100, is_one_text=False),
+    "wikitext2": KnownDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
+    "ptb": KnownDataset("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " "),
+}
 
 
 def shipped_text(name: str) -> str:
@@ -86,7 +90,7 @@ def read_documents(
     elif path.is_file():
         yield from _read_file(path, text_field)
     elif is_dataset(source):
-        yield from _stream_dataset(str(source), seed, evaluation, text_field)
+        yield from _read_dataset(str(source), seed, evaluation, text_field)
     else:
         raise SecateurError(f"{source} is not a file, folder or data set name (short names: {', '.join(DATASETS)})")
 
@@ -101,106 +105,6 @@ def _read_file(path: Path, text_field: str | None) -> Iterator[Document]:
         yield from _read_table(path, text_field)
     else:
         yield _read_text(path)
-
-
-def document_of(record: Any, place: str, text_field: str | None = None) -> Document:
-    """The text or the conversation in a record, by the field that is asked for, or by the record's form.
-
-    Args:
-        record: of a file or data set.
-        place: what messages call it.
-        text_field: the field; None = found by the form.
-
-    Raises:
-        SecateurError: it has no such field, no form that is known, or something else in it than text.
-    """
-    if not isinstance(record, Mapping):
-        raise SecateurError(f"{place}: {_shown(record)} is not a record with a {FORMS} field")
-    if text_field is not None:
-        if not isinstance(record.get(text_field), str):
-            raise SecateurError(f"{place}: no text in the field {text_field!r}; its fields are {_fields(record)}")
-        return record[text_field]
-    if isinstance(record.get("messages"), list):
-        messages = [_message(message, place) for message in record["messages"]]
-        return Conversation(messages, _tools(record.get("tools"), place))
-    if isinstance(record.get("conversations"), list):
-        return _sharegpt(record, place)
-    if isinstance(record.get("instruction"), str):
-        return _alpaca(record, place)
-    if isinstance(record.get("text"), str):
-        return record["text"]
-    if "text" in record:
-        raise SecateurError(f"{place}: `text` is {_shown(record['text'])}, which is not text")
-    raise SecateurError(
-        f"{place}: neither of the fields {FORMS} is there, only {_fields(record)}: name the one that holds "
-        f"the text with ‹text_field›"
-    )
-
-
-def _sharegpt(record: Mapping[str, Any], place: str) -> Conversation:
-    """`conversations`: a list of turns with `from` and `value`, or with `role` and `content`."""
-    messages = [{"role": "system", "content": record["system"]}] if isinstance(record.get("system"), str) else []
-    for turn in record["conversations"]:
-        if isinstance(turn, Mapping) and "from" in turn:
-            turn = {"role": ROLES.get(str(turn["from"]).lower(), turn["from"]), "content": turn.get("value")}
-        messages.append(_message(turn, place))
-    return Conversation(messages, _tools(record.get("tools"), place))
-
-
-def _alpaca(record: Mapping[str, Any], place: str) -> Conversation:
-    """`instruction`, `input` and `output`: a question with its context, and the answer."""
-    parts = [record.get(name) or "" for name in ("instruction", "input", "output")]
-    if not all(isinstance(part, str) for part in parts):
-        raise SecateurError(f"{place}: `instruction`, `input` and `output` must be text")
-    instruction, context, output = parts
-    question = f"{instruction}\n\n{context}" if context else instruction
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    answer = {"role": "assistant", "content": output}
-    return Conversation([*system, {"role": "user", "content": question}, answer])
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    """A message whose content is text; parts of content are joined, what is empty is "", and calls have arguments.
-
-    Raises:
-        SecateurError: a message without a role, or content that is not text.
-    """
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise SecateurError(f"{place}: a message needs a `role` and a `content`")
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content or ""]
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    found = [text for text in texts if isinstance(text, str)]
-    if len(found) < len(texts):
-        raise SecateurError(f"{place}: the content of a message must be text, or a list of parts with `text`")
-    calls = message.get("tool_calls")
-    called = {"tool_calls": [_call(call) for call in calls]} if isinstance(calls, list) and calls else {}
-    others = {name: value for name, value in message.items() if name != "tool_calls" and value is not None}
-    return {**others, **called, "content": "".join(found)}
-
-
-def _call(call: Any) -> Any:
-    """A tool call whose arguments are data: OpenAI writes them as JSON text, templates want the values."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = parse_json(function["arguments"])
-    except ValueError:
-        return call  # the text that the model wrote
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _tools(tools: Any, place: str) -> list[Any] | None:
-    """Descriptions of tools: a list, or its JSON text, as data sets with one schema have it."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise SecateurError(f"{place}: `tools` is not JSON ({error})") from error
-    if tools and not isinstance(tools, list):
-        raise SecateurError(f"{place}: `tools` must be a list of descriptions")
-    return tools or None
 
 
 def _read_jsonl(path: Path, text_field: str | None) -> Iterator[Document]:
@@ -228,7 +132,7 @@ def _read_json(path: Path, text_field: str | None) -> Iterator[Document]:
         known = {"messages", "conversations", "instruction", "text", text_field} & {*found}
         found = [found] if known or len(lists) != 1 else lists[0]
     if not isinstance(found, list):
-        raise SecateurError(f"{path}: {_shown(found)} is neither a list of records nor a record")
+        raise SecateurError(f"{path}: {shown(found)} is neither a list of records nor a record")
     for number, record in enumerate(found, 1):
         yield document_of(record, f"{path}, record {number}", text_field)
 
@@ -250,14 +154,30 @@ def _read_table(path: Path, text_field: str | None) -> Iterator[Document]:
         raise SecateurError(f"{path} can't be read as {builder} ({first_line(error)})") from error
 
 
-def _stream_dataset(name: str, seed: int, evaluation: bool, text_field: str | None) -> Iterator[Document]:
+def _read_dataset(name: str, seed: int, evaluation: bool, text_field: str | None) -> Iterator[Document]:
+    known = DATASETS.get(name)
+    rows = _stream_dataset(name, known, seed, evaluation, text_field)
+    if known is not None and (evaluation or known.is_one_text):
+        yield known.separator.join(map(str, islice(rows, known.test_rows if evaluation else None)))
+    else:
+        yield from rows
+
+
+def _stream_dataset(
+    name: str, known: KnownDataset | None, seed: int, evaluation: bool, text_field: str | None
+) -> Iterator[Document]:
+    """The rows of a data set one by one; those to calibrate on are shuffled, unless they are lines of one text."""
     load_dataset = _datasets(name)
-    path, configuration, test_split, own_field = DATASETS.get(name, (name, None, "test", None))
+    path, configuration, test_split = (name, None, "test")
+    if known is not None:
+        path, configuration, test_split = known.path, known.configuration, known.test_split
+        text_field = text_field or known.text_field
     try:
         stream = load_dataset(path, configuration, split=test_split if evaluation else "train", streaming=True)
-        rows = stream if evaluation else stream.shuffle(seed=seed, buffer_size=1000)
+        in_order = evaluation or (known is not None and known.is_one_text)
+        rows = stream if in_order else stream.shuffle(seed=seed, buffer_size=1000)
         for number, record in enumerate(rows, 1):
-            yield document_of(record, f"data set {name}, record {number}", text_field or own_field)
+            yield document_of(record, f"data set {name}, record {number}", text_field)
     except SecateurError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # network, not found; unknown configuration or split; a script
@@ -286,16 +206,6 @@ def _read_text(path: Path) -> str:
         raise SecateurError(f"{path} can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise SecateurError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
-
-
-def _fields(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{_shown(name)}`" for name in list(record)[:12]) or "none"
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 40 else f"{text[:40]} ..."
 
 
 def check_is_name(source: Any) -> None:
@@ -338,6 +248,11 @@ def text_place(source: str | Path) -> Path | None:
     named = text_of(source)
     place = None if named is None else user_path(named)
     return place if place is not None and place.exists() else None
+
+
+def is_stream(source: str | Path | None) -> bool:
+    """Whether a source names a data set that is drawn from row by row, as it may have no end."""
+    return is_dataset(source) and not (str(source) in DATASETS and DATASETS[str(source)].is_one_text)
 
 
 def is_dataset(source: str | Path | None) -> bool:

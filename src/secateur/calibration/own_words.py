@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from secateur.calibration.documents import Conversation, Document
-from secateur.calibration.stream import Progress
-from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening
+from secateur.calibration.records import Conversation, Document
+from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening, without_opening
 from secateur.errors import SecateurError
-from secateur.models.blocks import ForwardError, device_of, forward_errors, run_without_cache
-from secateur.models.checks import check_finite_weights, check_runnable
+from secateur.models.blocks import ForwardError, device_of, forward_errors
+from secateur.models.checks import check_finite_weights, check_runnable, generates, looks_ahead
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
+from secateur.runtime.progress import Progress
 
 TEXT_TOKENS = 512  # of a text at most, chats aside: a token after many others costs more
 SPARE = 1 / 16  # more texts than fill the windows, as some end early
@@ -38,7 +38,7 @@ SILENT_TEXTS = 48  # in a row, after which a model that ends every text at once 
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
 NAMED_CHARACTERS = 40  # of a chat, in messages
-PROBE_TOKENS, SAME = 8, 1e-3  # tells whether predictions depend on later tokens
+PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class Prompts:
         """
         chats: list[list[int]] = []
         pieces: list[list[int]] = []
-        size = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE)
+        size, prefix = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE), opening(tokenizer)
         for document in documents:
             if not isinstance(document, Conversation):
-                pieces += _pieces(encode_text(document, tokenizer), tokenizer, size)
+                pieces += _pieces(encode_text(document, tokenizer), prefix, size)
                 continue
             question = _question(document, tokenizer)
             if strict and question is None:
                 raise SecateurError(f"{what}, {_name(document)}: no message of a user, which the model could answer")
             if question is None or (not strict and len(question) >= length):
-                pieces += _pieces(encode_chat(document, tokenizer), tokenizer, size)
+                pieces += _pieces(without_opening(encode_chat(document, tokenizer), prefix), prefix, size)
             elif len(question) >= length:
                 raise SecateurError(
                     f"{what}, {_name(document)}: its prompt has {len(question)} tokens, and a sequence has {length}: "
@@ -177,9 +177,8 @@ def _question(chat: Conversation, tokenizer: Any) -> list[int] | None:
     return encode_chat(Conversation(chat.messages[: last + 1], chat.tools), tokenizer, answer=True)
 
 
-def _pieces(ids: list[int], tokenizer: Any, size: int) -> list[list[int]]:
+def _pieces(ids: list[int], prefix: list[int], size: int) -> list[list[int]]:
     """Pieces of a text of equal size, each with what opens a text; a text shorter than that is one piece."""
-    prefix = opening(tokenizer)
     starts = range(0, max(1, len(ids) - size + 1), size) if ids else ()
     return [[*prefix, *ids[start : start + size]] for start in starts]
 
@@ -190,25 +189,16 @@ def can_write(model: Any, placement: WeightPlacement) -> bool:
 
     Cost: a few forward passes over a few tokens.
     """
-    if not _generates(model):
+    if not generates(model):
         return False
     check_runnable(model)
-    vocabulary = len(model.get_input_embeddings().weight)
-    ids = torch.arange(1, 2 * PROBE_TOKENS + 1).view(2, -1) % vocabulary
-    ids[1, :-1] = ids[0, :-1]  # two texts that differ in the last token alone
     with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
-        ids = ids.to(device_of(model))
+        few = torch.ones(2, PROBE_TOKENS, dtype=torch.long, device=device_of(model))
         try:
-            one, other = run_without_cache(model, model, input_ids=ids).logits[:, :-1].float()
-            _sampled(model, ids, torch.ones_like(ids), 2)
+            _sampled(model, few, torch.ones_like(few), 2)
+            return not looks_ahead(model)
         except ForwardError:
             return False
-    return bool((one - other).abs().max() <= SAME * one.abs().max())
-
-
-def _generates(model: Any) -> bool:
-    can = getattr(model, "can_generate", None)
-    return can is not None and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def check_can_write(model: Any) -> None:
@@ -217,7 +207,7 @@ def check_can_write(model: Any) -> None:
     Raises:
         SecateurError: it does not.
     """
-    if not _generates(model):
+    if not generates(model):
         raise SecateurError(
             f"{type(model).__name__} can't write text: ‹calibration=self› is for causal language models"
         )
@@ -258,7 +248,7 @@ def write_windows(
             chosen = chance.sample(batch, min(len(batch), _texts(wanted - len(written), usual)))
             for prompt, text in zip(chosen, _go_on(model, tokenizer, chosen, most, ends), strict=True):
                 silent = silent + 1 if text[len(prompt)] in ends else 0
-                written += text[len(prefix) :] if text[: len(prefix)] == prefix else text
+                written += without_opening(text, prefix)
             texts += len(chosen)
             if silent >= SILENT_TEXTS:
                 raise SecateurError("the model ends every text at once: give other prompts, or a text")

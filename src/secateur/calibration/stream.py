@@ -27,11 +27,6 @@ from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
 
 Batch = dict[str, Tensor]  # the model's keyword inputs
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-def no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(eq=False)

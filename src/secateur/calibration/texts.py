@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.documents import Conversation, Document
+from secateur.calibration.records import Conversation, Document
 from secateur.errors import SecateurError
+from secateur.runtime.messages import first_line
 
 PIECE = 1 << 21  # characters that are encoded at once: a tokenizer takes more than 100 bytes for each
 LEAST_CHARACTERS = 1 << 22  # of a text, which are always looked at
@@ -70,14 +71,12 @@ def _characters(document: Document) -> int:
 
 def encode(documents: Iterable[Document], tokenizer: Any, limit: int | None = None) -> Tensor:
     """Token ids of all documents in a row, cut at about `limit`."""
-    ids = array("q")
+    ids, prefix = array("q"), opening(tokenizer)
     for part in (part for document in documents for part in _parts(document, PIECE, PIECE)):
         if isinstance(part, str):
             encoded = encode_text(part, tokenizer)
         else:
-            encoded = encode_chat(part, tokenizer)
-            prefix = opening(tokenizer)  # each window gets it anyway
-            encoded = encoded[len(prefix) :] if encoded[: len(prefix)] == prefix else encoded
+            encoded = without_opening(encode_chat(part, tokenizer), prefix)  # each window gets it anyway
         ids.extend(encoded)
         if limit is not None and len(ids) >= limit:
             break
@@ -102,7 +101,7 @@ def encode_chat(chat: Conversation, tokenizer: Any, answer: bool = False) -> lis
     """Token ids of a conversation by the tokenizer's chat template; `answer` adds what opens the next answer.
 
     Raises:
-        SecateurError: there is no template, or it refuses the conversation.
+        SecateurError: there is no template, or it fails on the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise SecateurError(
@@ -115,10 +114,11 @@ def encode_chat(chat: Conversation, tokenizer: Any, answer: bool = False) -> lis
         return tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, tokenize=True, return_dict=False, add_generation_prompt=answer
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # a template is code, and some choose among several
         roles = ", ".join(message["role"] for message in chat.messages[:6])
         raise SecateurError(
-            f"the model's chat template refuses a conversation ({error}; roles: {roles}): change it, or use `text`"
+            f"the model's chat template refuses a conversation ({first_line(error)}; roles: {roles}): change it, or "
+            f"use `text`"
         ) from error
 
 
@@ -128,6 +128,11 @@ def opening(tokenizer: Any) -> list[int]:
     whole = tokenizer("a").input_ids
     starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
+
+
+def without_opening(ids: list[int], prefix: list[int]) -> list[int]:
+    """Token ids without what opens a text, as chat templates write it too."""
+    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
 
 
 def cut_windows(ids: Tensor, length: int, tokenizer: Any, what: str) -> Tensor:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from secateur.reporting.figures import StageReport
 from secateur.runtime.memory import peak_resident_bytes
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
+from secateur.runtime.progress import Progress
 
 
 @dataclass(eq=False)

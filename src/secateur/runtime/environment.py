@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
+from secateur.runtime.messages import first_line
 
 PACKAGES = ("secateur", "torch", "transformers", "safetensors")
 
@@ -46,7 +47,7 @@ def check_device(device: str) -> None:
             raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         hint = f" (a GPU is {device.lower().replace('gpu', 'cuda', 1)!r})" if device.lower().startswith("gpu") else ""
         raise SecateurError(f"‹device› is {device!r}, which can't be used here{hint}: {reason}") from error
 

@@ -1,8 +1,15 @@
-"""Progress bars for scripts and notebooks."""
+"""Progress functions: what long work calls, and bars for scripts and notebooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def no_progress(_stage: str, _done: int, _total: int) -> None:
+    """Report nothing."""
 
 
 class ProgressBars:
