@@ -102,8 +102,11 @@ def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = tor
     return model
 
 
-def save_gguf(path: Any, layers: int = 2) -> None:
-    """Write a random Llama with the printable ASCII characters as its vocabulary, as a GGUF file in fp32."""
+def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int = 1) -> None:
+    """Write a random Llama with the printable ASCII characters as its vocabulary, as a GGUF file in fp32.
+
+    It may lack a tensor, or say that it is one of several parts.
+    """
     import numpy as np
     from gguf import GGUFWriter
 
@@ -124,6 +127,8 @@ def save_gguf(path: Any, layers: int = 2) -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(characters), 32), "output": (len(characters), 32), "output_norm": (32,)}
     for block in range(layers):
@@ -135,6 +140,8 @@ def save_gguf(path: Any, layers: int = 2) -> None:
             }.items()
         }  # fmt: skip
     for name, shape in shapes.items():
+        if name == without:
+            continue
         writer.add_tensor(f"{name}.weight", (random.standard_normal(shape) / 6).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

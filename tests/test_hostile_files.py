@@ -372,3 +372,16 @@ def test_an_unexpected_error_says_so_and_leaves_its_traceback(main, made, tmp_pa
     (kept,) = tmp_path.glob("secateur-error-*.txt")
     assert str(kept) in errors.replace("\n", "")
     assert "in fail" in kept.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"without": "blk.1.ffn_up"}, "lacks 1 tensors"), ({"parts": 2}, "one of 2 parts of a")]
+)
+def test_a_gguf_file_without_all_weights(main, tmp_path, monkeypatch, options, message):
+    """The others would be random: transformers draws them without an error."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    save_gguf(tmp_path / "model.gguf", **options)
+    code, _, errors = main("eval", tmp_path / "model.gguf", "--max-tokens", "64", "--seq-len", "32")
+    assert code == 2
+    assert message in errors
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from models import save_checkpoint
+from models import character_tokenizer, save_checkpoint
 from safetensors.torch import load_file
+from zoo import tiny
 
 import secateur
 from secateur.resume import folder, publish, put_in_place
@@ -107,6 +108,7 @@ def test_a_link_that_leaves_the_model_is_not_copied(source, tmp_path):
     (model / "folder.safetensors").mkdir()
     report = prune(source, tmp_path / "out", model=model)
     assert [notice for notice in report.notices if "notes.txt is a link that leaves" in notice]
+    assert "folder.json, folder.safetensors: sub-folders of the model are not copied" in report.notices
     found = content(tmp_path / "out")
     assert Path("notes.txt") not in found
     assert found[Path("also.txt")] == b"shared"
@@ -370,3 +372,45 @@ def test_out_where_a_disk_is_mounted_is_refused(source, out, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     with pytest.raises(ValueError, match="name a folder in it"):
         prune(source, out, overwrite=True)
+
+
+def test_a_wrong_request_to_overwrite_costs_no_finished_block(source, out, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(secateur.run.Publisher, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, seed=7, overwrite=True)
+    before = read_manifest(journal_of(out))
+    assert len(before.blocks) == 2
+    with pytest.raises(ValueError, match="not a file"):
+        prune(source, out, overwrite=True, calibration="absent.txt")
+    assert read_manifest(journal_of(out)) == before
+    prune(source, out, seed=7, resume=True)
+    assert json.loads((out / "secateur.json").read_text())["recipe"]["seed"] == 7
+
+
+def test_a_dry_run_tells_of_an_unfinished_run(source, out, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(secateur.run.Publisher, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, out, overwrite=True)
+    for function in (secateur.dry_run, secateur.prune):
+        with pytest.raises(ValueError, match="has an unfinished run"):
+            function(source / "model", out, calibration=source / "text.txt", **SETTINGS)
+
+
+def test_weights_made_for_a_run_stay_until_it_ends(tmp_path, monkeypatch):
+    """Fused experts are mapped from the journal, and a run that begins clears what lies there of others."""
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    seen = []
+
+    def watched(*arguments):
+        seen.append((journal_of(tmp_path / "out") / "converted-0").is_dir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(secateur.run, "prune_model", watched)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, tmp_path / "out")
+    assert seen == [True]
+    assert not journal_of(tmp_path / "out").exists()

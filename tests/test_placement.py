@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from secateur.recipe.recipe import Recipe
 
 LAYERS = 6
 BATCHES = tokens(8)
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
 
 @pytest.fixture
@@ -308,9 +310,39 @@ def test_layers_that_share_a_tensor_and_stay_leave_it_as_it_was():
     assert not placement._copies
 
 
-def tensors_in(call):
-    """All tensors that a block is called with in addition to its hidden states."""
-    leaves, _ = tree_flatten((call.args, call.kwargs))
-    found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    assert found
-    return found
+def test_tied_weights_in_a_wider_dtype_stay_tied_and_are_not_rounded(tmp_path):
+    saved = save_checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    weights = {name: each for name, each in saved.state_dict().items() if name != "lm_head.weight"}
+    weights["model.embed_tokens.weight"] = torch.randn_like(weights["model.embed_tokens.weight"], dtype=torch.float32)
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    prune_here(tmp_path)
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in files
+    assert torch.equal(files["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_tied_weights_under_the_name_of_the_head_alone(tmp_path):
+    saved = save_checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    weights = dict(saved.state_dict())
+    embedding = weights.pop("model.embed_tokens.weight")
+    save_file({name: each.clone() for name, each in weights.items()}, tmp_path / "model" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    prune_here(tmp_path)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(pruned.get_input_embeddings().weight, embedding)
+    assert torch.equal(pruned.lm_head.weight, embedding)
+
+
+def test_a_config_of_another_model_is_refused_before_memory_is_taken(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 10**6}))
+    with pytest.raises(secateur.SecateurError, match=r"embed_tokens.weight is \(\d+, 32\), but \(1000000, 32\) by "):
+        prune_here(tmp_path)
+
+
+def prune_here(folder):
+    """Prune folder/model to folder/out."""
+    (folder / "text.txt").write_text(TEXT)
+    secateur.prune(folder / "model", folder / "out", solver="magnitude", calibration=folder / "text.txt", samples=4,
+                   seq_len=32)  # fmt: skip

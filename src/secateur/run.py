@@ -22,7 +22,7 @@ from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of
-from secateur.models.matrices import all_parameters
+from secateur.models.matrices import all_parameters, parameter_of
 from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
@@ -32,7 +32,7 @@ from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.request import ModelSource, Request
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
-from secateur.resume.manifest import Manifest, RunManifest, journal_of
+from secateur.resume.manifest import Manifest, RunManifest, check_no_unfinished, journal_of
 from secateur.resume.output_folder import check_apart, check_may_replace, check_outside_model, check_place
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
@@ -88,8 +88,9 @@ def prune_to_folder(
         if journal is not None:
             before = check_out(journal, out, before, overwrite)
         place = journal_of(out)
+        notices = check_links(folder)
         checkpoint = source.load(folder, place)
-        checkpoint.notices += check_links(folder)
+        checkpoint.notices += notices
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         begun_with = None if overwrite else before.identity.get("calibration", {}).get("own_words")
         data = _calibration_of(checkpoint, request, placement, begun_with)
@@ -127,12 +128,14 @@ def estimate_run(
     if out is not None:
         place = real_path(out)
         _check_request(place, source.name, request.texts, folder)
+        if not (resume or overwrite):
+            check_no_unfinished(place)
         if not resume:
             check_may_replace(place, overwrite)
+    check_links(folder)
     with TemporaryDirectory(prefix=".secateur-", dir=_scratch_place(out, request.memory().folder)) as scratch:
         checkpoint = source.load(folder, Path(scratch))
         converted = sum(each.stat().st_size for each in Path(scratch).rglob("*") if each.is_file())
-        check_links(folder)
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         data = _calibration_of(checkpoint, request, placement)
         writing = 0.0
@@ -217,7 +220,7 @@ def _prune(
 def _storage_of(checkpoint: Checkpoint) -> StorageOf:
     """Dtype that each parameter is saved in, by its name without `.weight`."""
     storage = checkpoint.matrix_storage
-    return lambda name, own: storage.get(name.partition("[")[0], own)
+    return lambda name, own: storage.get(parameter_of(name), own)
 
 
 def _environment(device: str, dtype: Any) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from typing import Any
 
 
 def is_converted(skeleton: Any, stored: Collection[str]) -> bool:
-    """Whether a model (without weights) has one under a name that the checkpoint does not have."""
-    known = {*stored, *skeleton.all_tied_weights_keys}
+    """Whether a parameter of a model (without weights) has a name that the checkpoint does not have."""
+    known = {*stored}
+    for tie in skeleton.all_tied_weights_keys.items():
+        known |= {*tie} if known & {*tie} else set()  # a file holds one of the two names, either
     return any(name not in known for name, _ in skeleton.named_parameters())
 
 

@@ -5,6 +5,9 @@ Weights come from safetensors only, and remote code is not run, unless asked for
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,20 +115,19 @@ def load(
         trust_remote_code=trust_remote_code,
         local_files_only=True,
     )
-    try:
+    with _explained(folder, trust_remote_code, converted):
         if converted is not None:
             skeleton = _skeleton(config, computes_in, trust_remote_code)
+            _check_sizes(folder, skeleton, shards)
         if converted is not None and shards and is_converted(skeleton, shards):
             model, info, names = load_mapped(from_pretrained, converted)
         else:
             model, info = from_pretrained()
-    except SafetensorError as error:  # the checkpoint's own files were checked
-        raise SecateurError(f"{converted} can't be written ({first_line(error)})") from error
-    except BROKEN as error:
-        raise SecateurError(_why_not_loaded(folder, error, trust_remote_code)) from error
     if missing := sorted(info["missing_keys"]):
         raise SecateurError(_why_missing(folder, config, type(model).__name__, missing))
     notices = _differences(folder, config, model, info["unexpected_keys"], shards)
+    if not dtypes:
+        notices.append(f"the weights are saved in {main}, the dtype in config.json: .bin files were not asked")
     stored = {name: (path, name) for name, path in shards.items()}
     stored |= {ours: stored[theirs] for ours, theirs in names.items()}
     storage = _storage_dtypes(model, {ours: dtypes.get(theirs, main) for ours, (_, theirs) in stored.items()}, main)
@@ -136,9 +138,28 @@ def load(
     return Checkpoint(model, tokenizer, folder, name, storage, stored, main, device, notices)
 
 
+@contextmanager
+def _explained(folder: Path, trust_remote_code: bool, converted: Path | None) -> Iterator[None]:
+    """Within this context, what transformers raises of a checkpoint is told as what is wrong with it."""
+    try:
+        yield
+    except SecateurError:
+        raise
+    except SafetensorError as error:  # the checkpoint's own files were checked
+        raise SecateurError(f"{converted} can't be written ({first_line(error)})") from error
+    except BROKEN as error:
+        raise SecateurError(why_not_loaded(folder, error, trust_remote_code)) from error
+
+
 def _storage_dtypes(model: Any, known: dict[str, torch.dtype], main: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype that each floating tensor of a model has in its files; `main` for those that no file holds."""
-    return {key: known.get(key, main) for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    """The dtype that each floating tensor of a model has in its files; `main` for those that no file holds.
+
+    Of tied tensors, files hold one.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    in_files = {name: tensor for name, tensor in tensors.items() if name in known and tensor.numel()}
+    of_content = {tensor.data_ptr(): known[name] for name, tensor in in_files.items()}
+    return {name: known.get(name) or of_content.get(tensor.data_ptr(), main) for name, tensor in tensors.items()}
 
 
 def _map_wider_tensors(model: Any, storage: dict[str, torch.dtype], stored: dict[str, tuple[Path, str]]) -> None:
@@ -157,6 +178,26 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
+    """Check that the files' tensors are as large as the config makes them, before memory is taken by the config.
+
+    Their shapes may differ: transformers transposes some.
+
+    Raises:
+        SecateurError: they are not.
+    """
+    wanted = {name: tensor.shape for name, tensor in skeleton.named_parameters() if name in shards}
+    for path in {shards[name] for name in wanted}:
+        with safe_open(path, framework="pt") as shard:
+            for name in wanted.keys() & shard.keys():
+                found = shard.get_slice(name).get_shape()
+                if math.prod(found) != wanted[name].numel():
+                    raise SecateurError(
+                        f"{path}: {name} is {tuple(found)}, but {tuple(wanted[name])} by {folder / 'config.json'}: "
+                        f"these files are of different models"
+                    )
 
 
 def _take_buffers(model: Any, skeleton: Any) -> None:
@@ -181,12 +222,12 @@ def load_config_and_tokenizer(folder: Path, trust_remote_code: bool = False) -> 
     try:
         config = AutoConfig.from_pretrained(folder, **options)
     except (*BROKEN, StrictDataclassError) as error:
-        raise SecateurError(_why_not_loaded(folder, error, trust_remote_code)) from error
+        raise SecateurError(why_not_loaded(folder, error, trust_remote_code)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except BROKEN as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
-            raise SecateurError(_why_not_loaded(folder, error, trust_remote_code)) from error
+            raise SecateurError(why_not_loaded(folder, error, trust_remote_code)) from error
         if not _has_tokenizer(folder):
             raise SecateurError(_no_tokenizer(folder)) from error
         raise SecateurError(f"{folder}'s tokenizer can't be loaded: {first_line(error)}") from error
@@ -204,7 +245,7 @@ def _no_tokenizer(folder: Path) -> str:
     return f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)} is there)"
 
 
-def _why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:
+def why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:
     """The message for a checkpoint that transformers can't load."""
     own_code = read_json(folder / "config.json", "").get("auto_map")
     if isinstance(own_code, dict) and not trust_remote_code and "trust_remote_code" in str(error):

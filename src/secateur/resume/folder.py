@@ -21,8 +21,9 @@ from secateur.runtime import distributed
 from secateur.storage.held_folder import HeldFolder, make_folders
 
 LOCK = "lock"
+CONVERTED = r"converted-\d+"  # what a run that begins may have mapped already
 _OURS = re.compile(
-    rf"block-\d{{5,}}\.safetensors|allocation-\d+\.json|converted-\d+|reordered-\d+|{FINISHED}|{REPLACED}|"
+    rf"block-\d{{5,}}\.safetensors|allocation-\d+\.json|{CONVERTED}|reordered-\d+|{FINISHED}|{REPLACED}|"
     + "|".join(map(re.escape, (OUTCOME, OWN_WORDS_FILE, ORDER_FILE)))
 )
 
@@ -47,15 +48,15 @@ def locked_journal(out: Path) -> Iterator[HeldFolder | None]:
         yield journal
     except BaseException as error:
         with suppress(SecateurError):  # the first error is the one that explains
-            _leave(journal, lock, made, keep=found or not isinstance(error, Exception))
+            _leave(journal, lock, made, keep_replaces=found or not isinstance(error, Exception))
         raise
     _leave(journal, lock, made)
 
 
-def _leave(journal: HeldFolder, lock: int, made: list[Path], keep: bool = False) -> None:
+def _leave(journal: HeldFolder, lock: int, made: list[Path], keep_replaces: bool = False) -> None:
     """Unlock the journal; remove it where it is done, and the folders that were made for it where they are empty."""
     try:
-        _remove_if_done(journal, keep)
+        _remove_if_done(journal, keep_replaces)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -76,7 +77,10 @@ def _open(out: Path) -> tuple[HeldFolder, int, list[Path]]:
                 path.mkdir(exist_ok=True)  # another run may be as early
                 with HeldFolder(out.parent) as parent:
                     parent.flush()
-            journal = HeldFolder(path)
+            try:
+                journal = HeldFolder(path)
+            except FileNotFoundError:  # its owner was done just now
+                continue
             try:
                 lock = journal.lock(LOCK)
             except OSError:
@@ -141,10 +145,17 @@ def check_out(journal: HeldFolder, out: Path, before: Manifest, overwrite: bool)
         check_unchanged(out, before.replaces)
         return before
     state = replace(before, replaces=check_may_replace(out, overwrite))
-    if state.replaces and not state.identity:
-        forget(journal)
+    if state.replaces and not _holds_a_run(journal):
         _write(RunManifest(journal.path, state, journal))
     return state
+
+
+def _holds_a_run(journal: HeldFolder) -> bool:
+    """Whether there are blocks that a request which turns out to be wrong must not cost."""
+    try:
+        return bool(read_manifest(journal.path).identity)
+    except SecateurError:  # it is damaged, and may be overwritten
+        return False
 
 
 def begin_run(
@@ -188,7 +199,7 @@ def _state_of(journal: HeldFolder, out: Path, before: Manifest, identity: dict[s
             f"start again with ‹overwrite›"
         )
     if found or not before.identity:
-        forget(journal)
+        forget(journal, but=CONVERTED)
         return Manifest(identity=identity, replaces=before.replaces)
     notices = list(before.notices)
     if begun_by != resumed_by:
@@ -199,8 +210,12 @@ def _state_of(journal: HeldFolder, out: Path, before: Manifest, identity: dict[s
     return replace(before, identity=identity, notices=notices)
 
 
-def forget(journal: HeldFolder) -> None:
+def forget(journal: HeldFolder, but: str = "") -> None:
     """Remove what runs wrote to the journal, the manifest first. What is not ours stays.
+
+    Args:
+        journal: of the runs.
+        but: a pattern of names that stay.
 
     Raises:
         SecateurError: the journal can't be written.
@@ -210,23 +225,20 @@ def forget(journal: HeldFolder) -> None:
         journal.flush()
         journal.remove_partial()
         for name in journal.names():
-            if _OURS.fullmatch(name):
+            if _OURS.fullmatch(name) and not re.fullmatch(but, name):
                 journal.remove_folder(name)
     except OSError as error:
         raise SecateurError(f"{journal.path} can't be written ({error})") from error
 
 
-def _remove_if_done(journal: HeldFolder, keep: bool) -> None:
-    """Remove the journal of a run that is finished, or did nothing; `keep` what a stopped run may replace.
-
-    What was found before the first block may have taken hours.
-    """
+def _remove_if_done(journal: HeldFolder, keep_replaces: bool) -> None:
+    """Remove the journal of a run that is finished, or did nothing; `keep_replaces` keeps what it may replace."""
     try:
         manifest = read_manifest(journal.path)
     except SecateurError:  # the user decides
         return
-    kept = manifest.own_words or manifest.channel_order or manifest.allocation
-    if manifest.blocks or kept or manifest.outcome or (manifest.replaces and (manifest.identity or keep)):
+    found = manifest.own_words or manifest.channel_order or manifest.allocation  # each may have taken hours
+    if manifest.blocks or found or manifest.outcome or (manifest.replaces and (manifest.identity or keep_replaces)):
         return
     forget(journal)
     if journal.names() == [LOCK]:

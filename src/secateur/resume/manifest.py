@@ -177,6 +177,18 @@ def unfinished(out: Path) -> Unfinished | None:
     return Unfinished(f"{done} are in {journal}", manifest.identity)
 
 
+def check_no_unfinished(out: Path) -> None:
+    """Check that no run to `out` waits to be resumed.
+
+    Raises:
+        SecateurError: one does.
+    """
+    if (begun := unfinished(out)) is not None:
+        raise SecateurError(
+            f"{out} has an unfinished run ({begun.progress}): go on with ‹resume›, or start again with ‹overwrite›"
+        )
+
+
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
     """`name was before, is now` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.packed.files import file_names
 from secateur.resume.block_files import check_digest, map_from_file, names_in
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.manifest import SAVED, RunManifest
@@ -199,9 +200,7 @@ def final_names(shards: Iterable[Collection[str]]) -> dict[str, str]:
     """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
     made = [name for shard in shards for name in shard]
     stem = "packed" if any("-packed" in name for name in made) else "model"
-    if len(made) == 1:
-        return {made[0]: f"{stem}.safetensors"}
-    return {name: f"{stem}-{number:05d}-of-{len(made):05d}.safetensors" for number, name in enumerate(made, 1)}
+    return dict(zip(made, file_names(stem, len(made)), strict=True))
 
 
 def _parameter(name: str) -> str:

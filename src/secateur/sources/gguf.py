@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.runtime.messages import one_line, say
@@ -11,6 +12,7 @@ from secateur.sources.model_cache import cached
 from secateur.storage.file_records import sha256
 
 WEIGHTS_A_SECOND = 6e6  # converted, on two cores
+CONVERTER = 2  # counted up where the same file gives another checkpoint
 
 
 def convert_gguf(path: Path) -> Path:
@@ -20,7 +22,7 @@ def convert_gguf(path: Path) -> Path:
         SecateurError: it is no GGUF model, or the cache can't be written.
     """
     card = f"Dequantised to bf16 from {one_line(path.name)}.\n"
-    return cached(f"gguf-{sha256(path)[:16]}", lambda folder: write_converted(path, folder, card))
+    return cached(f"gguf-{CONVERTER}-{sha256(path)[:16]}", lambda folder: write_converted(path, folder, card))
 
 
 def write_converted(gguf: Path, folder: Path, card: str) -> None:
@@ -45,14 +47,18 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            output_loading_info=True,
         )
     except Exception as error:
         raise SecateurError(f"{gguf} can't be read as a GGUF model: {type(error).__name__}: {error}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise SecateurError(f"{gguf} lacks {len(missing)} tensors ({missing[0]} ...): the file is incomplete")
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
