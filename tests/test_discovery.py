@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -256,3 +257,10 @@ def test_nothing_left_to_prune_says_why():
 
     with pytest.raises(UnsupportedModelError, match=r"no matrix is left to prune .*router.*dense: false"):
         secateur.prune(mixtral(), solver="magnitude", calibration=tokens(), include="*.gate")
+
+
+def test_coverage_reads_the_field_that_the_recipe_names(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"body": "the quick brown fox. " * 40}))
+    recipe = {"calibration": {"source": str(tmp_path / "texts.jsonl"), "text_field": "body"}}
+    assert secateur.coverage_of(tmp_path / "model", recipe=recipe).share("pruned") == 1

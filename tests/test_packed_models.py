@@ -15,8 +15,10 @@ from models import FAMILIES, character_tokenizer, save_checkpoint, tiny_model, t
 from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.evaluation.speed import weight_bytes
 from secateur.packed import kernels
 from secateur.packed.linear import PackedLinear
+from secateur.sources.resolve import resolve_dense
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
@@ -388,6 +390,9 @@ def test_bench_measures_fresh_processes(saved, main):
     assert dense["file_bytes"] == (folder / "model.safetensors").stat().st_size
     assert ours["file_bytes"] == (packed / "packed.safetensors").stat().st_size
     assert ours["decode_tokens_per_second"] > 0
+    for other in ("optimizer.pt", "training_args.bin", "pytorch_model.bin"):
+        (folder / other).write_bytes(bytes(1000))
+    assert weight_bytes(folder) == dense["file_bytes"]
     code, _, err = main("bench", folder, "--new-tokens", "0")
     assert (code, "at least 1" in err) == (2, True)
 
@@ -396,3 +401,57 @@ def test_env_names_the_kernels(main):
     code, out, _ = main("env", "--json")
     assert code == 0
     assert json.loads(out)["kernels"] == kernels.description()
+
+
+def test_code_of_a_packed_model_runs_where_it_is_trusted_and_nobody_is_asked(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    (pruned / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (pruned / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((pruned / "config.json").read_text()) | {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (pruned / "config.json").write_text(json.dumps(config))
+    (pruned / "secateur.json").unlink()
+    secateur.pack(pruned, tmp_path / "packed")
+    text = {"text": tmp_path / "text.txt", "seq_len": 32}
+    for folder in (pruned, tmp_path / "packed"):
+        with pytest.raises(secateur.SecateurError, match="brings Python code .*trust_remote_code"):
+            secateur.load(folder)
+        assert type(secateur.load(folder, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    figures = [
+        secateur.evaluate(folder, trust_remote_code=True, **text)["perplexity"]
+        for folder in (pruned, tmp_path / "packed")
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-2)
+    (speed,) = secateur.bench(tmp_path / "packed", prompt_tokens=4, new_tokens=4, trust_remote_code=True)
+    assert speed.decode_tokens_per_second > 0
+
+
+def test_the_cached_dense_form_follows_every_file_of_a_packed_model(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    _, packed = saved()
+    (packed / "chat_template.jinja").write_text("{{ 'one' }}")
+    assert (resolve_dense(str(packed)) / "chat_template.jinja").read_text() == "{{ 'one' }}"
+    (packed / "chat_template.jinja").write_text("{{ 'two' }}")
+    assert (resolve_dense(str(packed)) / "chat_template.jinja").read_text() == "{{ 'two' }}"
+
+
+def test_a_linked_tokenizer_is_not_lost_by_packing(saved, tmp_path):
+    folder, packed = saved()
+    for number, model in enumerate((folder, packed)):
+        shutil.move(model / "tokenizer.json", tmp_path / f"tokenizer-{number}.json")
+        (model / "tokenizer.json").symlink_to(tmp_path / f"tokenizer-{number}.json")
+    with pytest.raises(secateur.SecateurError, match="tokenizer.json is a link to"):
+        secateur.pack(folder, tmp_path / "out")
+    with pytest.raises(secateur.SecateurError, match="tokenizer.json is a link to"):
+        secateur.unpack(packed, tmp_path / "out")

@@ -21,9 +21,10 @@ import secateur
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.loss_curves import LossCurve, prices_of_zeros
 from secateur.recipe.patterns import Unstructured
+from secateur.reporting.charts import Series, chart
 from secateur.reporting.figures import OUTPUT_ERROR, BlockReport, DepthReport, MatrixReport, Speed, StageReport
 from secateur.reporting.heat_map import heat_map, split_name
-from secateur.reporting.page import run_page, two_runs_page
+from secateur.reporting.page import _short, run_page, two_runs_page
 from secateur.reporting.report import Report
 from secateur.reporting.stages import StageClock
 from secateur.reporting.weight_files import read_weight_files
@@ -342,6 +343,9 @@ def test_measured_figures_are_kept_with_the_model(prune, main, model, tmp_path):
     main("eval", folder, "--text", text, "--seq-len", 32, "--record")
     main("eval", folder, "--text", text, "--seq-len", 16, "--record")
     assert [each.seq_len for each in Report.load(folder).perplexities] == [32, 16]
+    (folder / "README.md").unlink()
+    main("eval", folder, "--text", text, "--seq-len", 16, "--record")
+    assert f"{measured.perplexity:.2f}" in (folder / "README.md").read_text()
 
 
 def test_figures_are_recorded_only_with_a_pruned_model(main, model, tmp_path):
@@ -416,3 +420,26 @@ def test_the_browser_test_can_fail(tmp_path):
     messages, found = shown_in_chromium(tmp_path, page, 390)
     assert len(messages) == 1
     assert found["content"] > 4000
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(0.00001, "<.01%"), (0.0123, "1.2%"), (0.0995, "10%"), (0.997, "100%"), (1.2, "120%")]
+)
+def test_layer_errors_in_percent(error, shown):
+    assert _short(error) == shown
+
+
+@pytest.mark.usefixtures("drawn_charts")
+def test_a_legend_names_every_line():
+    drawn = str(chart([Series("_old", [1, 2], [1, 2]), Series("_new", [1, 2], [2, 3])], "x", "y", alt="two lines"))
+    assert "_old" in drawn
+    assert "_new" in drawn
+
+
+def test_a_report_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model("llama")
+    report = secateur.prune(model, solver="magnitude", calibration=tokens())
+    report.save("~/saved")
+    assert (tmp_path / "saved" / "secateur.json").is_file()
+    assert Report.load("~/saved").model == report.model

@@ -140,9 +140,18 @@ def test_evaluation_restores_each_module_and_refuses_other_heads(tmp_path):
     secateur.evaluate(model, str(text), tokenizer=character_tokenizer(), seq_len=16)
     assert [module.training for module in model.modules()] == before
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    masked = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, **sizes))
-    with pytest.raises(ValueError, match="BertForMaskedLM predicts no next token"):
-        secateur.evaluate(masked, str(text), tokenizer=character_tokenizer(), seq_len=16)
+    bert = transformers.BertConfig(vocab_size=128, **sizes)
+    encoder_decoder = transformers.BartConfig(
+        vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    for other in (
+        transformers.BertForMaskedLM(bert),
+        transformers.BertLMHeadModel(bert),  # not told to be a decoder, so each token sees all others
+        transformers.BartForConditionalGeneration(encoder_decoder),
+    ):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} predicts no next token"):
+            secateur.evaluate(other, str(text), tokenizer=character_tokenizer(), seq_len=16)
 
 
 def test_autocast_around_a_run_changes_nothing():

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.api.pruning import several
-from secateur.calibration.stream import Progress, no_progress
+from secateur.api.pruning import check_no_tokenizer, several
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
@@ -24,6 +23,7 @@ from secateur.evaluation.perplexity import EvaluationText, divergence, perplexit
 from secateur.evaluation.speed import measure_models
 from secateur.evaluation.tasks import check_tasks, run_tasks
 from secateur.models.blocks import config_of
+from secateur.models.checks import generates, looks_ahead
 from secateur.models.determinism import evaluation_mode
 from secateur.packed import kernels
 from secateur.packed.encoding import Compression
@@ -32,6 +32,7 @@ from secateur.recipe.settings import checks_names
 from secateur.reporting.figures import Speed
 from secateur.reporting.report import METADATA, read_metadata
 from secateur.runtime.environment import check_device, default_device, devices, environment
+from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cache_folder
 from secateur.sources.resolve import resolve
 from secateur.sources.unpacked import is_packed, unpack_folder
@@ -89,19 +90,23 @@ def evaluate(
     check_tasks(tasks, task_dir, task_limit)
     module: Any = model
     if not isinstance(model, nn.Module):
+        check_no_tokenizer(tokenizer)
         module, tokenizer = _load_to_evaluate(model, device, trust_remote_code, allow_pickle)
     elif tokenizer is None:
         raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
     dense: Any = against
-    if isinstance(against, str | Path):
+    if against is not None and not isinstance(against, nn.Module):
         dense = load_checkpoint(
             str(against), str(next(module.parameters()).device), trust_remote_code, allow_pickle
         ).model
     config_of(module)
-    if type(module).__module__.startswith("transformers.") and not module.can_generate():
-        raise SecateurError(f"{type(module).__name__} predicts no next token: perplexity is of causal language models")
+    is_known = type(module).__module__.startswith("transformers.")
     what = EvaluationText(text, seq_len, max_tokens, text_field)
     with evaluation_mode(module), nullcontext() if dense is None else evaluation_mode(dense):
+        if is_known and (not generates(module) or looks_ahead(module)):
+            raise SecateurError(
+                f"{type(module).__name__} predicts no next token: perplexity is of causal language models"
+            )
         figures = perplexity(module, tokenizer, what, progress)
         if dense is not None:
             figures["against"] = divergence(module, dense, tokenizer, what, progress)
@@ -133,7 +138,8 @@ def _load_to_evaluate(
     """Model and tokenizer; a packed model stays packed on a CPU."""
     folder, device = resolve(str(model), trust_remote_code, allow_pickle), device or default_device()
     if is_packed(folder) and device == "cpu":
-        return load_model(folder, is_dense=False), load_config_and_tokenizer(folder)[1]
+        packed = load_model(folder, is_dense=False, trust_remote_code=trust_remote_code)
+        return packed, load_config_and_tokenizer(folder, trust_remote_code)[1]
     checkpoint = load_checkpoint(str(folder), device, trust_remote_code, allow_pickle)
     return checkpoint.model, checkpoint.tokenizer
 
@@ -157,7 +163,12 @@ def inspect(folder: str | Path) -> Inspection:
 
 @checks_names
 def load(
-    model: str | Path, *, dense: bool = False, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    model: str | Path,
+    *,
+    dense: bool = False,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal language model, with packed weights where its folder has them and a kernel serves them.
 
@@ -166,12 +177,13 @@ def load(
         dense: unpack every matrix: the ordinary model.
         dtype: of the model; the kernels serve bfloat16.
         device: where to put it; anything but `cpu` makes it dense.
+        trust_remote_code: let the checkpoint's Python code run.
 
     Raises:
         SecateurError: no model there, or damaged files.
     """
     check_device(device)
-    return load_model(resolve(str(model)), dense, dtype, device)
+    return load_model(resolve(str(model), trust_remote_code), dense, dtype, device, trust_remote_code)
 
 
 @checks_names
@@ -230,22 +242,24 @@ def unpack(folder: str | Path, out: str | Path, *, progress: Progress = no_progr
 
 @checks_names
 def bench(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     *,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     threads: int | None = None,
     record: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> list[Speed]:
     """Size, memory, load time and speed of models on the CPU, each measured in a fresh process.
 
     Args:
-        models: folders that transformers loads, packed ones included, or names as for `prune`.
+        models: folders that transformers loads, packed ones included, or names as for `prune`; or one of them.
         prompt_tokens: length of the prompt, of random tokens.
         new_tokens: tokens to decode, one at a time.
         threads: of torch; None = its default.
         record: add the figures to the report and the card of every pruned model's folder in the list.
+        trust_remote_code: let the checkpoints' Python code run.
         progress: called with (stage, done, total).
 
     Raises:
@@ -254,11 +268,12 @@ def bench(
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("threads", threads)):
         if value is not None and value < 1:
             raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
-    folders = [resolve(str(name)) for name in models]
+    models = [models] if isinstance(models, str | Path) else models
+    folders = [resolve(str(name), trust_remote_code) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
     pruned = _check_can_record(models) if record else []
-    speeds = measure_models(folders, prompt_tokens, new_tokens, threads, progress)
+    speeds = measure_models(folders, prompt_tokens, new_tokens, threads, trust_remote_code, progress)
     named = [replace(speed, model=str(name)) for speed, name in zip(speeds, models, strict=True)]
     for folder in pruned:
         record_speed(folder, named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from secateur.calibration.batches import Texts, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
-from secateur.calibration.stream import Progress, no_progress
 from secateur.calibration.texts import max_positions
 from secateur.checkpoints.hub import check_can_push, push_folder
 from secateur.checkpoints.load import Checkpoint
@@ -36,6 +36,7 @@ from secateur.request import ModelSource, Request, texts_of
 from secateur.run import estimate_run, prune_in_memory, prune_to_folder
 from secateur.runtime import distributed
 from secateur.runtime.environment import check_device, default_device
+from secateur.runtime.progress import Progress, no_progress
 from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import check_columns, refine_by_swaps
 from secateur.storage.paths import user_path
@@ -78,8 +79,7 @@ def prune(
     initialised, each call it in the same way and share the work.
 
     Args:
-        model: a transformers model, or what names one (see `secateur prune --help`). A loaded `Checkpoint` is pruned in
-            place, its weights rounded to the dtypes of its files.
+        model: a transformers model, or what names one (see `secateur prune --help`).
         out: folder to save to, for a name.
         recipe: a `Recipe`, its data, the name of a preset (`fast`, `balanced`, `best`) or of a recipe file. None is
             `balanced`, or the solver alone where one is named.
@@ -138,8 +138,7 @@ def prune(
         raise SecateurError(f"the model is a {type(model).__name__}: pass the model itself, or a name and a folder")
     if out is None:
         raise SecateurError("out is missing: name the folder to save the pruned model to")
-    if tokenizer is not None:
-        raise SecateurError("‹tokenizer› is for a model object: a model by name brings its tokenizer")
+    check_no_tokenizer(tokenizer)
     shard_size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size, "max_shard_size")
     source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
     if device is not None:
@@ -288,12 +287,14 @@ def coverage_of(
     chosen = resolve_recipe(recipe, None, several(include), several(exclude), calibration=named)
     module: Any = model
     if not isinstance(model, nn.Module):
+        check_no_tokenizer(tokenizer)
         checkpoint = load_checkpoint(str(model), device or default_device(), trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
     chosen, texts = texts_of(chosen, calibration)
     few = CalibrationText()
     if texts is None or isinstance(texts, str | Path):
-        few = CalibrationText(samples=4, seq_len=min(64, max_positions(config_of(module)) or 64))
+        seq_len = min(64, max_positions(config_of(module)) or 64)
+        few = replace(chosen.calibration, samples=4, seq_len=seq_len, own_words=None)
     data = calibration_batches(texts, tokenizer, config_of(module), few)
     if data.to_write is not None:
         data = data.with_written(data.to_write.write(module, tokenizer, InMemory(), no_progress))
@@ -314,6 +315,16 @@ def _request(
     named = str(calibration) if isinstance(calibration, str | Path) else None
     chosen = resolve_recipe(recipe, settings, several(include), several(exclude), calibration=named, **shortcuts)
     return Request(*texts_of(chosen, calibration), offload_dir, StageClock(progress))
+
+
+def check_no_tokenizer(tokenizer: Any) -> None:
+    """Check that no tokenizer is given next to a model's name.
+
+    Raises:
+        SecateurError: one is.
+    """
+    if tokenizer is not None:
+        raise SecateurError("‹tokenizer› is for a model object: a model by name brings its tokenizer")
 
 
 def several(names: str | Sequence[str] | None) -> list[str]:

@@ -99,7 +99,7 @@ def names_of(first: Path, second: Path) -> tuple[str, str]:
 def _write(folder: Path, report: Report) -> None:
     """Write report and page, and the card where nobody has edited it; the records of all other files stay."""
     recorded = report.files.get(CARD)
-    if recorded is None or damage(folder, CARD, recorded) is None:
+    if recorded is None or not (folder / CARD).exists() or damage(folder, CARD, recorded) is None:
         card = model_card(report, folder.name)
         write_durably(folder / CARD, packed_card(card) if is_packed(folder) else card)
         report.files = {**report.files, CARD: record_of(folder / CARD)}

@@ -15,9 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.calibration.stream import Progress
 from secateur.checkpoints.inspection import inspect_folder
-from secateur.checkpoints.load import BROKEN
+from secateur.checkpoints.load import BROKEN, why_not_loaded
 from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
 from secateur.models.matrices import parameter_of
@@ -26,6 +25,8 @@ from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, STEM, Entry, fi
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
 from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
+from secateur.runtime.progress import Progress
+from secateur.sources.other_files import check_links
 from secateur.sources.unpacked import (
     NOT_SMALLER,
     USAGE,
@@ -65,6 +66,7 @@ def pack_folder(
     """
     check_new_folder(folder, out)
     _, shards = check_folder(folder)
+    check_links(folder)
     if (folder / METADATA).is_file() and (problems := inspect_folder(folder).problems):
         raise SecateurError(f"{folder} is not what was saved, so it is not packed: {problems[0]}")
     files = sorted(set(shards.values()))
@@ -93,7 +95,13 @@ def pack_folder(
     return {"matrices": count, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes}
 
 
-def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
+def load_model(
+    folder: Path,
+    is_dense: bool,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """A causal language model, packed where its folder is.
 
     Args:
@@ -101,6 +109,7 @@ def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", 
         is_dense: unpack every matrix: the ordinary model.
         dtype: of the model; kernels serve bfloat16.
         device: where to put it; anything but a CPU gets dense weights.
+        trust_remote_code: let the checkpoint's Python code run.
 
     Raises:
         SecateurError: no model there, or damaged files.
@@ -111,17 +120,18 @@ def load_model(folder: Path, is_dense: bool, dtype: torch.dtype | str = "auto", 
     import secateur.packed.quantizer  # noqa: F401 - registers the format
 
     check_packed(folder) if is_packed(folder) else check_folder(folder)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **options)
         if is_packed(folder) and is_dense:
             config.quantization_config["dequantize"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, config=config, dtype=dtype, output_loading_info=True, **options
         )
     except SecateurError:
         raise
     except (SafetensorError, StrictDataclassError, *BROKEN) as error:
-        raise SecateurError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise SecateurError(why_not_loaded(folder, error, trust_remote_code)) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise SecateurError(f"{folder} lacks {len(missing)} tensors ({missing[0]} ...): it is damaged")

@@ -17,7 +17,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
@@ -28,6 +27,7 @@ from secateur.packed.layout import pack, pack_int8_where_exact
 from secateur.recipe.sizes import parse_size
 from secateur.reporting.report import Report
 from secateur.resume.publish import Publisher, read_outcome
+from secateur.runtime.progress import Progress
 from secateur.sources.other_files import copy_other_files
 from secateur.sources.validate import INDEX
 from secateur.storage.file_records import FileRecord

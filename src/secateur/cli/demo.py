@@ -12,7 +12,6 @@ import torch
 
 from secateur.api.models import bench, evaluate, pack
 from secateur.api.pruning import prune
-from secateur.calibration.stream import Progress
 from secateur.checkpoints.load import load
 from secateur.recipe.presets import PRESETS
 from secateur.reporting.figures import Speed
@@ -20,6 +19,7 @@ from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.resume.manifest import unfinished
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device
+from secateur.runtime.progress import Progress
 from secateur.sources.demo_model import DEMO_NAME
 from secateur.sources.unpacked import is_packed
 from secateur.storage.paths import real_path, user_path

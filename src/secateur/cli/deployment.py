@@ -83,6 +83,7 @@ def bench(
     record: flags.Record = False,
     as_json: flags.Json = False,
     threads: flags.Threads = None,
+    trust_remote_code: flags.RemoteCode = False,
 ) -> None:
     """Size, memory, load time and speed of models, each in a fresh process on the CPU.
 
@@ -97,6 +98,7 @@ def bench(
             new_tokens=new_tokens,
             threads=threads,
             record=record,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     print_json({"models": [each.to_dict() for each in found]}) if as_json else print_speeds(found)

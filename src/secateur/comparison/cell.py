@@ -20,7 +20,6 @@ from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import CalibrationBatches, calibration_batches
 from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of, text_place
-from secateur.calibration.stream import Progress, no_progress
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
@@ -33,6 +32,7 @@ from secateur.recipe.solvers import solver_names
 from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import default_device, environment
 from secateur.runtime.memory import peak_resident_bytes
+from secateur.runtime.progress import Progress, no_progress
 from secateur.storage.file_records import sha256
 from secateur.storage.paths import user_path
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from secateur.calibration.batches import BATCH_TOKENS, check_ids
 from secateur.calibration.documents import check_is_name, read_documents
-from secateur.calibration.stream import Progress
 from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
 from secateur.models.head import body_gives, kl_divergence, logits_of, position_chunks, takes_positions
+from secateur.runtime.progress import Progress
 
 DEFAULT_WINDOW = 1024
 MAX_LOSS = 700.0  # nats; exp of a little more overflows a float
@@ -36,7 +36,7 @@ class EvaluationText:
     Args:
         source: file or data set name; None is the shipped evaluation text.
         seq_len: tokens a window; None = 1024, or the model's positions.
-        max_tokens: cap on the tokens that are read.
+        max_tokens: cap on the tokens that are read, in whole windows, at least one.
         text_field: field or column that holds the text; None = found by the form of the records.
     """
 
@@ -53,7 +53,7 @@ def perplexity(
     text: EvaluationText,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`exp` of the mean loss of a target over the text's windows; None is the shipped evaluation text.
+    """`exp` of the mean loss of a target over the text's windows.
 
     Returns:
         `perplexity`, `loss` (nats a token), `windows`, `seq_len`, `targets`, `text`.

@@ -16,14 +16,19 @@ from secateur.reporting.figures import Speed
 from secateur.runtime.memory import resident_bytes
 from secateur.runtime.messages import one_line
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # as transformers looks for them
 REPEATS = 3
 # Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def measure_models(
-    folders: Sequence[Path], prompt_tokens: int, new_tokens: int, threads: int | None, progress: Callable[..., None]
+    folders: Sequence[Path],
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int | None,
+    trust_remote_code: bool,
+    progress: Callable[..., None],
 ) -> list[Speed]:
     """Measure models one after the other, each in a process that does nothing else.
 
@@ -32,6 +37,7 @@ def measure_models(
         prompt_tokens: length of the prompt, of random tokens.
         new_tokens: number of tokens that are decoded.
         threads: of torch; None = its default.
+        trust_remote_code: let the checkpoints' Python code run.
         progress: called with the stage `bench`.
 
     Raises:
@@ -39,13 +45,15 @@ def measure_models(
     """
     found = []
     for number, folder in enumerate(folders):
-        found.append(_measured(folder, prompt_tokens, new_tokens, threads))
+        numbers = (prompt_tokens, new_tokens, threads or 0, int(trust_remote_code))
+        found.append(_measured(folder, numbers))
         progress("bench", number + 1, len(folders))
     return found
 
 
-def _measured(folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None) -> Speed:
-    command = [sys.executable, "-m", __name__, str(folder), str(prompt_tokens), str(new_tokens), str(threads or 0)]
+def _measured(folder: Path, numbers: tuple[int, ...]) -> Speed:
+    """What a fresh process measures, which gets the numbers of `measure_here`."""
+    command = [sys.executable, "-m", __name__, str(folder), *map(str, numbers)]
     own = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -54,11 +62,12 @@ def _measured(folder: Path, prompt_tokens: int, new_tokens: int, threads: int | 
     return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> Speed:
+def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int, trust_remote_code: int = 0) -> Speed:
     """Measure one model in this process, which should be a fresh one.
 
     Raises:
-        what transformers raises of a model that it can't load or run.
+        SecateurError: too few new tokens to tell from the prompt.
+        Exception: what transformers raises of a model that it can't load or run.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,23 +75,34 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]  # imports the model's code
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": bool(trust_remote_code)}
+    config = AutoConfig.from_pretrained(folder, **options)
+    if type(config) in AutoModelForCausalLM._model_mapping:  # remote code is not
+        AutoModelForCausalLM._model_mapping[type(config)]  # imports the model's code
     _generate_seconds(_tiny_model(), prompt_tokens, 4)  # what libraries take is not the model's
     before, started = resident_bytes(), time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     loaded = time.perf_counter() - started
     _generate_seconds(model, prompt_tokens, 2)  # warm-up
     prefill = min(_generate_seconds(model, prompt_tokens, 1) for _ in range(REPEATS))
     decoded = min(_generate_seconds(model, prompt_tokens, 1 + new_tokens) for _ in range(REPEATS)) - prefill
+    if decoded <= 0:
+        raise SecateurError(f"{new_tokens} new tokens are too few to measure next to the prompt: raise ‹new_tokens›")
     return Speed(
         model=str(folder),
-        file_bytes=sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)),
+        file_bytes=weight_bytes(folder),
         memory_bytes=resident_bytes() - before,
         load_seconds=loaded,
         prefill_tokens_per_second=prompt_tokens / prefill,
-        decode_tokens_per_second=new_tokens / max(decoded, 1e-9),
+        decode_tokens_per_second=new_tokens / decoded,
         threads=torch.get_num_threads(),
     )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files that transformers loads: those of the first format that is there."""
+    formats = (list(folder.glob(pattern)) for pattern in WEIGHTS)
+    return sum(path.stat().st_size for path in next(filter(None, formats), []))
 
 
 def _generate_seconds(model: Any, prompt_tokens: int, count: int) -> float:

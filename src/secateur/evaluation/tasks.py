@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, nearest
+from secateur.runtime.messages import first_line
 from secateur.storage.paths import user_path
 
 # The figure that papers quote, where a task has several.
@@ -49,7 +50,7 @@ def run_tasks(
             verbosity="ERROR",
         )
     except OSError as error:  # the hub's network and not-found errors all derive from it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise SecateurError(
             f"the data of {', '.join(tasks)} could not be read ({reason}): check the connection, or use local "
             f"tasks with ‹task_dir›"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.blocks import device_of, run_without_cache
 
 WEIGHTS_AT_ONCE = 1 << 24  # that are checked for NaN at a time
+PROBE_TOKENS, SAME = 8, 1e-3  # tells whether predictions depend on later tokens
 
 
 def check_runnable(model: nn.Module) -> None:
@@ -52,6 +56,28 @@ def check_runnable(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the model is quantised{found}: load it dequantised (secateur prunes floating-point weights)"
         )
+
+
+def generates(model: Any) -> bool:
+    """Whether a model goes on with a text: transformers lets it generate, and it has no encoder."""
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+@torch.no_grad()
+def looks_ahead(model: Any) -> bool:
+    """Whether predictions depend on later tokens, as BERT's do, which predict no next token.
+
+    Raises:
+        ForwardError: the model does not run on tokens alone.
+
+    Cost: a forward pass over a few tokens.
+    """
+    ids = torch.arange(1, 2 * PROBE_TOKENS + 1, device=device_of(model)).view(2, -1)
+    ids %= len(model.get_input_embeddings().weight)
+    ids[1, :-1] = ids[0, :-1]  # two texts that differ in the last token alone
+    one, other = run_without_cache(model, model, input_ids=ids).logits[:, :-1].float()
+    return bool((one - other).abs().max() > SAME * one.abs().max())
 
 
 def _is_compiled(module: nn.Module) -> bool:

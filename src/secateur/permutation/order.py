@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.dense_pass import DensePass, run_dense_pass
+from secateur.calibration.dense_pass import DensePass, run_dense_pass, unlabelled
 from secateur.calibration.input_groups import observation_passes
-from secateur.calibration.stream import Batch, Progress, Stream, no_progress
+from secateur.calibration.stream import Batch, Stream
 from secateur.errors import errors_within
 from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
@@ -40,6 +40,7 @@ from secateur.recipe.patterns import NM, Pattern
 from secateur.recipe.steps import ChannelPermutation
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
+from secateur.runtime.progress import Progress, no_progress
 from secateur.solvers.base import zero_dead_inputs
 
 RESIDUAL_ROWS = 1 << 15  # rows of all matrices that the order of the residual stream looks at
@@ -99,7 +100,7 @@ class OrderSearch:
     @property
     def _few(self) -> Batch:
         """A few real tokens to try orders on, the same on every rank; whole sequences of other inputs."""
-        batch = {name: value for name, value in self.batches[0].items() if name != "labels"}
+        batch = unlabelled(self.batches[0])
         tokens = batch.get("input_ids")
         if tokens is None or any(value.shape != tokens.shape for value in batch.values()):
             return batch

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.stream import Progress
 from secateur.models.blocks import Block
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.permutation.channels import ChannelOrder
@@ -18,6 +17,7 @@ from secateur.recipe.patterns import Pattern
 from secateur.recipe.recipe import Recipe
 from secateur.reporting.figures import BlockFigures
 from secateur.runtime.memory import MemoryBudget, Workspace
+from secateur.runtime.progress import Progress
 
 StorageOf = Callable[[str, torch.dtype], torch.dtype]  # parameter's name and own dtype -> dtype that it is saved in
 

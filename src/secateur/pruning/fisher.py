@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from secateur.calibration.dense_pass import unlabelled
 from secateur.calibration.hidden_states import HiddenStates
-from secateur.calibration.stream import Batch, Progress
+from secateur.calibration.stream import Batch
 from secateur.errors import SecateurError
 from secateur.models.blocks import Block, BlockCall, body_of, hidden_of, on_device_of, run_without_cache
 from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions, with_hidden
@@ -25,6 +26,7 @@ from secateur.models.weight_uses import WeightUse, WeightWatcher
 from secateur.numerics.hessian import sum_dtype
 from secateur.runtime import distributed
 from secateur.runtime.memory import MemoryBudget
+from secateur.runtime.progress import Progress
 
 STAGE = "gradients"
 
@@ -193,7 +195,7 @@ def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generato
     (body_output,) = _body_outputs(model, inputs)
     hidden, tokens = body_output.last_hidden_state, 0
     leaf = hidden.detach().requires_grad_(True)
-    inputs = _unlabelled(inputs)
+    inputs = unlabelled(inputs)
     real = _real_tokens(inputs, hidden.shape[1])
     for positions in position_chunks(model, hidden.shape[1], 1, hidden.device):
         with body_gives(model, with_hidden(body_output, leaf)):
@@ -203,11 +205,6 @@ def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generato
         tokens += len(own)
     hidden.backward(leaf.grad)
     return tokens
-
-
-def _unlabelled(inputs: Batch) -> Batch:
-    """Inputs without labels: a loss of them needs the logits of all positions."""
-    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def _has_head_apart(model: Any, inputs: Batch) -> bool:
@@ -223,7 +220,7 @@ def _body_outputs(model: Any, inputs: Batch) -> list[Any]:
     found: list[Any] = []
     hook = body_of(model).register_forward_hook(lambda _module, _args, output: found.append(output))
     try:
-        run_without_cache(model, model, **_unlabelled(inputs), logits_to_keep=1)  # the head is run on chunks later
+        run_without_cache(model, model, **unlabelled(inputs), logits_to_keep=1)  # the head is run on chunks later
     finally:
         hook.remove()
     return found

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.dense_pass import inputs_of
+from secateur.calibration.dense_pass import inputs_of, unlabelled
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block, ForwardError, body_of, run_without_cache
@@ -127,10 +127,9 @@ class ModelEnd:
             hook.remove()
 
     def _inputs(self, index: int) -> Batch:
-        """The model's inputs as in the dense pass, without labels: a loss needs all logits at once."""
+        """The model's inputs as in the dense pass, without labels."""
         inputs, _ = inputs_of(self.model, self.batches[index])
-        inputs.pop("labels", None)
-        return inputs
+        return unlabelled(inputs)
 
     def divergence(
         self, body_output: Any, dense: Float[Tensor, "B T C"], index: int, real: Tensor | None, share: slice = ALL

@@ -86,12 +86,12 @@ def chart(
         alt: what the chart shows, for who can't see it.
     """
     with _axes() as (figure, axes):
+        lines = []
         for number, each in enumerate(series):
             colour, line = SERIES[number % len(SERIES)], "-" if each.is_line else ""
-            axes.plot(
+            lines += axes.plot(
                 each.x,
                 each.y,
-                label=_label(each.name),
                 color=colour,
                 marker=MARKERS[number % len(MARKERS)],
                 linestyle=line,
@@ -113,7 +113,7 @@ def chart(
             axes.set_xscale("log")
             _show_plain_numbers(axes.xaxis)
         if len(series) > 1:
-            axes.legend(loc="best")
+            axes.legend(lines, [_label(each.name) for each in series], loc="best")
         return _svg(figure, alt)
 
 

@@ -266,7 +266,7 @@ def _change(first: float | None, second: float | None) -> str:
 def _short(value: float) -> str:
     if value < 1e-4:
         return "<.01%"
-    return f"{100 * value:.2g}%" if value < 1 else f"{value:.1f}"
+    return f"{100 * value:.2g}%" if value < 0.1 else f"{100 * value:.0f}%"
 
 
 def _by_reason(dense: dict[str, str]) -> list[tuple[str, int, str]]:

@@ -23,6 +23,7 @@ from secateur.reporting.figures import (
 )
 from secateur.storage.file_records import FileRecord, Records, is_plain_name, read_records, record_of
 from secateur.storage.json_files import is_sealed, read_json, sealed
+from secateur.storage.paths import user_path
 
 METADATA = "secateur.json"
 RECIPE_FILE = "recipe.yaml"
@@ -157,7 +158,7 @@ class Report:
         """
         from secateur.reporting.page import run_page
 
-        target = Path(folder)
+        target = user_path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.the_recipe.save(target / RECIPE_FILE)
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
@@ -184,7 +185,7 @@ class Report:
         Raises:
             SecateurError: there is none, or it is damaged or was changed.
         """
-        return read_metadata(Path(folder))
+        return read_metadata(user_path(folder))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from secateur.models.matrices import parameter_of
 from secateur.packed.files import dense
 from secateur.reporting.charts import picture_of_mask
 from secateur.reporting.figures import MatrixReport
@@ -61,7 +62,7 @@ def read_weight_files(folder: Path, matrices: Sequence[MatrixReport]) -> WeightF
     is_packed = any(path.name.startswith("packed") for path in paths)
     wanted: dict[str, list[MatrixReport]] = {}
     for matrix in examples(matrices):
-        wanted.setdefault(matrix.name.partition("[")[0], []).append(matrix)
+        wanted.setdefault(parameter_of(matrix.name), []).append(matrix)
     pictures: dict[str, MaskPicture] = {}
     sizes: dict[int, int] = {}  # bytes of tensors by the bytes of an element
     for path in paths:

@@ -39,7 +39,7 @@ def copied_files(source: Path) -> list[Path]:
 
 
 def check_links(source: Path) -> list[str]:
-    """Notices of links in a checkpoint's folder that are not copied, since they leave it.
+    """Notices of what in a checkpoint's folder is not copied: sub-folders, and links that leave it.
 
     Raises:
         SecateurError: the checkpoint needs such a file.
@@ -56,7 +56,13 @@ def check_links(source: Path) -> list[str]:
                 f"be published with the pruned model. Replace the link by a copy"
             )
         notices.append(f"{path.name} is a link that leaves the model's folder: it is not copied")
+    if folders := [one_line(path.name) for path in sorted(source.iterdir()) if _is_folder(path)]:
+        notices.append(f"{', '.join(folders)}: sub-folders of the model are not copied")
     return notices
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith((".", "__"))
 
 
 def _is_copied(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.errors import SecateurError
+from secateur.runtime.messages import first_line
 from secateur.sources.demo_model import DEMO_NAME, demo_model
 from secateur.sources.gguf import convert_gguf
 from secateur.sources.unpacked import is_packed, unpacked
@@ -63,7 +64,7 @@ def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED))
     except (HFValidationError, OSError) as error:  # network, permission and not-found errors all derive from OSError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise SecateurError(
             f"there is no folder {name} here, and no model of that name could be downloaded from the hub ({reason})"
         ) from error

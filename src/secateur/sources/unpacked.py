@@ -12,12 +12,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.calibration.stream import Progress
 from secateur.errors import SecateurError
 from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, file_names, read_headers, write_index, write_weights
 from secateur.reporting.report import METADATA, read_metadata
+from secateur.runtime.progress import Progress
 from secateur.sources.model_cache import cached
-from secateur.sources.other_files import copy_other_files
+from secateur.sources.other_files import check_links, copied_files, copy_other_files
 from secateur.sources.validate import INDEX as DENSE_INDEX
 from secateur.sources.validate import check_packed
 from secateur.storage.file_records import sha256
@@ -57,6 +57,7 @@ def unpack_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]
     """
     check_new_folder(folder, out)
     files = sorted(set(check_packed(folder).values()))
+    check_links(folder)
 
     def write(target: Path) -> None:
         _write_dense(folder, files, target, progress)
@@ -78,7 +79,8 @@ def unpacked(folder: Path) -> Path:
         SecateurError: it is damaged, or the cache can't be written.
     """
     files = sorted(set(check_packed(folder).values()))
-    digests = "".join(sha256(path) for path in [*files, folder / "config.json"])
+    others = [path for path in (folder / "config.json", folder / "README.md", folder / METADATA) if path.is_file()]
+    digests = "".join(f"{path.name} {sha256(path)}" for path in [*files, *others, *copied_files(folder)])
     name = f"unpacked-{_short(digests)}"
     return cached(name, lambda target: _write_dense(folder, files, target, lambda *_: None))
 

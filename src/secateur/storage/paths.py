@@ -12,8 +12,10 @@ def user_path(name: str | Path) -> Path:
     """A path with `~` expanded, of which every file function works.
 
     Raises:
-        SecateurError: the home of an unknown user, or a name that no file can have.
+        SecateurError: no path, the home of an unknown user, or a name that no file can have.
     """
+    if not isinstance(name, str | Path):
+        raise SecateurError(f"a path is expected, not a {type(name).__name__}")
     path = Path(name)
     try:
         path = path.expanduser()
