@@ -219,7 +219,7 @@ def _prune(
 
 def _storage_of(checkpoint: Checkpoint) -> StorageOf:
     """Dtype that each parameter is saved in, by its name without `.weight`."""
-    storage = checkpoint.matrix_storage
+    storage = checkpoint.matrix_dtypes
     return lambda name, own: storage.get(parameter_of(name), own)
 
 

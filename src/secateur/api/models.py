@@ -27,6 +27,7 @@ from secateur.models.checks import generates, looks_ahead
 from secateur.models.determinism import evaluation_mode
 from secateur.packed import kernels
 from secateur.packed.encoding import Compression
+from secateur.packed.files import is_packed
 from secateur.packed.layout import Values
 from secateur.recipe.settings import checks_names
 from secateur.reporting.figures import Speed
@@ -35,7 +36,7 @@ from secateur.runtime.environment import check_device, default_device, devices, 
 from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cache_folder
 from secateur.sources.resolve import resolve
-from secateur.sources.unpacked import is_packed, unpack_folder
+from secateur.sources.unpacked import unpack_folder
 from secateur.storage.paths import user_path
 
 

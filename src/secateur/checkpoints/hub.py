@@ -11,18 +11,18 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from secateur.checkpoints.measured import CARD, report_in
+from secateur.checkpoints.measured import report_in
 from secateur.errors import SecateurError
+from secateur.packed.files import is_packed
 from secateur.reporting.page import run_page
-from secateur.reporting.report import METADATA, REPORT_FILE, Report
-from secateur.resume.output_folder import WEIGHTS
+from secateur.reporting.report import CARD, METADATA, REPORT_FILE, Report
+from secateur.resume.output_folder import WEIGHT_FILES
 from secateur.runtime.messages import first_line
-from secateur.sources.unpacked import is_packed
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import first_damage
 
 REFUSED = (401, 403)
-REPLACED = (*WEIGHTS, "*.safetensors.index.json", "pytorch_model.bin.index.json")  # of an earlier model
+REPLACED = (*WEIGHT_FILES, "*.safetensors.index.json", "pytorch_model.bin.index.json")  # of an earlier model
 # What the hub's HTTP client raises without a connection; the client's package has another name in each version.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 

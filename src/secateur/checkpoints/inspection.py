@@ -15,12 +15,11 @@ from torch import Tensor
 from secateur.checkpoints.load import load
 from secateur.models.matrices import parameter_of
 from secateur.numerics.masks import is_met
-from secateur.packed.files import dense
+from secateur.packed.files import dense, is_packed
 from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
 from secateur.reporting.report import METADATA, read_metadata
-from secateur.sources.unpacked import is_packed
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 

@@ -49,8 +49,8 @@ class Checkpoint:
         tokenizer: of the model.
         folder: where it came from.
         name: what the user called it.
-        storage: dtype of each parameter in the checkpoint, by name; the model may compute in another.
-        stored: file of each tensor that the checkpoint has as the model has it, and its name there.
+        file_dtypes: dtype of each parameter in the checkpoint, by name; the model may compute in another.
+        file_of: file of each tensor that the checkpoint has as the model has it, and its name there.
         main_dtype: dtype of most tensors.
         device: where it runs.
         notices: what of the checkpoint the model leaves out.
@@ -60,8 +60,8 @@ class Checkpoint:
     tokenizer: Any
     folder: Path
     name: str
-    storage: dict[str, torch.dtype]
-    stored: dict[str, tuple[Path, str]]
+    file_dtypes: dict[str, torch.dtype]
+    file_of: dict[str, tuple[Path, str]]
     main_dtype: torch.dtype
     device: str
     notices: list[str] = field(default_factory=list)
@@ -72,9 +72,9 @@ class Checkpoint:
         return compute_dtype(self.main_dtype, self.device)
 
     @property
-    def matrix_storage(self) -> dict[str, torch.dtype]:
-        """`storage` under the names of matrices (without `.weight`)."""
-        return {name.removesuffix(".weight"): dtype for name, dtype in self.storage.items()}
+    def matrix_dtypes(self) -> dict[str, torch.dtype]:
+        """`file_dtypes` under the names of matrices (without `.weight`)."""
+        return {name.removesuffix(".weight"): dtype for name, dtype in self.file_dtypes.items()}
 
 
 def load(

@@ -12,15 +12,13 @@ from safetensors import SafetensorError
 from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import packed_card
 from secateur.errors import SecateurError
+from secateur.packed.files import is_packed
 from secateur.reporting.figures import MeasuredPerplexity, Speed
 from secateur.reporting.page import run_page, two_runs_page
-from secateur.reporting.report import METADATA, REPORT_FILE, Report, read_metadata
+from secateur.reporting.report import CARD, METADATA, REPORT_FILE, Report, read_metadata
 from secateur.runtime.messages import say
-from secateur.sources.unpacked import is_packed
 from secateur.storage.file_records import damage, record_of
 from secateur.storage.held_folder import write_durably
-
-CARD = "README.md"
 
 
 def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from secateur.calibration.documents import text_of
 from secateur.checkpoints.load import Checkpoint
 from secateur.reporting.page import file_name
-from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, Report
+from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE, Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
 from secateur.sources.unpacked import NOT_SMALLER
@@ -29,7 +29,7 @@ def facts_of_source(checkpoint: Checkpoint) -> dict[str, str]:
 
     A folder or a GGUF file has no hub id, and its path means nothing to anybody else.
     """
-    card = _front_matter(checkpoint.folder / "README.md")
+    card = _front_matter(checkpoint.folder / CARD)
     found = {"license": card.get("license", "unknown")}
     if checkpoint.name == DEMO_NAME:
         found |= {"base_model": card["base_model"]} if "base_model" in card else {}

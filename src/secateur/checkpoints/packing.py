@@ -21,25 +21,29 @@ from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
 from secateur.models.matrices import parameter_of
 from secateur.packed.encoding import Compression
-from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, STEM, Entry, file_names, write_index, write_weights
+from secateur.packed.files import (
+    FORMAT_VERSION,
+    METHOD,
+    PACKED_INDEX,
+    STEM,
+    Entry,
+    bytes_of,
+    file_names,
+    is_packed,
+    read_tensor,
+    write_index,
+    write_weights,
+)
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
-from secateur.reporting.report import METADATA, Report, read_metadata
+from secateur.reporting.report import CARD, METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import check_links
-from secateur.sources.unpacked import (
-    NOT_SMALLER,
-    USAGE,
-    bytes_of,
-    check_new_folder,
-    is_packed,
-    publish_folder,
-    read_tensor,
-    write_rest,
-)
+from secateur.sources.unpacked import NOT_SMALLER, USAGE, write_rest
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
+from secateur.storage.new_folder import check_new_folder, publish_folder
 
 COPIES = 5  # of a matrix in memory, while it is packed
 
@@ -85,7 +89,7 @@ def pack_folder(
             write_weights(target / name, entries, compression)
             progress("pack", number, len(files))
         if len(files) > 1:
-            write_index(target / INDEX, names)
+            write_index(target / PACKED_INDEX, names)
         config = read_json(folder / "config.json")
         config["quantization_config"] = packing_config(len(files))
         write_rest(folder, target, config, partial(_card_of_packed, folder))
@@ -178,8 +182,8 @@ def _card_of_packed(folder: Path, text: str) -> str:
     """The card of a packed folder: the source's, without figures of its weights where nobody has edited it."""
     if (folder / METADATA).is_file():
         report = read_metadata(folder)
-        recorded = report.files.get("README.md")
-        if recorded is not None and damage(folder, "README.md", recorded) is None:
+        recorded = report.files.get(CARD)
+        if recorded is not None and damage(folder, CARD, recorded) is None:
             text = model_card(replace(report, perplexities=[], speeds=[]), folder.name)
     return packed_card(text)
 

@@ -51,15 +51,15 @@ def map_reordered(checkpoint: Checkpoint, order: ChannelOrder, folder: Path) -> 
     for name, parameter in checkpoint.model.named_parameters(remove_duplicate=False):
         if id(parameter) in moved:  # a tied weight has several names
             there = moved[id(parameter)]
-            checkpoint.stored[name] = (files[there], there)
+            checkpoint.file_of[name] = (files[there], there)
 
 
 def _source(checkpoint: Checkpoint, name: str) -> Tensor:
     """A weight in the dtype of its file."""
     held = checkpoint.model.get_parameter(name).data
-    stored = checkpoint.storage.get(name, held.dtype)
-    if held.dtype == stored or name not in checkpoint.stored:
+    stored = checkpoint.file_dtypes.get(name, held.dtype)
+    if held.dtype == stored or name not in checkpoint.file_of:
         return held
-    path, there = checkpoint.stored[name]
+    path, there = checkpoint.file_of[name]
     with safe_open(path, framework="pt") as shard:
         return shard.get_tensor(there)

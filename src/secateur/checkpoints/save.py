@@ -21,15 +21,14 @@ from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
 from secateur.models.matrices import layer_of, parameter_of
-from secateur.packed.files import INDEX as PACKED_INDEX
-from secateur.packed.files import write_index, write_weights
+from secateur.packed.files import PACKED_INDEX, write_index, write_weights
 from secateur.packed.layout import pack, pack_int8_where_exact
 from secateur.recipe.sizes import parse_size
-from secateur.reporting.report import Report
+from secateur.reporting.report import CARD, Report
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import copy_other_files
-from secateur.sources.validate import INDEX
+from secateur.sources.validate import DENSE_INDEX
 from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
@@ -78,11 +77,11 @@ def write_checkpoint(
         progress("save", number + 1, len(outcome["shards"]))
     weights = publisher.name_shards()
     if len(weights) > 1:
-        write_index(folder / (PACKED_INDEX if is_packed else INDEX), weights, report.model_parameters)
+        write_index(folder / (PACKED_INDEX if is_packed else DENSE_INDEX), weights, report.model_parameters)
     _write_config(checkpoint, folder, packing_config(len(weights)) if is_packed else None)
     copy_other_files(checkpoint.folder, folder)
     card = model_card(report, title)
-    (folder / "README.md").write_text(packed_card(card) if is_packed else card, encoding="utf-8")
+    (folder / CARD).write_text(packed_card(card) if is_packed else card, encoding="utf-8")
     _make_readable(folder)
     return report.save(folder, weights)
 
@@ -98,7 +97,7 @@ def _plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> list[list[str]]
     unit_of: dict[int | str, str] = {}
     for name, tensor in checkpoint.model.state_dict().items():
         content = tensor.untyped_storage().data_ptr() if tensor.numel() else name
-        dtype = checkpoint.storage.get(name) or tensor.dtype
+        dtype = checkpoint.file_dtypes.get(name) or tensor.dtype
         sizes[name] = 0 if content in unit_of else tensor.numel() * dtype.itemsize
         units.setdefault(unit_of.setdefault(content, layer_of(name)), []).append(name)
     split = split_state_dict_into_shards_factory(
@@ -122,7 +121,7 @@ def _write_shard(
     (folder / made).mkdir()
     tensors = tensors_to_save(checkpoint, report, names)
     checkpoint.model.save_pretrained(folder / made, state_dict=tensors, max_shard_size=max_shard_size)
-    (folder / made / INDEX).unlink(missing_ok=True)
+    (folder / made / DENSE_INDEX).unlink(missing_ok=True)
     return made
 
 
@@ -148,12 +147,12 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
     content = checkpoint.model.state_dict()
     for name in names:
         tensor = content[name]
-        dtype = checkpoint.storage.get(name) or tensor.dtype
+        dtype = checkpoint.file_dtypes.get(name) or tensor.dtype
         key = (tensor.data_ptr(), tensor.numel(), dtype)
         if key not in done:
             narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
-            if narrower and name in checkpoint.stored and name.removesuffix(".weight") not in pruned:
-                path, there = checkpoint.stored[name]
+            if narrower and name in checkpoint.file_of and name.removesuffix(".weight") not in pruned:
+                path, there = checkpoint.file_of[name]
                 with safe_open(path, framework="pt") as shard:
                     done[key] = shard.get_tensor(there)
             else:

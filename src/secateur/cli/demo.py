@@ -13,6 +13,7 @@ import torch
 from secateur.api.models import bench, evaluate, pack
 from secateur.api.pruning import prune
 from secateur.checkpoints.load import load
+from secateur.packed.files import is_packed
 from secateur.recipe.presets import PRESETS
 from secateur.reporting.figures import Speed
 from secateur.reporting.report import METADATA, Report, read_metadata
@@ -21,7 +22,6 @@ from secateur.resume.output_folder import check_apart, check_may_replace, check_
 from secateur.runtime.environment import default_device
 from secateur.runtime.progress import Progress
 from secateur.sources.demo_model import DEMO_NAME
-from secateur.sources.unpacked import is_packed
 from secateur.storage.paths import real_path, user_path
 
 PROMPT = "Photosynthesis is the process by which"

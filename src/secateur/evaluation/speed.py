@@ -16,7 +16,7 @@ from secateur.reporting.figures import Speed
 from secateur.runtime.memory import resident_bytes
 from secateur.runtime.messages import one_line
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # as transformers looks for them
+WEIGHT_FORMATS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # as transformers looks for them
 REPEATS = 3
 # Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -101,7 +101,7 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files that transformers loads: those of the first format that is there."""
-    formats = (list(folder.glob(pattern)) for pattern in WEIGHTS)
+    formats = (list(folder.glob(pattern)) for pattern in WEIGHT_FORMATS)
     return sum(path.stat().st_size for path in next(filter(None, formats), []))
 
 

@@ -18,8 +18,8 @@ from secateur.packed.layout import PackedTensor, unpack
 
 METHOD, FORMAT_VERSION = "secateur", 1
 STEM = "packed"  # of the files, which nothing but secateur looks for
-WEIGHTS, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
-METADATA = {"format": "pt", "secateur": str(FORMAT_VERSION)}
+PACKED_WEIGHTS, PACKED_INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
+HEADER_METADATA = {"format": "pt", "secateur": str(FORMAT_VERSION)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def write_weights(path: Path, entries: Iterable[Entry], compression: Compression
             raise SecateurError(f"{entry.name} is {entry.dtype}, which this can't write")
     shapes = [("U8", 1) if entry.is_packed else (NAMES[entry.dtype], entry.ndim) for entry in in_order]
     declared = [(entry.name, *shape) for entry, shape in zip(in_order, shapes, strict=True)]
-    with SafetensorsWriter(path, declared, METADATA) as writer:
+    with SafetensorsWriter(path, declared, HEADER_METADATA) as writer:
         for entry in in_order:
             content = entry.read()
             if isinstance(content, PackedTensor):
@@ -129,3 +129,19 @@ def dense(tensor: Tensor, name: str) -> Tensor:
         return unpack(decode(tensor))
     except SecateurError as error:
         raise SecateurError(f"{name}: {error.raw}") from error
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed checkpoint."""
+    return (folder / PACKED_WEIGHTS).is_file() or (folder / PACKED_INDEX).is_file()
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    """Bytes of files in all."""
+    return sum(path.stat().st_size for path in files)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)

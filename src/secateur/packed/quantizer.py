@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.errors import SecateurError
 from secateur.packed import kernels
 from secateur.packed.encoding import Header, decode, is_encoded
-from secateur.packed.files import FORMAT_VERSION, INDEX, METHOD, WEIGHTS, dense, read_headers
+from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, dense, read_headers
 from secateur.packed.layout import is_mapped
 from secateur.packed.linear import PackedLinear
 from secateur.packed.mapped import drop_pages
@@ -76,7 +76,7 @@ class PackedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name the weights, in the only step before the files are looked for that sees the config."""
-        config.transformers_weights = INDEX if self.quantization_config.sharded else WEIGHTS
+        config.transformers_weights = PACKED_INDEX if self.quantization_config.sharded else PACKED_WEIGHTS
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

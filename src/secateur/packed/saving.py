@@ -14,7 +14,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
-from secateur.packed.files import INDEX, STEM, Entry, file_names, write_index, write_weights
+from secateur.packed.files import PACKED_INDEX, STEM, Entry, file_names, write_index, write_weights
 from secateur.packed.layout import PackedTensor, is_worth_packing, pack
 from secateur.packed.linear import PackedLinear
 from secateur.recipe.sizes import parse_size
@@ -57,7 +57,7 @@ def save_packed(
         for name, entries in shards.items():
             write_weights(Path(scratch) / name, entries, compression)
         if len(shards) > 1:
-            write_index(Path(scratch) / INDEX, shards)
+            write_index(Path(scratch) / PACKED_INDEX, shards)
         _write_configs(model, Path(scratch), len(shards) > 1)
         written = {path.name for path in Path(scratch).iterdir()}
         for name in sorted(

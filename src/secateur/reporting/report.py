@@ -26,6 +26,7 @@ from secateur.storage.json_files import is_sealed, read_json, sealed
 from secateur.storage.paths import user_path
 
 METADATA = "secateur.json"
+CARD = "README.md"  # of a model
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.html"
 

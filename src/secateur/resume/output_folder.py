@@ -9,23 +9,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE, read_metadata
+from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE, read_metadata
 from secateur.resume.manifest import journal_of
 from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path, user_path
 
-WEIGHTS = (
+WEIGHT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
     "packed.safetensors", "packed-?????-of-?????.safetensors",
 )  # fmt: skip
 # What transformers writes of a model, with what hubs add.
 CHECKPOINT_FILES = (
-    *WEIGHTS, "packed.safetensors.index.json", "config.json", "generation_config.json",
+    *WEIGHT_FILES, "packed.safetensors.index.json", "config.json", "generation_config.json",
     "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", CARD,
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", ".gitattributes", METADATA, RECIPE_FILE,
     REPORT_FILE,
 )  # fmt: skip
@@ -115,7 +115,7 @@ def recorded_files(out: Path) -> Records:
 
 
 def _is_checkpoint(out: Path) -> bool:
-    if not any(fnmatchcase(path.name, name) for path in out.iterdir() for name in WEIGHTS):
+    if not any(fnmatchcase(path.name, name) for path in out.iterdir() for name in WEIGHT_FILES):
         return False
     try:
         config = read_json(out / "config.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.reporting.report import CARD
 from secateur.runtime.messages import one_line, say
 from secateur.sources.gguf_header import check_gguf
 from secateur.sources.model_cache import cached
@@ -66,4 +67,4 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
         if isinstance(error, OSError):
             raise
         raise OSError(str(error)) from error  # safetensors and tokenizers have their own words for a full disk
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")

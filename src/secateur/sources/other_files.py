@@ -8,14 +8,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import METADATA, RECIPE_FILE, REPORT_FILE
+from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE
 from secateur.resume.output_folder import CHECKPOINT_FILES
 from secateur.runtime.messages import one_line
 from secateur.storage.file_records import is_plain_name
 from secateur.storage.paths import real_path
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
-NOT_COPIED = {"README.md", "config.json", METADATA, RECIPE_FILE, REPORT_FILE}
+NOT_COPIED = {CARD, "config.json", METADATA, RECIPE_FILE, REPORT_FILE}
 
 
 def copy_other_files(source: Path, target: Path) -> None:

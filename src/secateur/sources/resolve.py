@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.errors import SecateurError
+from secateur.packed.files import is_packed
 from secateur.runtime.messages import first_line
 from secateur.sources.demo_model import DEMO_NAME, demo_model
 from secateur.sources.gguf import convert_gguf
-from secateur.sources.unpacked import is_packed, unpacked
+from secateur.sources.unpacked import unpacked
 from secateur.storage.paths import user_path
 
 # Copies of the weights in another layout, which nothing here reads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,24 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.errors import SecateurError
-from secateur.packed.files import INDEX, WEIGHTS, Entry, dense, file_names, read_headers, write_index, write_weights
-from secateur.reporting.report import METADATA, read_metadata
+from secateur.packed.files import (
+    Entry,
+    bytes_of,
+    dense,
+    file_names,
+    read_headers,
+    read_tensor,
+    write_index,
+    write_weights,
+)
+from secateur.reporting.report import CARD, METADATA, read_metadata
 from secateur.runtime.progress import Progress
 from secateur.sources.model_cache import cached
 from secateur.sources.other_files import check_links, copied_files, copy_other_files
-from secateur.sources.validate import INDEX as DENSE_INDEX
-from secateur.sources.validate import check_packed
+from secateur.sources.validate import DENSE_INDEX, check_packed
 from secateur.storage.file_records import sha256
-from secateur.storage.held_folder import HeldFolder, make_folders
 from secateur.storage.json_files import read_json
-from secateur.storage.paths import real_path
+from secateur.storage.new_folder import check_new_folder, publish_folder
 
 DENSE_STEM = "model"  # of the weight files
 NOT_SMALLER = "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster."
@@ -67,11 +73,6 @@ def unpack_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]
     return {"packed_bytes": bytes_of(files), "dense_bytes": bytes_of(dense_files)}
 
 
-def bytes_of(files: Iterable[Path]) -> int:
-    """Bytes of files in all."""
-    return sum(path.stat().st_size for path in files)
-
-
 def unpacked(folder: Path) -> Path:
     """The ordinary form of a packed checkpoint, in the user's cache.
 
@@ -79,62 +80,19 @@ def unpacked(folder: Path) -> Path:
         SecateurError: it is damaged, or the cache can't be written.
     """
     files = sorted(set(check_packed(folder).values()))
-    others = [path for path in (folder / "config.json", folder / "README.md", folder / METADATA) if path.is_file()]
+    others = [path for path in (folder / "config.json", folder / CARD, folder / METADATA) if path.is_file()]
     digests = "".join(f"{path.name} {sha256(path)}" for path in [*files, *others, *copied_files(folder)])
     name = f"unpacked-{_short(digests)}"
     return cached(name, lambda target: _write_dense(folder, files, target, lambda *_: None))
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed checkpoint."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
-
-
-def check_new_folder(folder: Path, out: Path) -> None:
-    """Check that `out` is a new or empty folder, and not in one that is read.
-
-    Raises:
-        SecateurError: it is not.
-    """
-    place = real_path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise SecateurError(f"{out} exists and is not an empty folder: choose another one")
-    if real_path(folder) in (place, *place.parents):
-        raise SecateurError(f"{out} lies in {folder}, which is read: choose another folder")
-
-
-def publish_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder next to `out`, and put it there when it is whole.
-
-    Raises:
-        SecateurError: `out` can't be written, or something came to it meanwhile.
-    """
-    place = real_path(out)
-    try:
-        make_folders(place.parent)
-        with HeldFolder(place.parent) as parent:
-            partial_name = parent.new_name()
-            try:
-                with parent.subfolder(partial_name) as folder:
-                    write(folder.path)
-                    for name in folder.names():
-                        folder.flush_file(name)
-                    folder.flush()
-                parent.rename(partial_name, place.name)
-                parent.flush()
-            finally:
-                parent.remove_folder(partial_name)
-    except OSError as error:
-        raise SecateurError(f"{out} could not be written ({error.strerror or error})") from error
 
 
 def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callable[[str], str]) -> None:
     """Write everything but the weights: config, card, report, and the other files as they are."""
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_other_files(source, target)
-    readme = source / "README.md"
+    readme = source / CARD
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else f"# {target.name}\n"
-    (target / "README.md").write_text(card(text), encoding="utf-8")
+    (target / CARD).write_text(card(text), encoding="utf-8")
     if (source / METADATA).is_file():
         read_metadata(source).save(target)
 
@@ -176,9 +134,3 @@ def _dense_card(text: str) -> str:
 
 def _short(digests: str) -> str:
     return hashlib.sha256(digests.encode()).hexdigest()[:16]
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)

@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError
-from secateur.packed.files import FORMAT_VERSION, METHOD, WEIGHTS, read_headers
-from secateur.packed.files import INDEX as PACKED_INDEX
+from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, read_headers
 from secateur.runtime.messages import first_line
 from secateur.storage.json_files import read_json
 
-INDEX = "model.safetensors.index.json"
+DENSE_INDEX = "model.safetensors.index.json"
 QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _COUNT = re.compile(r"layers?$|layers_|blocks$|experts$|depth$")  # num_hidden_layers, n_layer, num_local_experts
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,7 +43,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
             raise SecateurError(f"{folder} is packed: `secateur unpack` gives the ordinary checkpoint")
         raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
     _check_config(folder / "config.json", config)
-    shard_paths = _shard_paths(folder, "model.safetensors", INDEX)
+    shard_paths = _shard_paths(folder, "model.safetensors", DENSE_INDEX)
     if not shard_paths:
         if allow_pickle and any(folder.glob("*.bin")):
             return {}, {}
@@ -88,9 +87,9 @@ def check_packed(folder: Path) -> dict[str, Path]:
             f"{FORMAT_VERSION}: upgrade it"
         )
     _check_config(folder / "config.json", config)
-    paths = _shard_paths(folder, WEIGHTS, PACKED_INDEX)
+    paths = _shard_paths(folder, PACKED_WEIGHTS, PACKED_INDEX)
     if not paths:
-        raise SecateurError(f"{folder} holds no {WEIGHTS}: the download is incomplete")
+        raise SecateurError(f"{folder} holds no {PACKED_WEIGHTS}: the download is incomplete")
     shards: dict[str, Path] = {}
     for path in paths:
         read_headers(path)
