@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import dense_pass, find_blocks, quiet
+from helpers import dense_pass, find_blocks, problem, quiet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tokens
 
 import secateur
+from secateur.calibration.stream import Stream
 from secateur.models.placement import InMemory
+from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.pruning import allocation as al
 from secateur.pruning import loss_curves
@@ -334,3 +336,26 @@ def test_sensitivity_counts_every_use_of_a_blocks_output():
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     assert torch.allclose(found[name], seen[0].flatten(0, -2).square().mean(0), rtol=1e-3)
+
+
+def test_a_curve_of_many_rows_is_scaled_to_all_of_them():
+    W, H = problem(rows=loss_curves.SAMPLED_ROWS, columns=48)
+    fisher = torch.linspace(0.1, 2.0, len(W), dtype=torch.float64)
+    levels = [Unstructured(level) for level in GRID]
+    once = loss_curves.loss_curve(W, Hessian(H, 1), fisher, levels)
+    twice = loss_curves.loss_curve(W.repeat_interleave(2, 0), Hessian(H, 1), fisher.repeat_interleave(2), levels)
+    assert twice.losses == pytest.approx([2 * each for each in once.losses])
+    assert twice.weights == 2 * once.weights
+
+
+def test_no_matrix_loses_everything():
+    assert loss_curves.sparsity_bounds(Unstructured(0.9), 0.3) == pytest.approx((0.6, 0.98))
+    assert loss_curves.sparsity_bounds(Unstructured(0.99), 0.3)[1] == 0.99
+
+
+def test_hessians_of_an_allocation_look_at_its_tokens_alone(monkeypatch):
+    looked = []
+    first = Stream.first
+    monkeypatch.setattr(Stream, "first", lambda *a: looked.append(a[2]) or first(*a))
+    prune(settings={"allocation.tokens": 100})
+    assert looked == [5]  # sequences of 24 tokens, of 8

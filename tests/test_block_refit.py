@@ -267,3 +267,25 @@ def test_one_batch_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="needs 2 calibration batches or more"):
         prune_model(model, [{"input_ids": tokens(2)[0]}], context)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_as_a_cosine():
+    rates = [block_refit._schedule(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[99] < 0.001
+
+
+def test_every_step_takes_the_rate_of_the_schedule(monkeypatch):
+    taken = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *_: taken.append(self.param_groups[0]["lr"]) or step(self)
+    )
+    pruned(refit={"epochs": 1, "val_fraction": 0.125})
+    steps = 48 - 6
+    assert [each / max(taken[:steps]) for each in taken[:steps]] == pytest.approx(
+        [block_refit._schedule(number, steps) for number in range(steps)]
+    )

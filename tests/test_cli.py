@@ -526,7 +526,7 @@ DAMAGE = {
     put_nan: "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite",
     quantise: "is quantised (gptq)",
     lambda folder: edit_config(folder, quantization_config="int8"): "is quantised (int8)",
-    lambda folder: edit_config(folder, intermediate_size=24): "can't be loaded",
+    lambda folder: edit_config(folder, intermediate_size=24): "these files are of different models",
     lambda folder: edit_config(folder, hidden_size="abc"): "can't be loaded as a causal language model: Validation",
     lambda folder: edit_config(folder, num_attention_heads=0): "can't be loaded as a causal language model",
     index({"a": ["x"], "b": 3}): "names the shard ['x'], which is not a plain file name",

@@ -210,7 +210,8 @@ def comparison():
             "piqa": {"acc,none": 0.5, "acc_norm,none": 0.625},
             "piqa_a": {"acc,none": 0.1},
             "piqa_b": {"acc,none": 0.2},
-        }
+        },
+        "tasks_asked": ["piqa"],
     }
     return Comparison(
         {"model": "<m>"},

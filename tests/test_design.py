@@ -197,7 +197,7 @@ def test_no_broad_except_no_pickle_and_errors_of_our_class():
 def written() -> dict[str, str]:
     """Every text that people read: sources, tests, scripts, documents."""
     paths = [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    paths += [*(ROOT / "tools").glob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    paths += [*(ROOT / "tools").glob("*.py"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
     own = Path(__file__)
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths if path != own}
 

@@ -120,7 +120,7 @@ def test_a_field_of_json_lines(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "user", "content": {"a": 1}}]}', "line 1: the content of a message"),
         ("a.jsonl", '{"conversations": [{"from": "human"}, 5]}', "line 1: a message needs a `role`"),
         ("a.jsonl", '{"instruction": "a", "input": 5}', "line 1: `instruction`, `input` and `output` must be text"),
-        ("a.jsonl", '{"messages": [], "tools": "{"}', "line 1: `tools` is not JSON"),
+        ("a.jsonl", '{"messages": [{"role": "user"}], "tools": "{"}', "line 1: `tools` is not JSON"),
         ("a.json", "plain words", "not JSON .* ends in .jsonl"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "not JSON .* ends in .jsonl"),
         ("a.json", "[5]", "record 1: 5 is not a record"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.numerics.int8 import best_scales, nearest_int8
+from secateur.numerics.int8 import nearest_int8, scales_of
 from secateur.packed.encoding import decode, is_encoded
 from secateur.packed.layout import pack_int8, unpack
 from secateur.pruning.block_refit import MaskedMasterWeights
@@ -51,7 +51,7 @@ def test_no_single_weight_can_be_rounded_better(monkeypatch):
     monkeypatch.setattr(rounding, "ROUNDS", 100)
     W, keep, H = case(3)
     rounded = round_to_int8(W, keep, H, torch.float32)
-    scales = best_scales(W)
+    scales = scales_of(W)
     least = loss(rounded, W, H)
     for row, column in keep.nonzero().tolist():
         for step in (-1, 1):
@@ -66,7 +66,7 @@ def test_it_is_near_the_optimum_of_all_roundings():
     gained, possible = 0.0, 0.0
     for seed in range(8):
         W, keep, H = case(seed, rows=1, columns=12, sparsity=0.2)
-        scales = best_scales(W)
+        scales = scales_of(W)
         below = (W / scales[:, None]).floor()
         free = keep[0].nonzero()[:, 0].tolist()
         ups = torch.zeros(2 ** len(free), 12)

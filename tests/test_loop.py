@@ -14,11 +14,14 @@ from torch.nn.utils import prune
 import secateur
 from secateur.errors import UnsupportedModelError
 from secateur.numerics import damping
-from secateur.numerics.hessian import relative_error
+from secateur.numerics.hessian import Hessian, relative_error
 from secateur.numerics.masks import is_met
+from secateur.pruning import loop, matrix_step
 from secateur.pruning.context import RunContext
+from secateur.pruning.dense_target import Moments
 from secateur.pruning.loop import prune_model
-from secateur.recipe.patterns import NM
+from secateur.pruning.matrix_step import prune_matrix
+from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.recipe import Recipe, Rule
 from secateur.recipe.steps import BlockRefit
 from secateur.runtime import memory
@@ -209,18 +212,84 @@ def test_include_and_exclude_choose_matrices():
         find_blocks(model, exclude=["*.mpl.*"])
 
 
-def test_padded_positions_never_enter_a_hessian():
+@pytest.mark.parametrize(
+    "settings", [{}, {"target.kind": "residual", "target.strength": 0.5}], ids=["plain", "residual target"]
+)
+def test_padding_counts_nowhere(settings):
+    """Neither in Hessians, nor in targets, nor in the figures of depth."""
     ids = torch.stack([batch[0] for batch in tokens(8)])
     padded = torch.cat([ids, torch.full((len(ids), 6), 5)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 6, dtype=torch.long)], 1)
-    plain, with_padding = tiny_model("llama"), tiny_model("llama")
-    first = secateur.prune(plain, pattern="50%", solver="wanda", calibration=[ids])
-    second = secateur.prune(
-        with_padding, pattern="50%", solver="wanda", calibration=[{"input_ids": padded, "attention_mask": mask}]
-    )
-    assert [matrix.tokens for matrix in second.matrices] == [matrix.tokens for matrix in first.matrices]
+    options = {"pattern": "50%", "solver": "wanda", "settings": settings}
+    first = secateur.prune(tiny_model("llama"), calibration=[ids[:2], ids[2:]], **options)
+    batches = [{"input_ids": padded[rows], "attention_mask": mask[rows]} for rows in (slice(2), slice(2, 4))]
+    second = secateur.prune(tiny_model("llama"), calibration=batches, **options)
     for a, b in zip(first.matrices, second.matrices, strict=True):
+        assert a.tokens == b.tokens
         assert a.relative_error == pytest.approx(b.relative_error, rel=1e-3)
+    for a, b in zip(first.depth, second.depth, strict=True):
+        assert (a.cosine, a.relative_error) == pytest.approx((b.cosine, b.relative_error), rel=1e-3)
+
+
+def test_dropout_is_off_whatever_mode_the_model_is_in():
+    training, evaluating = tiny_model("gpt2").train(), tiny_model("gpt2").eval()
+    assert training.config.resid_pdrop > 0
+    for model in (training, evaluating):
+        secateur.prune(model, pattern="50%", solver="sparsegpt", calibration=tokens())
+    assert all(torch.equal(tensor, training.state_dict()[name]) for name, tensor in evaluating.state_dict().items())
+    assert training.transformer.h[0].training
+
+
+def test_figures_are_of_the_weights_as_they_are_saved(monkeypatch):
+    measured = []
+    monkeypatch.setattr(matrix_step, "relative_error", lambda *tensors: measured.append(tensors) or 0.0)
+    secateur.prune(tiny_model("llama", torch.bfloat16), pattern="50%", calibration=tokens())
+    assert len(measured) == 14
+    assert all(torch.equal(saved, saved.bfloat16().float()) for saved, *_ in measured)
+
+
+def test_weights_of_a_double_precision_model_that_did_not_move_keep_their_digits():
+    model = tiny_model("llama", torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    secateur.prune(model, pattern="50%", solver="magnitude", calibration=tokens())
+    for name, after in model.state_dict().items():
+        assert torch.equal(after[after != 0], before[name][after != 0]), name
+
+
+def test_a_row_scale_counts_in_the_choice_and_nowhere_else():
+    matrix = find_blocks(tiny_model("llama"))[0].matrices[0]
+    W = matrix.weight(1).detach().clone()
+    scale = torch.ones(len(W))
+    scale[: len(W) // 2] = 4.0
+    moments = Moments(Hessian(torch.eye(W.shape[1]), 100))
+    report = prune_matrix(matrix, 1, moments, None, Unstructured(0.5), scale, context("50%", "magnitude"))
+    found = matrix.weight(1)
+    order = (W * scale[:, None]).abs().flatten().argsort()
+    assert report.zeros == W.numel() // 2
+    assert not found.flatten()[order[: report.zeros]].any()
+    assert torch.equal(found.flatten()[order[report.zeros :]], W.flatten()[order[report.zeros :]])
+
+
+def test_the_seed_is_that_of_the_refit_too():
+    recipe = {"pattern": "2:4", "solver": {"name": "magnitude"}, "refit": {"epochs": 1}}
+    models = [tiny_model("llama") for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        secateur.prune(model, recipe=recipe | {"seed": seed}, calibration=tokens(96))
+    same, again, other = (model.state_dict()["model.layers.0.mlp.up_proj.weight"] for model in models)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
+def test_a_residual_target_observes_a_block_again_after_each_group(monkeypatch):
+    observed = []
+    observe = loop.observe_moments
+    monkeypatch.setattr(
+        loop, "observe_moments", lambda *a: observed.append([g.leader.name for g in a[2]]) or observe(*a)
+    )
+    settings = {"target.kind": "residual", "target.strength": 0.25}
+    secateur.prune(tiny_model("llama"), pattern="2:4", calibration=tokens(), settings=settings)
+    assert len(observed) == 2 * 4  # q, k and v share an input, and so do gate and up
+    assert all(len(groups) == 1 for groups in observed)
 
 
 class Skipping(nn.Module):

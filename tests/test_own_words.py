@@ -329,6 +329,8 @@ def test_the_text_comes_with_what_the_model_writes(tmp_path):
     spoken = [tokenizer.decode(row) for row in rows]
     assert sum("cat sat" in each or "the mat" in each for each in spoken) >= 6
     assert len(rows) == whole.origin["samples"] == 8
+    texts = {tuple(row) for row in data.batches[0]["input_ids"].tolist()}
+    assert [tuple(row) in texts for row in rows.tolist()] not in ([True] * 6 + [False] * 2, [False] * 2 + [True] * 6)
     assert whole.origin["written"] == 2
 
 

@@ -191,3 +191,10 @@ def test_a_patched_body_is_back_after_its_outputs_were_given():
     with body_gives(model, None):
         assert model.model() is None
     assert vars(model.model)["forward"] is patch
+
+
+def test_the_last_block_takes_a_sixteenth_of_the_rate(monkeypatch):
+    monkeypatch.setattr("secateur.pruning.block_refit.ATTEMPTS", 1)
+    settings = {"refit": {"epochs": 1, "rate": 0.032, "prediction_blocks": 1}}
+    report = secateur.prune(tiny_model("llama"), pattern="2:4", calibration=tokens(32), settings=settings)
+    assert [block.rate for block in report.blocks] == pytest.approx([0.032, 0.002])

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +20,12 @@ import torch
 import transformers
 from models import character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import tiny
 
 import secateur
 from secateur import run
+from secateur.checkpoints.save import write_checkpoint
 from secateur.pruning import loop
 from secateur.pruning.context import LayerPatterns
 from secateur.recipe.patterns import NM, Unstructured
@@ -569,13 +573,14 @@ def test_kill_at_random_moments(source, tmp_path):
     out, chance = tmp_path / "out", random.Random(0)
     command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
     path = manifest.journal_of(out) / manifest.MANIFEST
-    for kept in (0, 2):
+    for kept in (0, 1, 2):
         process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (path.exists() and path.read_text().count("block-0") >= kept):
+        while process.poll() is None and not (path.exists() and len(json.loads(path.read_text())["blocks"]) >= kept):
             time.sleep(0.001)
-        time.sleep(chance.random() / 20)
+        time.sleep(chance.random() / 100)
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
     done = subprocess.run([*map(str, command), *FLAGS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     check_as_if_never_stopped(source, out)
@@ -622,3 +627,65 @@ def test_experts_that_are_fused_while_loading_go_on_to_the_same_bits(tmp_path, m
     assert len(names) > 3
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def one_digit_more(path, name):
+    """Change a digit of a number in a JSON file, which stays as valid as it was."""
+    text = path.read_text()
+    at = text.index(f'"{name}"') + len(name) + 2
+    at += re.search(r"[0-8](?=[\d.,\]])", text[at:]).start()
+    path.write_text(f"{text[:at]}{int(text[at]) + 1}{text[at + 1 :]}")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [(manifest.MANIFEST, "seconds"), ("allocation-0.json", "patterns"), ("own-words.json", "windows")]
+)
+def test_a_digit_that_changed_in_the_journal_is_found(source, tmp_path, monkeypatch, file, name):
+    out, own = tmp_path / "out", {"settings": {"calibration.own_words": 1}}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "prune_block", lambda *_: pytest.fail("stop"))
+        with pytest.raises(pytest.fail.Exception):
+            prune(source, out, **own)
+    one_digit_more(manifest.journal_of(out) / file, name)
+    with pytest.raises(ValueError, match=f"{file} (is damaged|has another SHA-256)"):
+        prune(source, out, **own)
+
+
+def test_a_damaged_block_ends_a_run_before_the_next_one_is_pruned(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch)
+    flip_a_bit(manifest.journal_of(tmp_path / "out") / "block-00001.safetensors")
+    monkeypatch.setattr(loop, "prune_block", lambda *_: pytest.fail("a block was pruned on damaged weights"))
+    with pytest.raises(ValueError, match="block-00001.safetensors"):
+        prune(source, tmp_path / "out")
+
+
+def test_a_block_that_is_damaged_before_the_model_is_saved_is_found(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def damaged(*arguments, **options):
+        flip_a_bit(manifest.journal_of(out) / "block-00000.safetensors")
+        return write_checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(run, "write_checkpoint", damaged)
+    with pytest.raises(ValueError, match="block-00000.safetensors"):
+        prune(source, out)
+    assert not out.exists()
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_model_that_draws_random_numbers_goes_on_to_the_same_bits(source, tmp_path, monkeypatch):
+    """As the hashes of an attention are: in each block, whether it is pruned or replayed."""
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: (y := forward(self, x)) + 0.1 * y.std() * torch.randn_like(y)
+    )
+    prune(source, tmp_path / "reference", resume=False)
+    interrupted(source, tmp_path / "out", monkeypatch)
+    prune(source, tmp_path / "out")
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("out", "reference"))
+    assert ours.read_bytes() == theirs.read_bytes()

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CASES, METHODS, case_id, loss, problem, refit_oracle, solve_by
+from helpers import CASES, METHODS, case_id, damp, loss, problem, refit_oracle, solve_by
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tokens
 
 import secateur
+from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.recipe.patterns import NM, Unstructured
-from secateur.recipe.solvers import SOLVERS, read_solver
-from secateur.solvers import Solved
+from secateur.recipe.solvers import ADMM, SOLVERS, read_solver
+from secateur.solvers import Solved, admm
 from secateur.solvers.checked import SOLVE
 
 ENTRY_POINTS = "secateur.recipe.solvers.entry_points"
@@ -388,3 +389,46 @@ def test_what_is_not_a_floating_tensor_is_named(wrong):
     for arguments in ((wrong, torch.eye(4)), (torch.ones(4, 4), wrong)):
         with pytest.raises(secateur.SecateurError, match="give a torch tensor of a floating dtype"):
             secateur.solve(*arguments, "50%")
+
+
+def lowest(score, number):
+    """A mask without the `number` lowest entries of a score."""
+    keep = torch.ones(score.numel(), dtype=torch.bool)
+    keep[score.flatten().argsort()[:number]] = False
+    return keep.view(score.shape)
+
+
+def test_magnitude_compares_within_the_matrix_and_wanda_within_each_row():
+    W, H = problem(rows=8, columns=32)
+    W[:4] *= 10
+    assert torch.equal(solve_by(W, H, 0.5, "magnitude").keep, lowest(W.abs(), W.numel() // 2))
+    score = W.abs() * H.diagonal().sqrt()
+    assert torch.equal(solve_by(W, H, 0.5, "wanda").keep, torch.stack([lowest(row, 16) for row in score]))
+
+
+def test_joint_removal_scores_the_first_span_by_the_whole_inverse():
+    """All columns of a span are still free: `[Hd^-1]_jj`, and not what is left of it column by column."""
+    W, H = problem(rows=12, columns=64)
+    keep = solve_by(W, H, 0.5, "mrp", block=16).keep[:, :16]
+    score = W[:, :16].square() / damp(H).inverse().diagonal()[:16]
+    assert torch.equal(keep, lowest(score, 12 * 8))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+def test_admm_is_that_of_the_textbook(pattern):
+    """With the multiplier itself, which a new penalty leaves as it is, and a dense solve each step."""
+    W, H = problem(rows=6, columns=24)
+    options = ADMM(search_iterations=14, penalty_start=0.1, penalty_end=2.0)
+    scale = damp(H).diagonal().sqrt()
+    Hd, target = damp(H) / (scale[:, None] * scale), W * scale
+    project = admm._project
+    D, multiplier = target * project(target, pattern), torch.zeros_like(target)
+    for step in range(options.search_iterations):
+        penalty = admm._penalty(options, step - step % admm.STEPS_A_PENALTY)
+        right = target @ Hd + penalty * D - multiplier
+        X = torch.linalg.solve(Hd + penalty * torch.eye(24, dtype=torch.float64), right, left=False)
+        keep = project(X + multiplier / penalty, pattern)
+        D = (X + multiplier / penalty) * keep
+        multiplier = multiplier + penalty * (X - D)
+    found, _ = admm.search_mask(options, W, Hessian(H, 1).damped, pattern)
+    assert torch.equal(found, keep)

@@ -126,3 +126,14 @@ def test_dead_inputs_are_not_brought_back(pattern):
     assert loss(swapped.weight, W, H) <= loss(plain.weight, W, H) * 1.001
     kept = swapped.keep[:, dead]
     assert torch.equal(swapped.weight[:, dead][kept], W[:, dead][kept])
+
+
+@pytest.mark.parametrize("pattern", [0.5, "2:4"])
+def test_a_refit_that_stops_early_makes_no_row_worse(pattern):
+    W, H = problem(rows=12, columns=48)
+    exact = {"name": "mrp", "tolerance": 1e-9}
+    before = secateur.solve(W, H, pattern, exact)
+    after = secateur.solve(W, H, pattern, exact, refine={"max_swaps": 1, "tolerance": 0.5, "max_iterations": 1})
+    for row in range(len(W)):
+        losses = [loss(each.weight[row][None], W[row][None], H, 0.01) for each in (before, after)]
+        assert losses[1] <= losses[0] * (1 + 1e-9)

@@ -89,8 +89,12 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
     Raises:
         SecateurError: the tokenizer has no token for it.
     """
+    return _ids(tokenizer, text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
+def _ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
     try:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return tokenizer(text, **options).input_ids
     except Exception as error:
         if type(error) is not Exception:  # which is all that the tokenizers library raises
             raise
@@ -124,8 +128,7 @@ def encode_chat(chat: Conversation, tokenizer: Any, answer: bool = False) -> lis
 
 def opening(tokenizer: Any) -> list[int]:
     """Ids that the tokenizer puts in front of a text."""
-    plain = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
+    plain, whole = _ids(tokenizer, "a", add_special_tokens=False), _ids(tokenizer, "a")
     starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
 

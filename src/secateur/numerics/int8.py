@@ -10,7 +10,6 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 LARGEST = 127
-SCALE_SHARES = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
 
 
 def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
@@ -18,29 +17,18 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return max(one, other, key=lambda each: torch.finfo(each).eps)
 
 
-def widest_scales(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R"]:
-    """The scale of each row by which its largest weight is 127."""
+def scales_of(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R"]:
+    """The scale of each row by which its largest weight is 127, so rounded weights have the same scales again.
+
+    Narrower scales, which cut the largest weights off, took 0.4% off the squared error of SmolLM2's matrices.
+    """
     return W.abs().amax(-1).float() / LARGEST
 
 
 def nearest_int8(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R C"]:
-    """The weights, each rounded by itself at the widest scales, in their dtype."""
-    scales = widest_scales(W)
+    """The weights, each rounded by itself, in their dtype."""
+    scales = scales_of(W)
     return from_int8(to_int8(W, scales), scales, W.dtype)
-
-
-def best_scales(W: Float[Tensor, "*stack R C"]) -> Float[Tensor, "*stack R"]:
-    """The scale of each row with the least squared error among `SCALE_SHARES` of the widest one.
-
-    127 times a scale is a number of W's dtype. So the rounded weights, saved in that dtype, have the same scales.
-    """
-    exact, largest = W.float(), W.abs().amax(-1)
-    best, least = widest_scales(W), torch.full_like(largest, torch.inf, dtype=torch.float32)
-    for share in SCALE_SHARES:
-        scales = (largest * share).float() / LARGEST
-        error = (from_int8(to_int8(W, scales), scales, W.dtype).float() - exact).square().sum(-1)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-    return best
 
 
 def to_int8(W: Float[Tensor, "*stack R C"], scales: Float[Tensor, "*stack R"]) -> Int8[Tensor, "*stack R C"]:

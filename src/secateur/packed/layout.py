@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.numerics.int8 import LARGEST, best_scales, from_int8, to_int8
+from secateur.numerics.int8 import LARGEST, from_int8, scales_of, to_int8
 from secateur.packed import kernels
 
 ROWS, COLUMNS = 16, 2  # of a block
@@ -114,7 +114,7 @@ def pack(tensor: Tensor, transposed: bool = False) -> PackedTensor:
 
 
 def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
-    """Pack a dense tensor with its kept values rounded to int8, symmetric, with one scale a row (`best_scales`).
+    """Pack a dense tensor with its kept values rounded to int8, symmetric, with one scale a row (`scales_of`).
 
     Weights that a run with `values: int8` saved come back bit for bit. A kept value that rounds to 0 stays in the mask.
 
@@ -128,7 +128,7 @@ def pack_int8(tensor: Tensor, transposed: bool = False) -> PackedTensor:
     if not tensor.isfinite().all():
         raise SecateurError("it holds values that are not finite, which int8 can't: keep them by ‹values=same›")
     matrices = tensor.detach().mT if transposed else tensor.detach()
-    scales = best_scales(matrices)
+    scales = scales_of(matrices)
     bits = tensor.detach().contiguous().view(BITS[tensor.dtype])
     is_kept = _arranged(bits, transposed) != 0
     found = _arranged(to_int8(matrices, scales), False)[is_kept]

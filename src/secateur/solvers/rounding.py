@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.numerics.int8 import LARGEST, best_scales, from_int8, nonzero, to_int8
+from secateur.numerics.int8 import LARGEST, from_int8, nonzero, scales_of, to_int8
 from secateur.runtime.chunking import chunk_bytes
 
 ROUNDS = 4
@@ -27,7 +27,7 @@ def round_to_int8(
     """Kept weights as whole numbers times a scale of their row, in `dtype`, such that `tr(D H D^T)` is small.
 
     D is the change by rounding. The largest weights of a row stay as they are rounded, since packing finds the scale
-    from them (`best_scales`).
+    from them (`scales_of`).
 
     Args:
         W: pruned weights, fp32.
@@ -45,7 +45,7 @@ def round_to_int8(
 def _round_rows(
     W: Float[Tensor, "R C"], keep: Bool[Tensor, "R C"], H: Float[Tensor, "C C"], dtype: torch.dtype
 ) -> Float[Tensor, "R C"]:
-    scales = best_scales(W.to(dtype))
+    scales = scales_of(W.to(dtype))
     values = to_int8(W, scales)
     is_free = (keep & (values.abs() < LARGEST)).T
     found = from_int8(values, scales, torch.float32).T.contiguous()
