@@ -48,10 +48,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     result.pop("environment", None)
-    result["layers"] = {
-        Path(path).stem: {pattern: layer_errors(path, pattern) for pattern in ("50%", "70%", "2:4")}
-        for path in args.matrices
-    }
+    for path in args.matrices:
+        errors = {pattern: layer_errors(path, pattern) for pattern in ("50%", "70%", "2:4")}
+        result.setdefault("layers", {})[Path(path).stem] = errors
     result.setdefault("models", {})
     for recipe in [] if args.fewer else args.recipes:
         for pattern in args.patterns:

@@ -218,7 +218,7 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(PRESETS))} {{}}\n{END}".replace(
         " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; one seed. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes), as much as the text has at 50%, and twice as much at 70% and 2:4.",
+        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; one seed. The figures of `best` at 50% are from before its last block was made cheaper. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes), as much as the text has at 50%, and twice as much at 70% and 2:4.",
     )
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
     sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"

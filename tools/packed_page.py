@@ -219,7 +219,7 @@ values. The third row has the masks of the first, so its divergence is that of r
 In small batches, inputs are rounded too, to 16 bits with one scale for each token. Those that are more than 128 times the mean size
 get a second scale, so that the others keep their digits. The table has no part of that: its texts run in large batches.
 
-    python benchmarks/rounding.py --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json
+    python benchmarks/rounding.py --matrices MATRIX.npz ... --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json
 
 ## One product
 
