@@ -8,6 +8,7 @@ import torch
 import transformers
 
 VOCABULARY = 128
+TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -69,6 +70,34 @@ def tokens(number: int = 8, length: int = 24, seed: int = 0) -> list[torch.Tenso
     """Calibration batches of random token ids, two sequences each."""
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randint(3, VOCABULARY, (number, length), generator=generator).split(2))
+
+
+def mixtral(**options: Any) -> Any:
+    """A random Mixtral in evaluation mode, with fused experts."""
+    torch.manual_seed(0)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**(sizes | heads | options))).eval()
+
+
+def randomised(model: Any) -> Any:
+    """The model in evaluation mode, with matrices as large as a trained model's."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def t5() -> tuple[Any, list[dict[str, torch.Tensor]], int]:
+    """An encoder-decoder, batches for it, and the number of its matrices."""
+    config = transformers.T5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    pairs = zip(tokens(12), tokens(12, length=16, seed=1), strict=True)
+    batches = [{"input_ids": source, "decoder_input_ids": target} for source, target in pairs]
+    return transformers.T5ForConditionalGeneration(config), batches, 2 * 6 + 2 * 10
 
 
 def character_tokenizer(bos: bool = False, chat: bool = False) -> Any:

@@ -11,7 +11,7 @@ import transformers
 from helpers import dense_pass, find_blocks, problem, quiet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import tiny_model, tokens
+from models import mixtral, tiny_model, tokens
 
 import secateur
 from secateur.calibration.stream import Stream
@@ -231,8 +231,6 @@ def test_padding_gives_no_label_and_its_chunk_may_hold_nothing_else(monkeypatch)
 
 
 def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing(monkeypatch):
-    from test_loop import mixtral
-
     model = mixtral(num_local_experts=4, num_experts_per_tok=1)
     blocks = find_blocks(model)
     from secateur.models.determinism import _eager_experts
@@ -261,8 +259,6 @@ def test_experts_share_zeros_exactly_and_idle_ones_weigh_nothing(monkeypatch):
 
 
 def test_experts_that_see_few_tokens_or_none_are_measured():
-    from test_loop import mixtral
-
     model, few = mixtral(num_local_experts=8), [ids[:1, :6] for ids in tokens(4)]
     report = secateur.prune(model, pattern="50%", solver="mrp", settings={"allocation.rule": "curve"}, calibration=few)
     assert min(matrix.tokens for matrix in report.matrices) == 0

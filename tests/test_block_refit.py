@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers import dense_pass, find_chain, quiet
-from models import tiny_model, tokens
+from models import mixtral, tiny_model, tokens
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
@@ -198,8 +198,6 @@ def test_excluded_matrices_are_not_refit():
 
 
 def test_experts_are_refit_but_for_excluded_ones():
-    from test_loop import mixtral
-
     model = mixtral()
     name = "model.layers.0.mlp.experts.down_proj"
     before = model.get_parameter(name).data.clone()
@@ -215,8 +213,6 @@ def test_experts_are_refit_but_for_excluded_ones():
 
 
 def test_each_expert_has_its_own_rate():
-    from test_loop import mixtral
-
     model = mixtral()
     experts = model.get_parameter("model.layers.0.mlp.experts.down_proj")
     with torch.no_grad():

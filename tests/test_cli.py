@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import character_tokenizer, save_checkpoint
+from models import TEXT, character_tokenizer, mixtral, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,6 @@ from secateur.cli.progress import LogLines
 from secateur.sources.validate import compute_dtype
 from secateur.storage.json_files import sealed
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = ("--samples", "8", "--seq-len", "32")
 
 
@@ -407,8 +406,6 @@ def test_nothing_the_run_reads_is_ever_replaced(main, model, text, tmp_path):
 
 
 def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path):
-    from test_loop import mixtral
-
     folder, out = tmp_path / "mixtral", tmp_path / "out"
     mixtral().half().save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)

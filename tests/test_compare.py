@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from models import save_checkpoint
+from models import TEXT, save_checkpoint
 
 import secateur
 from secateur.cli import app as cli
@@ -29,8 +29,6 @@ from secateur.comparison.table import tables, to_csv
 from secateur.errors import SecateurError
 from secateur.recipe.patterns import parse_pattern
 from secateur.runtime.own_process import run_in_own_process
-
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import find_chain, quiet
-from models import FAMILIES, save_checkpoint, tiny_model, tokens
+from models import FAMILIES, randomised, save_checkpoint, t5, tiny_model, tokens
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from zoo import tiny
@@ -74,8 +74,6 @@ def test_blocks_that_return_more_than_hidden_states_run_as_a_whole():
 
 def test_blocks_that_hand_on_more_than_hidden_states_run_as_a_whole():
     """T5's first block makes the position bias of all others."""
-    from test_discovery import randomised, t5
-
     model, batches, _ = t5()
     model = randomised(model)
     structure = find_block_chains(model, batches[0], Recipe())

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import dense_pass
-from models import tiny_model, tokens
+from models import mixtral, tiny_model, tokens
 
 import secateur
 from secateur.numerics.hessian import Hessian
@@ -118,8 +118,6 @@ def test_strength_zero_is_the_pruned_target():
 
 
 def test_routed_experts_have_no_dense_target(monkeypatch):
-    from test_loop import mixtral
-
     model = mixtral()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="sees only the tokens that a router sends it"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import find_blocks
-from models import character_tokenizer, save_checkpoint, tiny_model, tokens
+from models import character_tokenizer, mixtral, randomised, save_checkpoint, t5, tiny_model, tokens
 from torch import nn
 
 import secateur
@@ -21,24 +21,6 @@ from secateur.models.discovery import find_block_chains
 from secateur.recipe.recipe import Recipe
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def randomised(model: Any) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    return model.eval()
-
-
-def t5() -> tuple[Any, list[dict[str, torch.Tensor]], int]:
-    config = transformers.T5Config(
-        vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    pairs = zip(tokens(12), tokens(12, length=16, seed=1), strict=True)
-    batches = [{"input_ids": source, "decoder_input_ids": target} for source, target in pairs]
-    return transformers.T5ForConditionalGeneration(config), batches, 2 * 6 + 2 * 10
 
 
 def whisper() -> tuple[Any, list[dict[str, torch.Tensor]], int]:
@@ -253,8 +235,6 @@ def test_layers_that_the_model_holds_twice_are_pruned_by_their_first_name():
 
 
 def test_nothing_left_to_prune_says_why():
-    from test_loop import mixtral
-
     with pytest.raises(UnsupportedModelError, match=r"no matrix is left to prune .*router.*dense: false"):
         secateur.prune(mixtral(), solver="magnitude", calibration=tokens(), include="*.gate")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from models import save_checkpoint, tiny_model, tokens
+from models import TEXT, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
 import secateur
@@ -21,7 +21,6 @@ from secateur.checkpoints.inspection import inspect_folder
 from secateur.runtime import distributed
 
 TESTS = Path(__file__).parent
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 FLAGS = ("--recipe", "balanced", "--samples", "8", "--seq-len", "32")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_checkpoint, save_gguf
+from models import TEXT, save_checkpoint, save_gguf
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,6 @@ import secateur
 from secateur.runtime.messages import visible
 from secateur.storage.json_files import sealed
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = ("--pattern", "50%", "--solver", "sparsegpt", "--samples", "4", "--seq-len", "32")
 HOSTILE = ["[/red]x", "[link=https://evil.example]x[/link]", "\x1b[31mred", "[bold", "\u202etxt", "x\x07"]
 DEEP = "[" * 100_000

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hub_stand_in import TOKEN, Hub
-from models import save_checkpoint
+from models import TEXT, save_checkpoint
 from ruamel.yaml import YAML
 
 import secateur
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SMALL = {"pattern": "50%", "solver": "magnitude", "samples": 4, "seq_len": 32}
 
 

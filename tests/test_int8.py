@@ -10,7 +10,7 @@ import torch
 from helpers import damp, loss, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import save_checkpoint, tiny_model, tokens
+from models import mixtral, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
 import secateur
@@ -23,7 +23,6 @@ from secateur.recipe.recipe import Recipe
 from secateur.solvers import rounding
 from secateur.solvers.rounding import round_to_int8
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 REFIT = {"epochs": 2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -124,9 +123,7 @@ def test_a_packed_run_holds_the_numbers_of_the_dense_run(tmp_path, family, dtype
 
 
 def test_experts_are_rounded_along_their_inputs(tmp_path):
-    from test_packed_models import any_model
-
-    model = any_model("mixtral")
+    model = mixtral().to(torch.bfloat16)
     report = secateur.prune(model, calibration=tokens(8, 32), recipe="fast", settings={"values": "int8"})
     assert any("[" in matrix.name for matrix in report.matrices)
     for matrix in report.matrices:

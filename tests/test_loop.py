@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import dense_pass, find_blocks, quiet
-from models import FAMILIES, VOCABULARY, tiny_model, tokens
+from models import FAMILIES, VOCABULARY, mixtral, tiny_model, tokens
 from torch import nn
 from torch.nn.utils import prune
 
@@ -449,15 +449,6 @@ def test_a_matrix_with_a_second_input_shares_no_hessian():
     model = Chain(SharedInput)
     reports = prune_model(model, [{"input_ids": tokens()[0]}], context(NM(2, 4))).matrices
     assert [report.tokens for report in reports] == [96, 48, 96, 48]
-
-
-def mixtral(**options):
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32, "intermediate_size": 64}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**(sizes | heads | options))).eval()
 
 
 def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():

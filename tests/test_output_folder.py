@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from models import character_tokenizer, save_checkpoint
+from models import TEXT, character_tokenizer, save_checkpoint
 from safetensors.torch import load_file
 from zoo import tiny
 
@@ -18,7 +18,6 @@ from secateur.resume import folder, publish, put_in_place
 from secateur.resume.manifest import MANIFEST, journal_of, read_manifest
 from secateur.storage import held_folder
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SETTINGS = {"pattern": "50%", "solver": "sparsegpt", "samples": 4, "seq_len": 32}
 
 

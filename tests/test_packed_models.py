@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
-from models import FAMILIES, character_tokenizer, save_checkpoint, tiny_model, tokens
+from models import FAMILIES, TEXT, character_tokenizer, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 
 import secateur
@@ -20,7 +20,6 @@ from secateur.packed import kernels
 from secateur.packed.linear import PackedLinear
 from secateur.sources.resolve import resolve_dense
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
 MIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
            "num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 128}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from helpers import find_chain, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import save_checkpoint, tiny_model, tokens
+from models import mixtral, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -175,8 +175,6 @@ def test_an_unstructured_pattern_is_refused():
 
 
 def test_experts_in_one_tensor_stay_as_they_are():
-    from test_loop import mixtral
-
     model = mixtral().eval()
     before = copy.deepcopy(model)
     batches = [{"input_ids": ids} for ids in tokens(12)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, character_tokenizer, save_checkpoint, tokens
+from models import FAMILIES, TEXT, character_tokenizer, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,6 @@ from secateur.recipe.recipe import Recipe
 
 LAYERS = 6
 BATCHES = tokens(8)
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
 
 @pytest.fixture

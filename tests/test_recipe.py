@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import character_tokenizer, save_checkpoint, tiny_model, tokens
+from models import TEXT, character_tokenizer, mixtral, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
 import secateur
@@ -29,8 +29,6 @@ from secateur.recipe.solvers import MRP, SOLVERS
 from secateur.recipe.steps import BlockRefit
 from secateur.request import Request
 from secateur.storage.json_files import sealed
-
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
 
 def test_the_declarations_do_not_import_torch():
@@ -223,8 +221,6 @@ def test_inspect_checks_every_matrix_against_its_own_rule(model, tmp_path):
 
 
 def test_a_rule_can_prune_what_is_dense_by_default():
-    from test_loop import mixtral
-
     def report(*rules):
         recipe = Recipe(solver="magnitude", rules=list(rules))
         return secateur.prune(mixtral(), recipe=recipe, calibration=tokens())

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import dense_pass
-from models import save_checkpoint, tiny_model, tokens
+from models import TEXT, save_checkpoint, tiny_model, tokens
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
@@ -31,7 +31,6 @@ from secateur.reporting.weight_files import read_weight_files
 
 pytestmark = pytest.mark.usefixtures("drawn_charts")
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 EVIL = '<img src=x onerror="alert(1)"></title><script>alert(2)</script>$x^2$\x1b[31m'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import character_tokenizer, save_checkpoint
+from models import TEXT, character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import tiny
@@ -34,7 +34,6 @@ from secateur.resume.kept import kept_patterns
 from secateur.storage import held_folder
 from secateur.storage.held_folder import HeldFolder
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 SHARD = "20KB"  # a layer is 19 KB, and so is what is in none
 SETTINGS = {"pattern": "50%", "recipe": "balanced", "samples": 4, "seq_len": 32}
 BEGINS = 8  # waits for the disk before the first block: the journal twice, the manifest twice, the allocation, folders

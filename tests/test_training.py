@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import character_tokenizer, save_checkpoint, tiny_model, tokens
+from models import TEXT, character_tokenizer, save_checkpoint, tiny_model, tokens
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import Dataset
 
 import secateur
 
 STEPS = 20
-TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 60
 
 
 @pytest.fixture
