@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comparisons import COLOURS, cells, gap_closed, names, patterns_of, read, recipes_of, spread
-from packed_page import measured_line, models_table
+from packed_page import models_table, short_line
 from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
 from tokens_part import tokens_part, tokens_picture
@@ -214,14 +214,21 @@ def readme_table() -> str:
     return table(rows[0], rows[1:])
 
 
+def readme_line() -> str:
+    """What the README says of its table; the page says the rest."""
+    s = read(PRESETS).settings
+    return (
+        f"{MODELS[s['model']]}, calibrated on {s['samples']} x {s['seq_len']} tokens of wikitext2-valid.txt; perplexity on {TEXT}, one seed; "
+        f"seconds at 50%, on 2 threads. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes). "
+        f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
+    )
+
+
 def readme() -> str:
     """The README with its table renewed."""
-    block = f"{BEGIN}\n{readme_table()}\n\n{settings_line(read(PRESETS))} {{}}\n{END}".replace(
-        " {}",
-        f" Here: {TEXT}; seconds of pruning at 50% on 2 threads of a quiet machine; one seed. The figures of `best` at 50% are from before its last block was made cheaper. The calibration text and this one are of one kind; [on other text](docs/benchmarks.md) a pruned model loses more. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes), as much as the text has at 50%, and twice as much at 70% and 2:4.",
-    )
+    block = f"{BEGIN}\n{readme_table()}\n\n{readme_line()}\n{END}"
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{measured_line()}\n{END_SIZES}"
+    sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{short_line()}\n{END_SIZES}"
     text = re.sub(f"{BEGIN_SIZES}.*?{END_SIZES}", lambda _: sizes, text, flags=re.DOTALL)
     scale = f"{BEGIN_SCALE}\n{scale_table()}\n{END_SCALE}"
     return re.sub(f"{BEGIN_SCALE}.*?{END_SCALE}", lambda _: scale, text, flags=re.DOTALL)

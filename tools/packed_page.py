@@ -55,6 +55,17 @@ def measured_line() -> str:
     ).rstrip()
 
 
+def short_line() -> str:
+    """What the README says of the table; the page says the rest."""
+    settings = measured()[0]["settings"]
+    smol = [perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%")]
+    return (
+        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; "
+        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {smol[0]:.2f} (50%) and "
+        f"{smol[1]:.2f} (70%). {apart_line()} [How it was measured](docs/packed.md)."
+    )
+
+
 def pruned_line() -> str:
     """How the models were pruned, and what today's recipe gives."""
     smol = [perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%")]
