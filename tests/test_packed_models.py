@@ -15,7 +15,7 @@ from models import FAMILIES, TEXT, character_tokenizer, save_checkpoint, tiny_mo
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur.evaluation.speed import weight_bytes
+from secateur.evaluation.speed import weight_files
 from secateur.packed import kernels
 from secateur.packed.linear import PackedLinear
 from secateur.sources.resolve import resolve_dense
@@ -391,7 +391,7 @@ def test_bench_measures_fresh_processes(saved, main):
     assert ours["decode_tokens_per_second"] > 0
     for other in ("optimizer.pt", "training_args.bin", "pytorch_model.bin"):
         (folder / other).write_bytes(bytes(1000))
-    assert weight_bytes(folder) == dense["file_bytes"]
+    assert weight_files(folder) == [folder / "model.safetensors"]
     code, _, err = main("bench", folder, "--new-tokens", "0")
     assert (code, "at least 1" in err) == (2, True)
 

@@ -336,7 +336,7 @@ def test_a_config_of_another_model_is_refused_before_memory_is_taken(tmp_path):
     save_checkpoint(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 10**6}))
-    with pytest.raises(secateur.SecateurError, match=r"embed_tokens.weight is \(\d+, 32\), but \(1000000, 32\) by "):
+    with pytest.raises(secateur.SecateurError, match=r"lm_head.weight is \(\d+, 32\), but \(1000000, 32\) by "):
         prune_here(tmp_path)
 
 

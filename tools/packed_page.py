@@ -58,23 +58,26 @@ def measured_line() -> str:
 def short_line() -> str:
     """What the README says of the table; the page says the rest."""
     settings = measured()[0]["settings"]
-    smol = [perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%")]
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; "
-        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {smol[0]:.2f} (50%) and "
-        f"{smol[1]:.2f} (70%). {apart_line()} [How it was measured](docs/packed.md)."
+        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}. "
+        f"{apart_line()} [How it was measured](docs/packed.md)."
     )
 
 
 def pruned_line() -> str:
     """How the models were pruned, and what today's recipe gives."""
-    smol = [perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%")]
     return (
         f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
-        f"{smol[0]:.2f} (50%) and {smol[1]:.2f} (70%). Qwen was pruned by an early recipe, to measure size and speed: "
+        f"{todays_smollm2()}. Qwen was pruned by an early recipe, to measure size and speed: "
         f"`balanced` with more tokens in its allocation ends at "
         f"{perplexity_of('qwen', 'balanced+allocation.tokens=8192 50% 0'):.2f} (50%)."
     )
+
+
+def todays_smollm2() -> str:
+    half, most = (perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%"))
+    return f"{half:.2f} (50%) and {most:.2f} (70%)"
 
 
 def perplexity_of(comparison: str, cell: str) -> float:

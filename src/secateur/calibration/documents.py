@@ -27,32 +27,33 @@ TEXT_SUFFIXES = (*IN_FOLDERS, ".md")
 
 
 @dataclass(frozen=True)
-class KnownDataset:
-    """A data set that the field evaluates on, as GPTQ and SparseGPT do: rows of a split, joined to one text.
+class DataSet:
+    """A data set of the hub.
 
     Args:
         path: on the hub.
         configuration: its name.
         test_split: to evaluate on.
-        text_field: of a row.
-        separator: between rows.
-        test_rows: from the front; None = all.
-        is_one_text: whether the rows of a split are lines of one text, in order.
+        text_field: of a row; None = found by its form.
+        separator: joins the rows to one text to evaluate on, as GPTQ and SparseGPT do; None = each is a text.
+        test_rows: of the test split, from the front; None = all.
+        is_one_text: whether the rows of the training split are lines of one text too.
     """
 
     path: str
-    configuration: str
-    test_split: str
-    text_field: str
-    separator: str
+    configuration: str | None = None
+    test_split: str = "test"
+    text_field: str | None = None
+    separator: str | None = None
     test_rows: int | None = None
-    is_one_text: bool = True
+    is_one_text: bool = False
 
 
+# Short names of those that the field evaluates on.
 DATASETS = {
-    "c4": KnownDataset("allenai/c4", "en", "validation", "text", " ", test_rows=1100, is_one_text=False),
-    "wikitext2": KnownDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
-    "ptb": KnownDataset("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " "),
+    "c4": DataSet("allenai/c4", "en", "validation", "text", " ", test_rows=1100),
+    "wikitext2": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n", is_one_text=True),
+    "ptb": DataSet("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " ", is_one_text=True),
 }
 
 
@@ -155,27 +156,24 @@ def _read_table(path: Path, text_field: str | None) -> Iterator[Document]:
 
 
 def _read_dataset(name: str, seed: int, evaluation: bool, text_field: str | None) -> Iterator[Document]:
-    known = DATASETS.get(name)
-    rows = _stream_dataset(name, known, seed, evaluation, text_field)
-    if known is not None and (evaluation or known.is_one_text):
-        yield known.separator.join(map(str, islice(rows, known.test_rows if evaluation else None)))
+    data = DATASETS.get(name) or DataSet(name)
+    in_order = evaluation or data.is_one_text
+    rows = _rows_of(name, data, None if in_order else seed, evaluation, text_field or data.text_field)
+    if in_order and data.separator is not None:
+        yield data.separator.join(map(str, islice(rows, data.test_rows if evaluation else None)))
     else:
         yield from rows
 
 
-def _stream_dataset(
-    name: str, known: KnownDataset | None, seed: int, evaluation: bool, text_field: str | None
+def _rows_of(
+    name: str, data: DataSet, seed: int | None, evaluation: bool, text_field: str | None
 ) -> Iterator[Document]:
-    """The rows of a data set one by one; those to calibrate on are shuffled, unless they are lines of one text."""
+    """The rows of a data set one by one, shuffled by a seed; None = in order."""
     load_dataset = _datasets(name)
-    path, configuration, test_split = (name, None, "test")
-    if known is not None:
-        path, configuration, test_split = known.path, known.configuration, known.test_split
-        text_field = text_field or known.text_field
+    split = data.test_split if evaluation else "train"
     try:
-        stream = load_dataset(path, configuration, split=test_split if evaluation else "train", streaming=True)
-        in_order = evaluation or (known is not None and known.is_one_text)
-        rows = stream if in_order else stream.shuffle(seed=seed, buffer_size=1000)
+        stream = load_dataset(data.path, data.configuration, split=split, streaming=True)
+        rows = stream if seed is None else stream.shuffle(seed=seed, buffer_size=1000)
         for number, record in enumerate(rows, 1):
             yield document_of(record, f"data set {name}, record {number}", text_field)
     except SecateurError:

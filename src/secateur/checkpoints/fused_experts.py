@@ -16,9 +16,8 @@ from typing import Any
 
 def is_converted(skeleton: Any, stored: Collection[str]) -> bool:
     """Whether a parameter of a model (without weights) has a name that the checkpoint does not have."""
-    known = {*stored}
-    for tie in skeleton.all_tied_weights_keys.items():
-        known |= {*tie} if known & {*tie} else set()  # a file holds one of the two names, either
+    ties = [tie for tie in skeleton.all_tied_weights_keys.items() if any(name in stored for name in tie)]
+    known = {*stored, *(name for tie in ties for name in tie)}  # of a tie, files hold either name
     return any(name not in known for name, _ in skeleton.named_parameters())
 
 

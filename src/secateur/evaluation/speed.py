@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.packed.files import bytes_of
 from secateur.reporting.figures import Speed
 from secateur.runtime.memory import resident_bytes
 from secateur.runtime.messages import one_line
@@ -90,7 +91,7 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
         raise SecateurError(f"{new_tokens} new tokens are too few to measure next to the prompt: raise ‹new_tokens›")
     return Speed(
         model=str(folder),
-        file_bytes=weight_bytes(folder),
+        file_bytes=bytes_of(weight_files(folder)),
         memory_bytes=resident_bytes() - before,
         load_seconds=loaded,
         prefill_tokens_per_second=prompt_tokens / prefill,
@@ -99,10 +100,9 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
     )
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files that transformers loads: those of the first format that is there."""
-    formats = (list(folder.glob(pattern)) for pattern in WEIGHT_FORMATS)
-    return sum(path.stat().st_size for path in next(filter(None, formats), []))
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers loads: those of the first format that is there."""
+    return next(filter(None, (list(folder.glob(pattern)) for pattern in WEIGHT_FORMATS)), [])
 
 
 def _generate_seconds(model: Any, prompt_tokens: int, count: int) -> float:

@@ -13,7 +13,16 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.resume.kept import ORDER_FILE, OWN_WORDS_FILE
-from secateur.resume.manifest import MANIFEST, Manifest, RunManifest, differences, journal_of, read_manifest
+from secateur.resume.manifest import (
+    MANIFEST,
+    Manifest,
+    RunManifest,
+    differences,
+    journal_of,
+    progress_of,
+    read_manifest,
+    unfinished_error,
+)
 from secateur.resume.output_folder import check_may_replace, check_unchanged
 from secateur.resume.publish import OUTCOME
 from secateur.resume.put_in_place import FINISHED, REPLACED, bring_back, put_in_place
@@ -126,10 +135,7 @@ def take_over(journal: HeldFolder | None, out: Path, resume: bool, overwrite: bo
             found = None
     found = distributed.broadcast_object(found)
     if found is not None and found.has_begun and not (resume or overwrite):
-        raise SecateurError(
-            f"{out} has an unfinished run ({len(found.blocks)} finished blocks are in {journal_of(out)}): go on with "
-            f"‹resume›, or start again with ‹overwrite›"
-        )
+        raise unfinished_error(out, progress_of(found, out))
     return found if resume and found is not None else Manifest()
 
 

@@ -169,12 +169,15 @@ def unfinished(out: Path) -> Unfinished | None:
         manifest = read_manifest(journal)
     except SecateurError:  # whoever resumes it is told why
         return Unfinished(f"a damaged journal is in {journal}", {})
-    if not manifest.has_begun:
-        return None
+    return Unfinished(progress_of(manifest, out), manifest.identity) if manifest.has_begun else None
+
+
+def progress_of(manifest: Manifest, out: Path) -> str:
+    """How far the run to `out` has come, in words."""
     done = f"{len(manifest.blocks)} finished blocks"
     if manifest.outcome:
         done = f"all blocks, some of them in {len(manifest.shards)} finished shards,"
-    return Unfinished(f"{done} are in {journal}", manifest.identity)
+    return f"{done} are in {journal_of(out)}"
 
 
 def check_no_unfinished(out: Path) -> None:
@@ -184,9 +187,14 @@ def check_no_unfinished(out: Path) -> None:
         SecateurError: one does.
     """
     if (begun := unfinished(out)) is not None:
-        raise SecateurError(
-            f"{out} has an unfinished run ({begun.progress}): go on with ‹resume›, or start again with ‹overwrite›"
-        )
+        raise unfinished_error(out, begun.progress)
+
+
+def unfinished_error(out: Path, progress: str) -> SecateurError:
+    """The error of a run that waits to be resumed."""
+    return SecateurError(
+        f"{out} has an unfinished run ({progress}): go on with ‹resume›, or start again with ‹overwrite›"
+    )
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
