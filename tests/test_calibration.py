@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from models import character_tokenizer, tiny_model
 
 import secateur
@@ -15,7 +16,7 @@ from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import read_documents, shipped_text
 from secateur.calibration.records import Conversation
-from secateur.calibration.texts import encode, opening, sample_documents
+from secateur.calibration.texts import encode, max_positions, opening, sample_documents
 from secateur.recipe.recipe import CalibrationText
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(200))
@@ -85,6 +86,17 @@ def test_text_that_spells_a_special_token_stays_text():
 
 def test_default_length_is_capped_by_the_models_positions(text_file):
     assert calibrate(text_file, character_tokenizer(), config(48), samples=2).origin["seq_len"] == 48
+
+
+@pytest.mark.parametrize("family", ["Roberta", "XLMRobertaXL", "MPNet", "Luke", "Bert"])
+def test_a_window_of_all_positions_is_what_the_model_takes(family):
+    """RoBERTa's relatives count positions from behind the padding token's id."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    made = getattr(transformers, f"{family}Config")(vocab_size=9, max_position_embeddings=12, pad_token_id=1, **sizes)
+    model, most = transformers.AutoModel.from_config(made).eval(), max_positions(made)
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5))
 
 
 def test_jsonl_text_and_messages(tmp_path):

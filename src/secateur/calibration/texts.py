@@ -24,6 +24,10 @@ PIECE = 1 << 21  # characters that are encoded at once: a tokenizer takes more t
 LEAST_CHARACTERS = 1 << 22  # of a text, which are always looked at
 CHARACTERS_A_TOKEN = 32  # that are looked at for each token that is wanted: eight times what a token has
 PARTS = 64  # that a document is cut into where it alone is longer than that
+COUNT_FROM_PADDING = (  # model types whose first token has the position behind the padding token's id
+    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 
 
 def sample_documents(documents: Iterable[Document], tokens: int, seed: int) -> Iterator[Document]:
@@ -166,7 +170,10 @@ def max_positions(config: Any) -> int | None:
     """Positions of a model; None where it has no limit."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text_config, "max_position_embeddings", None)
-    return positions if positions and positions > 0 else None  # XLNet's -1 means no limit
+    if not positions or positions < 0:  # XLNet's -1 means no limit
+        return None
+    counts_from_padding = getattr(text_config, "model_type", None) in COUNT_FROM_PADDING
+    return positions - text_config.pad_token_id - 1 if counts_from_padding else positions
 
 
 def window_length(seq_len: int | None, default: int, config: Any) -> int:
