@@ -45,6 +45,7 @@ ROWS = {
     "best": "--recipe best",
 }
 PRESETS = "tokens-16k"  # cells of today's presets
+PROTOCOL = "protocol"  # the field's: sixteen times the text
 
 
 def gap_table(comparison: Comparison) -> str:
@@ -204,21 +205,31 @@ def readme_table() -> str:
     timing = read(TIMING) if TIMING in names() else comparison
     rows = [["perplexity", *patterns, "seconds"], ["dense", *[f"{dense:.2f}"] * len(patterns), ""]]
     for recipe, label in ROWS.items():
-        values = [
-            [cell["perplexity"][TEXT] for cell in cells(comparison, recipe, pattern).values()] for pattern in patterns
-        ]
-        if not any(values):
-            continue
-        seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
-        rows.append([label, *(spread(each) for each in values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
+        if any(values := perplexities(comparison, recipe, patterns)):
+            seconds = [cell["seconds"] for cell in cells(timing, recipe, "50%").values()]
+            rows.append([label, *map(spread, values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
+    more = read(PROTOCOL)
+    for recipe in ("sparsegpt", "best"):
+        label = f"{ROWS[recipe]}, [{tokens_of(more.settings)}](docs/benchmarks.md#{PROTOCOL})"
+        rows.append([label, *map(spread, perplexities(more, recipe, patterns)), ""])
     return table(rows[0], rows[1:])
+
+
+def perplexities(comparison: Comparison, recipe: str, patterns: list[str]) -> list[list[float]]:
+    """Of all seeds, for each pattern."""
+    return [[cell["perplexity"][TEXT] for cell in cells(comparison, recipe, pattern).values()] for pattern in patterns]
+
+
+def tokens_of(settings: dict[str, Any]) -> str:
+    """How much text a comparison is calibrated on."""
+    return f"{settings['samples']} x {settings['seq_len']} tokens"
 
 
 def readme_line() -> str:
     """What the README says of its table; the page says the rest."""
     s = read(PRESETS).settings
     return (
-        f"{MODELS[s['model']]}, calibrated on {s['samples']} x {s['seq_len']} tokens of wikitext2-valid.txt; perplexity on {TEXT}, one seed; "
+        f"{MODELS[s['model']]}, calibrated on {tokens_of(s)} of wikitext2-valid.txt; perplexity on {TEXT}, one seed; "
         f"seconds at 50%, on 2 threads. `best` is calibrated on more: the model [writes text itself](docs/guides/data.md#text-that-the-model-writes). "
         f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
     )
