@@ -15,6 +15,8 @@ import torch
 from zoo import FAMILIES, ROWS, UNBUILDABLE, matrices_in_layers, stored, tiny, token_batches
 
 import secateur
+from secateur.models.matrices import MatrixFilter, matrices_of
+from secateur.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +46,15 @@ def test_every_class_is_pruned_whole_and_exactly(family):
         assert bool(((weight.reshape(-1, 4) == 0).sum(1) == 2).all()), matrix.name
     with torch.no_grad():
         assert bool(torch.isfinite(model(token_batches()[0], use_cache=False)[0]).all())
+
+
+def test_routers_stay_dense_and_attention_does_not():
+    """Zaya's router is a network, and DBRX's attention lies within what is called a norm."""
+    zaya, dbrx = (MatrixFilter(Recipe()).partition(matrices_of("", tiny(each)))[1] for each in ("zaya", "dbrx"))
+    assert {name.partition(".mlp.gate.")[2] for name, reason in zaya.items() if reason == "router"} == {
+        *("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj"),
+    }
+    assert {re.sub(r".*\.\d+\.", "", name) for name in dbrx} == {"ffn.router.layer"}
 
 
 def test_the_sweep_that_the_documentation_shows_reaches_its_goal():

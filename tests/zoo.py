@@ -100,10 +100,10 @@ UNBUILDABLE: dict[str, str] = {
 }
 
 
-def tiny_config(family: str) -> Any:
+def tiny_config(family: str, least_depth: int = 2) -> Any:
     """A configuration of the family with every size small."""
     full, row = CONFIG_MAPPING[family](), ROWS.get(family, {})
-    for depth in (2, 3, 4, 6, 8):
+    for depth in [each for each in (2, 3, 4, 6, 8) if each >= least_depth]:
         small = _shrunk(full, row, depth)
         if any(name in row for name in (*_DEPTHS, *_KINDS)) or _kinds(small) >= _kinds(full):
             return small
@@ -137,10 +137,10 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def tiny(family: str, seed: int = 0) -> Any:
+def tiny(family: str, seed: int = 0, least_depth: int = 2) -> Any:
     """A random fp32 model of the family in evaluation mode; weights are as large as a trained model's."""
     torch.manual_seed(seed)
-    model: Any = transformers.AutoModelForCausalLM.from_config(tiny_config(family)).float().eval()
+    model: Any = transformers.AutoModelForCausalLM.from_config(tiny_config(family, least_depth)).float().eval()
     assert sum(parameter.numel() for parameter in model.parameters()) < 3e6, f"{family} is not tiny"
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from secateur.models.blocks import (
     body_of,
     hidden_of,
     on_device_of,
+    parts_of,
     run_without_cache,
     same_tensor,
     without_cache,
@@ -93,9 +94,9 @@ def run_dense_pass(
     """
     placement, memory = placement or InMemory(), memory or MemoryBudget()
     own = [batches[number] for number in distributed.shard(len(batches))]
-    calls = _CallRecorder(chain.blocks, HiddenStates(memory, len(own)))
-    uses = _UseRecorder(chain.blocks)
     stubs = chain.stub_outputs
+    calls = _CallRecorder(chain.blocks, HiddenStates(memory, len(own)), hands_on=stubs is None)
+    uses = _UseRecorder(chain.blocks)
     with without_cache(model), calls.recording(), ExitStack() as stack:
         if stubs is not None:
             stack.enter_context(placement.onload_model(body_of(model), chain.blocks))
@@ -198,18 +199,29 @@ def _real_positions(batch: Batch) -> Tensor | None:
 
 @dataclass(eq=False)
 class _Pass:
-    """One forward pass of the model: its real tokens, the output of the last block, and how often each block ran."""
+    """One forward pass of the model.
+
+    Args:
+        real: its real tokens.
+        last_output: the hidden states that the last block gave, with its name and their version.
+        num_calls: how often each block ran.
+        given: tensors that blocks gave, by id: each with the block and the place in its output.
+    """
 
     real: Tensor | None
     last_output: tuple[str, Tensor, int] | None = None
     num_calls: Counter[str] = field(default_factory=Counter)
+    given: dict[int, tuple[Tensor, tuple[str, Any]]] = field(default_factory=dict)
 
 
 class _CallRecorder:
-    """Records how the blocks are called, batch by batch, and checks that they run one after another."""
+    """Records how the blocks are called, batch by batch, and checks that they run one after another.
 
-    def __init__(self, blocks: Sequence[Block], hidden: HiddenStates) -> None:
-        self.blocks, self.hidden = blocks, hidden
+    Where blocks may hand on more than hidden states, it records which arguments earlier blocks returned.
+    """
+
+    def __init__(self, blocks: Sequence[Block], hidden: HiddenStates, hands_on: bool) -> None:
+        self.blocks, self.hidden, self.hands_on = blocks, hidden, hands_on
         self.calls: dict[str, list[BlockCall]] = {block.name: [] for block in blocks}
         self.padding: list[Tensor | None] = []
         self._pass = _Pass(None)
@@ -253,7 +265,9 @@ class _CallRecorder:
                     f"the input of {block.name} is not the output of {last[0]} on all calibration inputs: the model "
                     f"changes hidden states between its blocks, which a replay block by block would miss"
                 )
-            self.calls[block.name].append(call)
+            given = self._pass.given
+            handed = {place: given[id(each)][1] for place, each in call.arguments().items() if id(each) in given}
+            self.calls[block.name].append(replace(call, handed=handed))
 
         return hook
 
@@ -270,6 +284,9 @@ class _CallRecorder:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden = hidden_of(output, block)
             self._pass.last_output = (block.name, hidden, hidden._version)
+            if self.hands_on:
+                tensors = {place: each for place, each in parts_of(output).items() if isinstance(each, Tensor)}
+                self._pass.given |= {id(each): (each, (block.name, place)) for place, each in tensors.items()}
 
         return hook
 
@@ -333,12 +350,23 @@ class _UseRecorder:
         name, x, seen = use.matrix.name, use.inputs, self.seen
         if seen.input_dim.setdefault(name, use.input_dim) != use.input_dim:
             raise UnsupportedModelError(f"{name} is used both as stored and transposed: it has no single input")
-        key = (x.data_ptr(), x.shape[-1], x.numel(), x.stride()[-1], x._version)
+        key = (x.data_ptr(), x.dtype, x._version, *_layout(x))
         if key not in self._inputs:  # the tensor is kept, so its address is not given to another
             self._num_inputs += 1
             self._inputs[key] = (x, self._num_inputs)
         seen.inputs.setdefault(name, []).append(self._inputs[key][1])
         seen.tokens[name] = seen.tokens.get(name, 0) + len(real_tokens(use, self.real))
+
+
+def _layout(x: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of a tensor, the same for (B, T, C) and (B * T, C) of one memory."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in sorted(zip(x.shape[:-1], x.stride()[:-1], strict=True), key=lambda each: -each[1]):
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        elif size > 1:
+            merged.append((size, stride))
+    return [*merged, (x.shape[-1], x.stride()[-1])]
 
 
 def _add_sets(target: dict[str, set[str]], more: Mapping[str, set[str]]) -> None:

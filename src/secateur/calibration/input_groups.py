@@ -19,7 +19,11 @@ from secateur.models.matrices import Matrix, owner_of, parameter_of
 from secateur.runtime import distributed
 
 # Names of functions that multiply matrices: a weight that enters one must not be called dense.
-PRODUCTS = {"linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "scaled_mm"}
+PRODUCTS = {
+    *("linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "scaled_mm"),
+    # torch's own layers, which hide their products (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+}
 
 
 @dataclass(eq=False)
@@ -148,7 +152,7 @@ def _why_missed(matrix: Matrix, seen: Observations) -> SecateurError:
 
 
 def _products(uses: set[str]) -> list[str]:
-    return sorted(use for use in uses if use.rsplit(".", 1)[-1].strip("_") in PRODUCTS)
+    return sorted(use for use in uses if {(name := use.rsplit(".", 1)[-1]), name.strip("_")} & PRODUCTS)
 
 
 def _is_never_called(block: Block, matrix: Matrix, seen: Observations) -> bool:

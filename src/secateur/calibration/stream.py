@@ -18,7 +18,7 @@ from secateur.calibration.experts import borrowed_share, recorded_calls, run_all
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import InputGroup
 from secateur.errors import SecateurError, UnsupportedModelError
-from secateur.models.blocks import Block, BlockCall
+from secateur.models.blocks import Block, BlockCall, hidden_of
 from secateur.models.matrices import owner_of
 from secateur.models.weight_uses import WeightUse, WeightWatcher
 from secateur.numerics.damping import DEFAULT_DAMPING, Damping
@@ -40,7 +40,7 @@ class Stream:
         groups: matrices of each block by input.
         routed: matrices that do not see every token (experts).
         dense: the same texts in the dense model, where something aims at it. It starts at the chain's first block (a
-            decoder's encoder is pruned by then). What blocks hand on next to hidden states (Gemma 3n's shared keys and
+            decoder's encoder is pruned by then). What blocks hand on beside hidden states (Gemma 3n's shared keys and
             values) is the pruned stream's in both.
         memory: where hidden states go.
         damping: of the Hessians.
@@ -170,10 +170,15 @@ class Stream:
             return self.calls[block.name][index].replay(block, hidden.clone())  # a block may change its input in place
 
     def advance(self, block: Block) -> None:
-        """Replace the hidden states by the block's output. Cost: one forward of the block on all batches."""
-        for index, call in enumerate(self.calls[block.name]):
-            self.hidden[index] = call.replay(block, self.hidden[index].clone())
-        del self.calls[block.name]
+        """Replace the hidden states by the block's output, and what it hands to later blocks beside them.
+
+        Cost: one forward of the block on all batches.
+        """
+        for index, call in enumerate(self.calls.pop(block.name)):
+            output = call.run(block, self.hidden[index].clone())
+            self.hidden[index] = hidden_of(output, block)
+            for later in self.calls.values():
+                later[index] = later[index].after(block, output)
 
 
 @dataclass(eq=False)
@@ -239,14 +244,18 @@ def real_tokens(use: WeightUse, real: Tensor | None) -> Tensor:
     """A product's input as (tokens, C), without padded positions.
 
     Raises:
-        UnsupportedModelError: there is padding, and the product has other rows than the batch has positions.
+        UnsupportedModelError: there is padding, and which rows are of padded positions is not known: the product has
+            other rows than the batch has positions, or those of an expert, in the order that the router sent them.
     """
-    X = use.inputs.reshape(-1, use.inputs.shape[-1])
+    X, rows = use.inputs.reshape(-1, use.inputs.shape[-1]), use.inputs.shape[:-1]
     if real is None:
         return X
-    if len(X) != real.numel():
+    if rows == real.T.shape and real.shape[0] != real.shape[1]:  # (T, B, C), as Longformer's
+        real = real.T
+    is_sent = use.matrix.index is not None and use.item is None
+    if is_sent or (rows != real.shape and rows != (real.numel(),)):
         raise UnsupportedModelError(
-            f"{use.matrix.name} was applied to {len(X)} rows where the batch has {real.numel()} positions, so padded "
-            f"ones can't be told apart: pass sequences of equal length, without padding"
+            f"{use.matrix.name} was applied to rows {tuple(rows)} where the batch has positions {tuple(real.shape)}, "
+            f"so padded ones can't be told apart: pass sequences of equal length, without padding"
         )
     return X[real.reshape(-1)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,14 @@ class BlockCall:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments.
         hidden_name: keyword of the hidden states; None = the first positional argument.
+        handed: arguments that earlier blocks returned (a router's states), by name or position: the block, and the
+            place in its output.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str | None
+    handed: Mapping[int | str, tuple[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def split(cls, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -72,8 +75,25 @@ class BlockCall:
 
     def replay(self, block: Block, hidden: Tensor) -> Tensor:
         """Run the block on hidden states; returns its new hidden states, from a tensor or a tuple."""
+        return hidden_of(self.run(block, hidden), block)
+
+    def run(self, block: Block, hidden: Tensor) -> Any:
+        """Run the block on hidden states; returns all that it gives."""
         args, kwargs = self.with_hidden(hidden)
-        return hidden_of(block.module(*args, **kwargs), block)
+        return block.module(*args, **kwargs)
+
+    def arguments(self) -> dict[int | str, Any]:
+        """All arguments, by position or name."""
+        return {**dict(enumerate(self.args)), **self.kwargs}
+
+    def after(self, block: Block, output: Any) -> BlockCall:
+        """The call with what an earlier block hands to it in this output."""
+        mine = {place: key for place, (name, key) in self.handed.items() if name == block.name}
+        if not mine:
+            return self
+        found = self.arguments() | {place: parts_of(output)[key] for place, key in mine.items()}
+        args = tuple(found[place] for place in range(len(self.args)))
+        return replace(self, args=args, kwargs={name: found[name] for name in self.kwargs})
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call on these hidden states."""
@@ -92,6 +112,23 @@ def hidden_of(output: Any, block: Block) -> Tensor:
     if not isinstance(first, Tensor):
         raise UnsupportedModelError(f"block {block.name} returns {type(first).__name__}, not a tensor of hidden states")
     return first
+
+
+def parts_of(output: Any) -> dict[Any, Any]:
+    """The parts of a block's output, by name or position."""
+    return (
+        dict(output) if isinstance(output, Mapping) else dict(enumerate(output if type(output) is tuple else [output]))
+    )
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states, of the same form."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, Mapping):  # transformers' ModelOutput
+        return type(output)(**{**output, next(iter(output)): hidden})
+    rest = (hidden, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)  # a named tuple takes each alone
 
 
 def same_tensor(hidden: Tensor, output: Tensor, version: int) -> bool:

@@ -87,7 +87,8 @@ def find_block_chains(
 
     Raises:
         UnsupportedModelError: no list of blocks that runs, or none with a prunable matrix.
-        SecateurError: a rule that matches no matrix, or that leaves one of two matrices dense which are one tensor.
+        SecateurError: a rule that matches no matrix, or that leaves one of two matrices dense which are one tensor; a
+            matrix to prune that is used outside of the layers too.
 
     Cost: a forward pass of one sequence, and one with stubbed blocks for each chain.
     """
@@ -129,6 +130,7 @@ def find_block_chains(
             f"): a rule with `dense: false` prunes what is dense by default"
         )
     _check_other_names(structure.blocks, by_all_names, matrices)
+    _check_inside(model, structure.blocks, layers)
     return structure
 
 
@@ -144,6 +146,23 @@ def _check_other_names(blocks: Sequence[Block], by_all_names: Sequence[Matrix], 
         if taken_as != matrix.name and (reason := matrices.why_dense(matrix.name)):
             raise SecateurError(
                 f"{matrix.name} stays dense ({reason}), and {taken_as} is the same tensor: exclude or include both"
+            )
+
+
+def _check_inside(model: nn.Module, blocks: Sequence[Block], layers: Layers) -> None:
+    """Check that no matrix to prune is also used outside of the layers, such as in the head.
+
+    Raises:
+        SecateurError: one is.
+    """
+    inside = tuple(f"{path}." for path in layers)
+    parameters = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter): name for name, parameter in parameters if not name.startswith(inside)}
+    for matrix in [matrix for block in blocks for matrix in block.matrices]:
+        if other := outside.get(id(matrix.parameter)):
+            raise SecateurError(
+                f"{matrix.name} is the same tensor as {other}, outside of the layers, which would get its zeros too: "
+                f"leave it dense with ‹exclude='{matrix.name}'›"
             )
 
 

@@ -38,7 +38,7 @@ def body_gives(model: nn.Module, output: Any) -> Iterator[None]:
         yield
 
 
-def with_hidden(body_output: Any, hidden: Tensor) -> Any:
+def body_output_with(body_output: Any, hidden: Tensor) -> Any:
     """The body's output with other hidden states."""
     return type(body_output)(**{**body_output, "last_hidden_state": hidden})
 

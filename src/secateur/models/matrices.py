@@ -20,8 +20,9 @@ from secateur.recipe.rules import check_rules_match, rule_for
 
 # What stays dense inside a block, and why: expressions on the path inside a layer. A rule with `dense: false` wins.
 DENSE_BY_DEFAULT: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)(\w*router|gate|shared_expert_gate)(\.(weight|wg|proj|classifier|linear|layer))*$", "router"),
-    (r"(^|\.)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
+    (r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)", "router"),
+    # DBRX's `norm_attn_norm` is its attention, with the norms around it.
+    (r"(^|\.)(?!norm_attn_norm)(\w*_?norm|ln_\w+|layernorm\w*)(\.|$)", "norm"),
     (r"(^|\.)attention_input\.query(\[|$)", "learned queries"),
 )
 

@@ -19,21 +19,21 @@ from secateur.models.blocks import Block, BlockCall, replaced_forward
 
 @dataclass(frozen=True)
 class StubOutput:
-    """What a block returns: hidden states, alone or in a tuple with values that are not tensors.
+    """What a stub returns: hidden states, alone or in a tuple.
 
     Args:
-        rest: what follows the hidden states in the tuple; None = they are returned alone.
+        rest: what follows the hidden states in the tuple, None in place of tensors; None = they are returned alone.
     """
 
     rest: tuple[Any, ...] | None
 
     @classmethod
     def like(cls, output: Any) -> StubOutput | None:
-        """The form of a block's output; None where it has more tensors than hidden states."""
+        """The form of a block's output; None where it is neither a tensor nor a tuple."""
         if isinstance(output, Tensor):
             return cls(None)
-        if type(output) is tuple and not _has_tensor(output[1:]):
-            return cls(output[1:])
+        if type(output) is tuple:
+            return cls(tuple(None if _has_tensor(each) else each for each in output[1:]))
         return None
 
     def of(self, hidden: Tensor) -> Any:

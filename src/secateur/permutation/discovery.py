@@ -263,14 +263,21 @@ def _value_heads(
 def head_sizes_of(config: Any) -> list[tuple[int, int]]:
     """Sizes of a value head that a configuration allows, each with the number of value heads."""
     text = config.get_text_config()
-    queries = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "hidden_size", None)
-    if not isinstance(queries, int) or not isinstance(width, int):
+    queries, width = _number(text, "num_attention_heads"), _number(text, "hidden_size")
+    if queries is None or width is None:
         return []
-    heads = [getattr(text, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
-    sizes = [getattr(text, "v_head_dim", None), getattr(text, "head_dim", None), width // queries]
-    both = product([each for each in sizes if each], [each for each in heads if isinstance(each, int)])
-    return list(dict.fromkeys(both))
+    heads = [_number(text, "num_key_value_heads"), queries]
+    sizes = [_number(text, "v_head_dim"), _number(text, "head_dim"), width // queries]
+    return list(dict.fromkeys(product(filter(None, sizes), filter(None, heads))))
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A number in a configuration; None where it has none, or one for each layer (Gemma 4, which raises)."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    return found if isinstance(found, int) else None
 
 
 def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...] | None:

@@ -84,7 +84,9 @@ class OrderSearch:
         sizes = [len(next(iter(batch.values()))) for batch in self.batches]
         # A router shows an expert only some tokens.
         sequences = sum(sizes) if self.dense.stream.routed else self.options.sequences
-        stream, heads = self.dense.stream.first(sizes, sequences), head_sizes_of(config_of(model))
+        stream = self.dense.stream.first(sizes, sequences)
+        # Where blocks hand on more than hidden states, a later one may read this one's values (Gemma 3n).
+        heads = [] if chain.stub_outputs is None else head_sizes_of(config_of(model))
         trial = run_dense_pass(
             model, chain, [self._few] * distributed.world_size(), no_progress, self.placement, stream.memory
         ).stream

@@ -53,17 +53,17 @@ class Moments:
 
 
 def check_all_tokens(stream: Stream) -> None:
-    """Check that every matrix sees every token: a router may send others to an expert in the pruned model.
+    """Check that every matrix sees every token in order: a router may send an expert others, or in another order.
 
     Raises:
-        SecateurError: one sees only some.
+        SecateurError: an expert is among them.
     """
-    if stream.routed:
-        name = min(stream.routed)
+    groups = (group for of_block in stream.groups.values() for group in of_block)
+    in_one_tensor = {matrix.name for group in groups for matrix, _ in group.members if matrix.index is not None}
+    if routed := sorted(stream.routed | in_one_tensor):
         raise SecateurError(
-            f"{name} sees only the tokens that a router sends it, and pruning may send others, so it has no dense "
-            f"target ({len(stream.routed)} such matrices): use ‹settings.target=none›, or leave them dense "
-            f"with ‹exclude›"
+            f"{routed[0]} sees the tokens that a router sends it, and pruning may send others, so it has no dense "
+            f"target ({len(routed)} such matrices): use ‹settings.target=none›, or leave them dense with ‹exclude›"
         )
 
 

@@ -18,8 +18,16 @@ from secateur.calibration.dense_pass import unlabelled
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch
 from secateur.errors import SecateurError
-from secateur.models.blocks import Block, BlockCall, body_of, hidden_of, on_device_of, run_without_cache
-from secateur.models.head import body_gives, logits_of, position_chunks, takes_positions, with_hidden
+from secateur.models.blocks import (
+    Block,
+    BlockCall,
+    body_of,
+    hidden_of,
+    on_device_of,
+    run_without_cache,
+    with_hidden,
+)
+from secateur.models.head import body_gives, body_output_with, logits_of, position_chunks, takes_positions
 from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.weight_uses import WeightUse, WeightWatcher
@@ -147,7 +155,7 @@ def _recorded(blocks: Sequence[Block], hidden_states: HiddenStates) -> Iterator[
         torch.set_grad_enabled(True)
         begun = hidden_of(output, block).detach().requires_grad_(True)
         begun.register_hook(lambda gradient: record.gradients.update({block.name: gradient}))
-        return begun if isinstance(output, Tensor) else (begun, *output[1:])
+        return with_hidden(output, begun)
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())  # restored where a block fails
@@ -198,7 +206,7 @@ def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generato
     inputs = unlabelled(inputs)
     real = _real_tokens(inputs, hidden.shape[1])
     for positions in position_chunks(model, hidden.shape[1], 1, hidden.device):
-        with body_gives(model, with_hidden(body_output, leaf)):
+        with body_gives(model, body_output_with(body_output, leaf)):
             logits = logits_of(model, inputs, positions)[0]
         own = logits if real is None else logits[real[positions]]
         _likelihood_of_draw(own, generator).backward()

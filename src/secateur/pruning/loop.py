@@ -116,7 +116,8 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         end = end_of(model, structure.chains, batches, context)
         if end is None and _aims_at_predictions(context.recipe):
             outcome.notices.append(
-                "the model does not predict a token at every position, so the last blocks aim at their own outputs"
+                "predictions of every token can't be formed from the last block's output alone, so the last blocks aim "
+                "at their own outputs"
             )
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:

@@ -26,12 +26,12 @@ from secateur.models.discovery import BlockChain
 from secateur.models.head import (
     ALL,
     body_gives,
+    body_output_with,
     has_head,
     kl_divergence,
     logits_of,
     position_chunks,
     takes_positions,
-    with_hidden,
 )
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
@@ -155,9 +155,9 @@ class ModelEnd:
         leaf = hidden.clone().requires_grad_(torch.is_grad_enabled())
         for positions in position_chunks(self.model, hidden.shape[1], len(hidden), hidden.device, share):
             chosen = positions if takes_positions(self.model) else None
-            with torch.no_grad(), body_gives(self.model, with_hidden(body_output, dense)):
+            with torch.no_grad(), body_gives(self.model, body_output_with(body_output, dense)):
                 theirs = logits_of(self.model, inputs, chosen).float().log_softmax(-1)
-            with body_gives(self.model, with_hidden(body_output, leaf)):
+            with body_gives(self.model, body_output_with(body_output, leaf)):
                 logits = logits_of(self.model, inputs, chosen)
             ours, weight = logits.detach().float().log_softmax(-1), counted[:, positions]
             total += float((weight * kl_divergence(theirs, ours)).sum())
