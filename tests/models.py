@@ -131,7 +131,7 @@ def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = tor
     return model
 
 
-def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int = 1) -> None:
+def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int | None = None) -> None:
     """Write a random Llama with the printable ASCII characters as its vocabulary, as a GGUF file in fp32.
 
     It may lack a tensor, or say that it is one of several parts.
@@ -156,7 +156,7 @@ def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int = 1) -> 
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    if parts > 1:
+    if parts is not None:
         writer.add_uint16("split.count", parts)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(characters), 32), "output": (len(characters), 32), "output_norm": (32,)}

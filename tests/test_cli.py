@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.cli.progress import LogLines
+from secateur.recipe.resolve import resolve_recipe
 from secateur.sources.validate import compute_dtype
 from secateur.storage.json_files import sealed
 
@@ -628,10 +629,49 @@ BAD_REQUESTS = {
     ("--device", "nonsense"): "--device is 'nonsense', which can't be used here",
     ("--seq-len", "65"): "--seq-len is 65, but the model has 64 positions",
     ("--samples", "0"): "calibration.samples is 0",
+    ("--threads", "9999999"): "--threads is 9999999; it must be 1 to",
+    ("--set", "rules=none"): "it must be a list",
     ("--exclude", "*.nothing"): "no matrix matches",
     ("--calibration", "absent.txt"): "absent.txt is not a file",
     ("--nonsense",): "No such option",
 }
+
+
+def test_a_size_in_bytes_is_taken_as_it_is(main, model, text, tmp_path):
+    code, _, errors = main("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--max-shard-size", "999B")
+    assert code == 0, errors
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_coverage_of_every_matrix(main, model):
+    """Names are whole where the output goes to a pipe."""
+    code, out, errors = main("inspect", model, "--coverage", "--matrices")
+    assert code == 0, errors
+    assert all(f"model.layers.{index}.mlp.down_proj" in out for index in (0, 1))
+    assert "model.layers.*" not in out
+
+
+def test_a_dry_run_checks_the_upload(main, model, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--push-to-hub")
+    code, _, errors = main(*arguments)
+    assert code == 2
+    assert main(*arguments, "--dry-run") == (2, "", errors)
+
+
+def test_only_the_same_demo_is_replaced(main, model, text, tmp_path, monkeypatch):
+    from secateur.cli import demo
+
+    monkeypatch.setattr(demo, "DEMO_NAME", str(model))
+    out = tmp_path / "out"
+    code, _, errors = main("prune", model, out, "--calibration", text, *SMALL)
+    assert code == 0, errors
+    asked = {"calibration": str(text), "samples": 8, "seq_len": 32}
+    assert demo._is_same_demo(out, resolve_recipe(**asked))
+    assert not demo._is_same_demo(out, resolve_recipe(**asked | {"solver": "wanda"}))
+    assert not demo._is_same_demo(out, resolve_recipe(**asked | {"samples": 5}))
+    monkeypatch.setattr(demo, "DEMO_NAME", "another")
+    assert not demo._is_same_demo(out, resolve_recipe(**asked))
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_REQUESTS.items(), ids=[" ".join(key) for key in BAD_REQUESTS])

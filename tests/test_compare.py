@@ -20,10 +20,12 @@ from models import TEXT, save_checkpoint
 
 import secateur
 from secateur.cli import app as cli
+from secateur.cli.flags import split_list
 from secateur.cli.progress import progress_shown
-from secateur.comparison.cell import ComparisonSettings, parse_recipe
+from secateur.comparison.cell import ComparisonSettings, label_of, parse_recipe
 from secateur.comparison.compare import check_recipe, compare
 from secateur.comparison.page import to_html
+from secateur.comparison.peers import _as_theirs
 from secateur.comparison.results import DENSE, Comparison
 from secateur.comparison.table import tables, to_csv
 from secateur.errors import SecateurError
@@ -131,6 +133,25 @@ def test_a_folder_of_texts_counts_by_its_content(settings, tmp_path):
         found.append(replace(settings, calibration=str(folder)).identity()["calibration"])
     assert found[0].startswith("texts sha256:")
     assert found[0] != found[1]
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_another_model_of_the_same_name_is_another_table(settings, tmp_path):
+    run = {"out": tmp_path / "out", "say": lambda _line: None}
+    compare(settings, ["magnitude"], ["50%"], [0], **run)
+    save_checkpoint(tmp_path / "model", seed=1)
+    with pytest.raises(SecateurError, match=r"made with other settings \(model\)"):
+        compare(settings, ["wanda"], ["50%"], [0], **run)
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_the_home_folder_is_one_place(settings, tmp_path, monkeypatch):
+    """A shell leaves `--out=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    compare(settings, ["magnitude"], ["50%"], [0], Path("~/results"), say=lambda _line: None)
+    assert not (tmp_path / "~").exists()
+    assert sorted(each.name for each in (tmp_path / "home" / "results").iterdir()) == [".locks", "compare.json"]
 
 
 @pytest.mark.usefixtures("cells_here")
@@ -247,6 +268,17 @@ def test_recipes():
     assert parse_recipe("best") == {"recipe": "best"}
     assert parse_recipe("mrp+refit.epochs=2") == {"solver": "mrp", "settings": {"refit.epochs": 2}}
     check_recipe("best+true_sequential=true", "2:4", None)
+    assert parse_recipe("balanced+refit.rate=1e+0")["settings"] == {"refit.rate": 1.0}
+    assert split_list("best,mrp+rules=[{match: '*.mlp.*', dense: true}, {match: a}]") == (
+        *("best", "mrp+rules=[{match: '*.mlp.*', dense: true}, {match: a}]"),
+    )
+
+
+def test_a_plus_in_a_files_name_is_none_in_front_of_a_setting(tmp_path):
+    mine = tmp_path / "a+b.yaml"
+    mine.write_text("solver: wanda\n")
+    assert parse_recipe(f"{mine}+damping=0.1") == {"recipe": str(mine), "settings": {"damping": 0.1}}
+    assert re.fullmatch(r"a\+b\.yaml@[0-9a-f]{8}\+damping=0\.1", label_of(f"{mine}+damping=0.1"))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +292,9 @@ def test_recipes():
         (["mrp", "mrp+allocation.rule=owl"], ["50%", "2:4"], "owl at 2:4: allocation owl has no form"),
         (["mrp+solver.mask=M"], ["2:4", "50%"], "mask M enumerates"),
         (["mrp"], ["half"], "pattern 'half' is not understood"),
+        (["mrp"], ["1"], "pattern 1 removes every weight"),
+        (["mrp"], ["0.7%"], "0.7% is 0.007 of the weights"),
+        (["missing.yaml"], ["50%"], "there is no recipe file missing.yaml"),
         (["mrp+format=packed"], ["50%"], "format=packed changes no figure"),
         (["llmcompressor-wanda"], ["50%"], "runs in another environment"),
     ],
@@ -286,6 +321,12 @@ def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
 
 
 @pytest.mark.usefixtures("cells_here")
+@pytest.mark.parametrize(("pattern", "theirs"), [("0.333", "0.333"), ("70%", "0.7"), ("2:4", "2:4"), ("1:4", "3:4")])
+def test_a_peer_gets_the_same_number_of_zeros(pattern, theirs):
+    """llm-compressor's n is the number of zeros in a group of m."""
+    assert _as_theirs(parse_pattern(pattern)) == theirs
+
+
 def test_divergence_from_the_dense_model_is_added_where_it_is_asked_for(settings, tmp_path):
     """Only to the pruned cell, which runs again for it and keeps it; the figures are those of `evaluate`."""
     said: list[str] = []

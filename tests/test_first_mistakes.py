@@ -89,13 +89,70 @@ def test_calibration_data_of_another_kind_is_named(item, kind):
         _from_tensors([torch.ones(2, 8, dtype=torch.long), item], tiny_model("llama").config)
 
 
-def test_a_preset_as_an_object_holds_on_to_its_pattern():
+def test_a_preset_as_an_object_or_a_file_holds_on_to_its_pattern(tmp_path):
     """Its allocation and refit are those of the kind of pattern that it was made for."""
     recipe = secateur.Recipe.preset("balanced")
     for request in ({"pattern": "2:4"}, {"settings": {"pattern": "2:4"}}):
         with pytest.raises(secateur.SecateurError, match=r"made for 50%, .*Recipe.preset\(NAME, '2:4'\)"):
             secateur.prune(tiny_model("llama"), recipe=recipe, calibration=tokens(), **request)
+    recipe.save(tmp_path / "mine.yaml")
+    for same in (tmp_path / "mine.yaml", recipe.to_dict()):
+        with pytest.raises(secateur.SecateurError, match=r"made for 50%, .*secateur recipe NAME --pattern 2:4"):
+            secateur.prune(tiny_model("llama"), recipe=same, calibration=tokens(), settings={"pattern": "2:4"})
+        assert resolve_recipe(same, {"pattern": "60%"}) == recipe.changed({"pattern": "60%"})
     assert resolve_recipe(recipe, pattern="60%") == recipe.changed({"pattern": "60%"})
+
+
+def test_one_row_of_tokens_is_no_list_of_batches():
+    with pytest.raises(secateur.SecateurError, match="is one tensor: give a list of tensors"):
+        secateur.prune(tiny_model("llama"), solver="magnitude", calibration=torch.arange(8))
+
+
+def test_a_name_left_empty_is_told(main, model, tmp_path):
+    """As an unset variable of a shell leaves it."""
+    prompts = main("prune", model, tmp_path / "out", "--calibration", "self:", *SMALL)
+    assert prompts[0] == 2
+    assert "--calibration self: names no prompts" in " ".join(prompts[2].split())
+    nothing = main("eval", "")
+    assert nothing[0] == 2
+    assert "the model's name is empty" in nothing[2]
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), "cpu"])
+def test_a_device_may_be_torchs(model, tmp_path, device):
+    text = {"calibration": tmp_path / "text.txt", "samples": 4, "seq_len": 32}
+    report = secateur.prune(model, tmp_path / "out", solver="magnitude", device=device, **text)
+    assert report.environment["device"] == "cpu"
+    figures = secateur.evaluate(tmp_path / "out", tmp_path / "text.txt", seq_len=32, max_tokens=64, device=device)
+    assert figures["windows"] == 2
+
+
+def test_places_in_the_home_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    secateur.Recipe().save("~/mine.yaml")
+    assert secateur.Recipe.load("~/mine.yaml") == secateur.Recipe()
+
+
+def test_a_pattern_that_removes_all_is_asked_for_in_words():
+    with pytest.raises(secateur.SecateurError, match="pattern 1 removes every weight"):
+        secateur.solve(torch.ones(2, 4), torch.eye(4), 1)
+
+
+def test_options_of_a_solver_that_came_as_an_object_are_checked():
+    @dataclasses.dataclass(frozen=True)
+    class Keeper:
+        name: ClassVar[str] = "keeper"
+        share: float = 0.5
+
+        def __call__(self, W, hessian, pattern):
+            raise NotImplementedError
+
+    resolve_recipe(solver=Keeper())
+    assert resolve_recipe({"solver": {"name": "keeper", "share": 0.25}}).solver == Keeper(0.25)
+    wrongs = ({"bogus": 1}, "solver keeper has no option 'bogus'"), ({"share": "half"}, "share is 'half'")
+    for wrong, message in wrongs:
+        with pytest.raises(secateur.SecateurError, match=message):
+            resolve_recipe({"solver": {"name": "keeper", **wrong}})
 
 
 def test_shares_of_all_sizes_come_back_exactly():

@@ -373,6 +373,14 @@ def test_an_unexpected_error_says_so_and_leaves_its_traceback(main, made, tmp_pa
     assert "in fail" in kept.read_text()
 
 
+def test_a_gguf_file_that_was_merged(main, tmp_path, monkeypatch):
+    """llama.cpp's merge leaves zero parts in the file."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    save_gguf(tmp_path / "model.gguf", parts=0)
+    code, _, errors = main("eval", tmp_path / "model.gguf", "--max-tokens", "64", "--seq-len", "32")
+    assert code == 0, errors
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [({"without": "blk.1.ffn_up"}, "lacks 1 tensors"), ({"parts": 2}, "one of 2 parts of a")]
 )

@@ -379,6 +379,11 @@ def test_damaged_packed_files_are_found(pruned, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bench_keeps_within_a_models_positions(saved):
+    with pytest.raises(secateur.SecateurError, match=r"has 64 positions, and prompt_tokens and new_tokens make 65"):
+        secateur.bench(saved()[0], prompt_tokens=33, new_tokens=32)
+
+
 def test_bench_measures_fresh_processes(saved, main):
     folder, packed = saved()
     code, out, err = main(

@@ -258,7 +258,7 @@ BAD_FILES = {
     "rules:\n- match: a\n  pattern: 3:2\n": "line 3: pattern 3:2 is not legal",
     "rules:\n- match: a\n": r"line 2: a rule needs a pattern, a solver or dense",
     "rules:\n- {match: a, dense: true, pattern: 2:4}\n": "line 2: a rule with dense: true can't have a pattern",
-    "rules: 3\n": "line 1: rules is 3: it must be a valid tuple",
+    "rules: 3\n": "line 1: rules is 3: it must be a list",
     "rules:\n- match: '*.nothing'\n  dense: true\n": r"no matrix matches '\*.nothing': .*the nearest are model",
     "- pattern\n": "is not a recipe: it must be a mapping",
     "": "is not a recipe: it must be a mapping such as `pattern: 50%`, but it is empty",

@@ -53,6 +53,19 @@ def small_model():
     return tiny_model("llama", max_position_embeddings=256).eval(), character_tokenizer()
 
 
+def test_missing_data_of_a_task_is_told_before_the_text_is_evaluated(task_dir, tmp_path):
+    (task_dir / "foxes.jsonl").unlink()
+    (tmp_path / "text.txt").write_text("quick foxes. " * 40)
+    model, tokenizer = small_model()
+    seen = []
+    with pytest.raises(secateur.SecateurError, match="the data of foxes could not be read"):
+        secateur.evaluate(
+            *(model, tmp_path / "text.txt"), tokenizer=tokenizer, seq_len=32, tasks="foxes", task_dir=task_dir,
+            progress=lambda *step: seen.append(step),
+        )  # fmt: skip
+    assert not seen
+
+
 def test_figures_equal_the_harness_called_by_hand(task_dir):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -136,7 +136,7 @@ def recorded_inputs(model, chain, batch):
 @pytest.mark.parametrize("family", ["zaya", "hy_v4", "gemma3n_text", "gpt_neo"])
 @torch.no_grad()
 def test_later_blocks_get_what_pruned_ones_hand_on(family):
-    """A router's states (Zaya), or keys and values (Gemma 3n), beside hidden states."""
+    """A router's states (Zaya), or keys and values (Gemma 3n), next to hidden states."""
     model = tiny(family, least_depth=4)
     batches = [{"input_ids": ids} for ids in tokens(8)]
     with deterministic_forward(model):

@@ -19,11 +19,11 @@ COLOURS = {"sparsegpt": "#8fb3d9", "fast": "#a5d6a7", "balanced": "#4caf50", "be
 
 
 def read(name: str) -> Comparison:
-    """A comparison, its texts by name alone."""
+    """A comparison, its model and texts by name alone."""
     found = Comparison(**json.loads((COMPARISONS / name / "compare.json").read_text(encoding="utf-8")))
     settings = found.settings
     texts = [text.partition(DIGEST)[0] for text in settings["texts"]]
-    named = {"calibration": settings["calibration"].partition(DIGEST)[0], "texts": texts}
+    named = {name: settings[name].partition(DIGEST)[0] for name in ("model", "calibration")} | {"texts": texts}
     return replace(found, settings=settings | named)
 
 

@@ -38,7 +38,7 @@ from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
 from secateur.runtime.memory import MemoryBudget, available_bytes, total_memory
-from secateur.sources.other_files import check_links
+from secateur.sources.other_files import check_links, model_files
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
 
@@ -70,7 +70,7 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
 
 
 def prune_to_folder(
-    source: ModelSource, out: Path, request: Request, overwrite: bool, resume: bool, max_shard_size: str | int
+    source: ModelSource, out: Path, request: Request, overwrite: bool, resume: bool, max_shard_size: int
 ) -> Report:
     """Load a model, prune it, and save it to a folder that no other run may write meanwhile.
 
@@ -338,10 +338,8 @@ def _identity(
     name: str, folder: Path, recipe: Recipe, data: CalibrationBatches, where: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the bits of a run, and names that explain it. Cost: one read of the model's files."""
-    suffixes = (".safetensors", ".bin", ".json", ".py")
-    files = [path for path in folder.iterdir() if path.suffix in suffixes and path.is_file()]
     return {
-        "model": {"name": name, "files": {path.name: sha256(path) for path in sorted(files)}},
+        "model": {"name": name, "files": {path.name: sha256(path) for path in model_files(folder)}},
         "recipe": recipe.without_calibration().to_dict(),
         "calibration": data.origin | {"own_words": data.to_write.number if data.to_write else 0},
         "environment": {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.api.pruning import check_no_tokenizer, several
+from secateur.calibration.texts import max_positions
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
@@ -21,7 +22,7 @@ from secateur.checkpoints.packing import load_model, pack_folder
 from secateur.errors import SecateurError
 from secateur.evaluation.perplexity import EvaluationText, divergence, perplexity
 from secateur.evaluation.speed import measure_models
-from secateur.evaluation.tasks import check_tasks, run_tasks
+from secateur.evaluation.tasks import check_tasks, load_tasks, run_tasks
 from secateur.models.blocks import config_of
 from secateur.models.checks import generates, looks_ahead
 from secateur.models.determinism import evaluation_mode
@@ -32,7 +33,7 @@ from secateur.packed.layout import Values
 from secateur.recipe.settings import checks_names
 from secateur.reporting.figures import Speed
 from secateur.reporting.report import METADATA, read_metadata
-from secateur.runtime.environment import check_device, default_device, devices, environment
+from secateur.runtime.environment import check_device, default_device, device_name, devices, environment
 from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cache_folder
 from secateur.sources.resolve import resolve
@@ -54,7 +55,7 @@ def evaluate(
     against: nn.Module | str | Path | None = None,
     record: bool = False,
     tokenizer: Any = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
@@ -92,7 +93,7 @@ def evaluate(
     module: Any = model
     if not isinstance(model, nn.Module):
         check_no_tokenizer(tokenizer)
-        module, tokenizer = _load_to_evaluate(model, device, trust_remote_code, allow_pickle)
+        module, tokenizer = _load_to_evaluate(model, device_name(device), trust_remote_code, allow_pickle)
     elif tokenizer is None:
         raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
     dense: Any = against
@@ -108,6 +109,8 @@ def evaluate(
             raise SecateurError(
                 f"{type(module).__name__} predicts no next token: perplexity is of causal language models"
             )
+        if tasks:
+            load_tasks(tasks, task_dir)
         figures = perplexity(module, tokenizer, what, progress)
         if dense is not None:
             figures["against"] = divergence(module, dense, tokenizer, what, progress)
@@ -273,12 +276,28 @@ def bench(
     folders = [resolve(str(name), trust_remote_code) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
+    if not trust_remote_code:  # a configuration of the checkpoint's code is loaded in the measuring process alone
+        for folder in folders:
+            _check_positions(folder, prompt_tokens + new_tokens)
     pruned = _check_can_record(models) if record else []
     speeds = measure_models(folders, prompt_tokens, new_tokens, threads, trust_remote_code, progress)
     named = [replace(speed, model=str(name)) for speed, name in zip(speeds, models, strict=True)]
     for folder in pruned:
         record_speed(folder, named)
     return named
+
+
+def _check_positions(folder: Path, tokens: int) -> None:
+    """Check that a model has positions for a number of tokens.
+
+    Raises:
+        SecateurError: it has not.
+    """
+    positions = max_positions(load_config_and_tokenizer(folder, False)[0])
+    if positions is not None and tokens > positions:
+        raise SecateurError(
+            f"{folder} has {positions} positions, and ‹prompt_tokens› and ‹new_tokens› make {tokens}: lower them"
+        )
 
 
 @checks_names

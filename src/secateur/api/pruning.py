@@ -24,7 +24,7 @@ from secateur.numerics.damping import DEFAULT_DAMPING
 from secateur.numerics.hessian import Hessian
 from secateur.numerics.problem import check_problem
 from secateur.pruning.dry_run import DryRun
-from secateur.recipe.patterns import Pattern
+from secateur.recipe.patterns import Pattern, check_asked_pattern
 from secateur.recipe.recipe import CalibrationText, Recipe
 from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import checks_names
@@ -35,7 +35,7 @@ from secateur.reporting.stages import StageClock
 from secateur.request import ModelSource, Request, texts_of
 from secateur.run import estimate_run, prune_in_memory, prune_to_folder
 from secateur.runtime import distributed
-from secateur.runtime.environment import check_device, default_device
+from secateur.runtime.environment import check_device, default_device, device_name
 from secateur.runtime.progress import Progress, no_progress
 from secateur.solvers import Solved, solve_checked
 from secateur.solvers.swaps import check_columns, refine_by_swaps
@@ -67,7 +67,7 @@ def prune(
     push_to_hub: bool | str = False,
     max_memory: str | int | None = None,
     offload_dir: str | Path | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
@@ -140,13 +140,13 @@ def prune(
         raise SecateurError("out is missing: name the folder to save the pruned model to")
     check_no_tokenizer(tokenizer)
     shard_size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size, "max_shard_size")
-    source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
+    source = ModelSource(str(model), device_name(device), trust_remote_code, allow_pickle)
     if device is not None:
         check_device(device)
     place, repo = user_path(out), push_to_hub if isinstance(push_to_hub, str) else Path(out).name
     if push_to_hub:
         check_can_push(repo)
-    with distributed.process_group(device):
+    with distributed.process_group(source.device):
         report = prune_to_folder(source, place, request, overwrite, resume, shard_size)
         if push_to_hub and distributed.is_main():
             push_folder(place, repo, private=True)
@@ -171,7 +171,7 @@ def dry_run(
     seed: int | None = None,
     max_memory: str | int | None = None,
     offload_dir: str | Path | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
@@ -202,7 +202,7 @@ def dry_run(
         raise SecateurError(
             f"the model is a {type(model).__name__}: a dry run takes a folder, a GGUF file or a hub name"
         )
-    source = ModelSource(str(model), device, trust_remote_code, allow_pickle)
+    source = ModelSource(str(model), device_name(device), trust_remote_code, allow_pickle)
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     return estimate_run(source, None if out is None else user_path(out), request, overwrite, resume, shard_bytes)
 
@@ -239,6 +239,7 @@ def solve(
     """
     if isinstance(shrinkage, str):
         raise SecateurError(f"shrinkage is {shrinkage!r}: give a number, as H does not say how many tokens it is of")
+    check_asked_pattern(pattern)
     options = {"pattern": pattern, "solver": solver, "damping": damping, "shrinkage": shrinkage, "refine": refine}
     recipe = Recipe.from_dict(options)
     check_problem(W, H)
@@ -264,7 +265,7 @@ def coverage_of(
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    device: str | None = None,
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Coverage:
@@ -288,7 +289,8 @@ def coverage_of(
     module: Any = model
     if not isinstance(model, nn.Module):
         check_no_tokenizer(tokenizer)
-        checkpoint = load_checkpoint(str(model), device or default_device(), trust_remote_code, allow_pickle)
+        on = device_name(device) or default_device()
+        checkpoint = load_checkpoint(str(model), on, trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
     chosen, texts = texts_of(chosen, calibration)
     few = CalibrationText()
@@ -312,6 +314,8 @@ def _request(
     progress: Progress,
 ) -> Request:
     """What a run is asked for: its whole recipe, and its texts."""
+    if isinstance(calibration, Tensor):
+        raise SecateurError("‹calibration› is one tensor: give a list of tensors, one for each batch")
     named = str(calibration) if isinstance(calibration, str | Path) else None
     chosen = resolve_recipe(recipe, settings, several(include), several(exclude), calibration=named, **shortcuts)
     return Request(*texts_of(chosen, calibration), offload_dir, StageClock(progress))

@@ -210,8 +210,10 @@ def check_is_name(source: Any) -> None:
     """Check that a source is a name, and not a text itself.
 
     Raises:
-        SecateurError: it is a text.
+        SecateurError: it is a text, or `self:` without the prompts' name.
     """
+    if source == f"{OWN_WORDS}:":
+        raise SecateurError("‹calibration=self:› names no prompts: write self:PROMPTS, or self alone for none")
     if isinstance(source, str) and ("\n" in source or max(map(len, source.split("/"))) > MAX_NAME):
         raise SecateurError(
             f"a text itself was given ({source[:20]!r} ...): write it to a file, and give that file's name"

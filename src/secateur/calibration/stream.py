@@ -40,7 +40,7 @@ class Stream:
         groups: matrices of each block by input.
         routed: matrices that do not see every token (experts).
         dense: the same texts in the dense model, where something aims at it. It starts at the chain's first block (a
-            decoder's encoder is pruned by then). What blocks hand on beside hidden states (Gemma 3n's shared keys and
+            decoder's encoder is pruned by then). What blocks hand on next to hidden states (Gemma 3n's shared keys and
             values) is the pruned stream's in both.
         memory: where hidden states go.
         damping: of the Hessians.
@@ -170,7 +170,7 @@ class Stream:
             return self.calls[block.name][index].replay(block, hidden.clone())  # a block may change its input in place
 
     def advance(self, block: Block) -> None:
-        """Replace the hidden states by the block's output, and what it hands to later blocks beside them.
+        """Replace the hidden states by the block's output, and what it hands to later blocks next to them.
 
         Cost: one forward of the block on all batches.
         """

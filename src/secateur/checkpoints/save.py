@@ -23,7 +23,6 @@ from secateur.checkpoints.packing import entries_of, packed_card, packing_config
 from secateur.models.matrices import layer_of, parameter_of
 from secateur.packed.files import PACKED_INDEX, write_index, write_weights
 from secateur.packed.layout import pack, pack_int8_where_exact
-from secateur.recipe.sizes import parse_size
 from secateur.reporting.report import CARD, Report
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime.progress import Progress
@@ -39,7 +38,7 @@ def write_checkpoint(
     report: Report,
     publisher: Publisher,
     title: str,
-    max_shard_size: str | int,
+    max_shard_size: int,
     progress: Progress,
 ) -> dict[str, FileRecord]:
     """Write model, tokenizer, every other file of the source, report, recipe and card to the publisher's folder.
@@ -51,7 +50,7 @@ def write_checkpoint(
         report: of the run.
         publisher: keeps the shards.
         title: of the model card.
-        max_shard_size: of a weight file; a resumed run keeps the size that it was planned with.
+        max_shard_size: bytes of a weight file; a resumed run keeps the size that it was planned with.
         progress: called with the stage `save`.
 
     Returns:
@@ -64,8 +63,8 @@ def write_checkpoint(
     model, folder, outcome = checkpoint.model, publisher.folder, read_outcome(publisher.manifest)
     is_packed = report.the_recipe.format == "packed"
     if outcome is None:
-        size = parse_size(max_shard_size, "max_shard_size")
-        outcome = {"report": report.to_dict(), "max_shard_size": size, "shards": _plan_shards(checkpoint, size)}
+        shards = _plan_shards(checkpoint, max_shard_size)
+        outcome = {"report": report.to_dict(), "max_shard_size": max_shard_size, "shards": shards}
         publisher.keep_outcome(outcome)
     publisher.restore(model, pruned_parameters(report), outcome["shards"])
     for number in range(publisher.num_whole_shards, len(outcome["shards"])):

@@ -28,6 +28,8 @@ from secateur.cli.process import prepare_process, run_explained
 from secateur.cli.progress import progress_shown
 from secateur.errors import SecateurError
 
+MOST_THREADS = 8  # for each core; with many thousands, libraries crash
+
 app = typer.Typer(
     name="secateur",
     help="Prune foundation models in one shot, without retraining.",
@@ -86,6 +88,7 @@ def prune(
     """Prune MODEL and save it to OUT. `secateur recipe` shows every other option."""
     _use_threads(threads)
     import secateur as api
+    from secateur.checkpoints.hub import check_can_push
     from secateur.recipe.settings import parse_settings
     from secateur.runtime import distributed
 
@@ -97,6 +100,8 @@ def prune(
     }  # fmt: skip
     asked |= {"overwrite": overwrite, "resume": resume, "max_shard_size": max_shard_size}
     if dry_run:
+        if push_to_hub:
+            check_can_push(out.name)
         with progress_shown(not quiet) as progress:
             found = api.dry_run(model, out, progress=progress, **asked)
         print_json(found.to_dict()) if as_json else print_dry_run(found)
@@ -270,7 +275,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    print_json(found.to_dict()) if as_json else print_coverage(found)
+    print_json(found.to_dict()) if as_json else print_coverage(found, every=matrices)
     raise typer.Exit(1 if found.share("missed") else 0)
 
 
@@ -306,6 +311,7 @@ def demo(
     samples: Annotated[int | None, flags.flag("Calibration sequences (32).", flags.CALIBRATION, "N")] = None,
     seq_len: Annotated[int | None, flags.flag("Tokens a sequence (512).", flags.CALIBRATION, "N")] = None,
     eval_tokens: Annotated[int, flags.flag("Tokens of the shipped text to evaluate.", flags.EVALUATION, "N")] = 20480,
+    overwrite: flags.Overwrite = False,
     as_json: flags.Json = False,
     device: flags.Device = None,
     threads: flags.Threads = None,
@@ -316,7 +322,7 @@ def demo(
 
     asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}
     with progress_shown() as progress:
-        models, report = run_demo(out, asked, eval_tokens, device, progress)
+        models, report = run_demo(out, asked, eval_tokens, overwrite, device, progress)
         speeds = dense_against_packed(out, report, progress)
     if as_json:
         print_json({"models": models, "speed": [each.to_dict() for each in speeds], "report": report.to_dict()})
@@ -347,12 +353,13 @@ def _use_threads(threads: int | None) -> None:
     """Set the number of CPU threads.
 
     Raises:
-        SecateurError: less than one.
+        SecateurError: less than one, or more than libraries bear.
     """
     if threads is None:
         return
-    if threads < 1:
-        raise SecateurError(f"‹threads› is {threads}; at least 1 is needed")
+    most = MOST_THREADS * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise SecateurError(f"‹threads› is {threads}; it must be 1 to {most} ({MOST_THREADS} for each core)")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of libraries that are not torch
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from secateur.reporting.figures import Speed
     from secateur.reporting.report import Report
 
+WIDE = 160  # columns of a pipe or a file, where no terminal says how wide it is
+
 _stdout, stderr = Console(), Console(stderr=True)
 
 
@@ -41,10 +44,11 @@ def show_table(
     columns: Sequence[str | Column], rows: Iterable[Sequence[object]], title: str = "", **options: Any
 ) -> None:
     """Print a table on stdout, its cells as they are."""
-    table = Table(*columns, title=Text(visible(title), style="table.title") if title else None, **options)
+    whole = [each if isinstance(each, Column) else Column(each, overflow="fold") for each in columns]
+    table = Table(*whole, title=Text(visible(title), style="table.title") if title else None, **options)
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    _stdout.print(table)
+    _stdout.print(table, width=None if _stdout.is_terminal or "COLUMNS" in os.environ else WIDE)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -190,10 +194,11 @@ def print_speeds(speeds: Sequence[Speed]) -> None:
     show_table(columns, rows, f"batch 1, {first.threads} threads")
 
 
-def print_coverage(coverage: Coverage) -> None:
-    """Print every kind of matrix of a model's layers, and what a run would do with it."""
+def print_coverage(coverage: Coverage, every: bool = False) -> None:
+    """Print every kind of matrix of a model's layers, or every matrix, and what a run would do with it."""
     total, rows = sum(matrix.weights for matrix in coverage.matrices), []
-    for (name, state, reason), matrices in coverage.by_kind().items():
+    alone = {(matrix.name, matrix.state, matrix.reason): [matrix] for matrix in coverage.matrices}
+    for (name, state, reason), matrices in (alone if every else coverage.by_kind()).items():
         share = sum(matrix.weights for matrix in matrices) / max(1, total)
         rows.append((name, len(matrices), f"{share:.2%}", state, reason or ""))
     columns = (Column("matrix", overflow="fold"), "number", "share of layers", "", Column("why", overflow="fold"))

@@ -12,9 +12,13 @@ import torch
 
 from secateur.api.models import bench, evaluate, pack
 from secateur.api.pruning import prune
+from secateur.calibration.documents import name_of
 from secateur.checkpoints.load import load
+from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
 from secateur.recipe.presets import PRESETS
+from secateur.recipe.recipe import Recipe
+from secateur.recipe.resolve import resolve_recipe
 from secateur.reporting.figures import Speed
 from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.resume.manifest import unfinished
@@ -31,27 +35,30 @@ DEFAULT_TOKENS = {"samples": 32, "seq_len": 512}
 
 
 def run_demo(
-    out: Path, asked: Mapping[str, Any], eval_tokens: int, device: str | None, progress: Progress
+    out: Path, asked: Mapping[str, Any], eval_tokens: int, overwrite: bool, device: str | None, progress: Progress
 ) -> tuple[dict[str, Any], Report]:
     """Prune the demo model to `out`.
 
     Args:
-        out: the folder; only what an earlier demo wrote is replaced.
+        out: the folder; what the same demo wrote earlier is replaced.
         asked: arguments of `prune`.
         eval_tokens: tokens to evaluate.
+        overwrite: replace another pruned model in `out`.
         device: where to run.
         progress: called with the stage, what is done, and the total.
 
     Returns:
         figures and continuations of both models, and the report.
     """
-    out = real_path(user_path(out))
-    overwrite = _is_earlier_demo(out)
+    out, asked = real_path(user_path(out)), few_tokens(asked)
+    if Path(DEMO_NAME).exists():
+        raise SecateurError(f"there is a {DEMO_NAME} in this folder, which would be taken for the demo's model")
+    overwrite = overwrite or _is_same_demo(out, resolve_recipe(**asked))
     check_place(out)
     check_apart(out, [])
     check_may_replace(out, overwrite)
     before = look_at(DEMO_NAME, eval_tokens, device, progress)
-    report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **few_tokens(asked))
+    report = prune(DEMO_NAME, out, overwrite=overwrite, device=device, progress=progress, **asked)
     return {"dense": before, "pruned": look_at(str(out), eval_tokens, device, progress)}, report
 
 
@@ -77,10 +84,18 @@ def few_tokens(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {name: DEFAULT_TOKENS.get(name) if value is None else value for name, value in asked.items()}
 
 
-def _is_earlier_demo(out: Path) -> bool:
+def _is_same_demo(out: Path, recipe: Recipe) -> bool:
+    """Whether the model in a folder, finished or not, is the demo's by this recipe."""
     if begun := unfinished(out):
-        return begun.identity.get("model", {}).get("name") == DEMO_NAME
-    return (out / METADATA).is_file() and read_metadata(out).model == DEMO_NAME
+        model, text = (begun.identity.get(name, {}) for name in ("model", "calibration"))
+        asked = {"seq_len": recipe.calibration.seq_len, "source": name_of(recipe.calibration.source)}
+        is_same_text = all(text.get(name) == value for name, value in asked.items())
+        is_same = is_same_text and begun.identity.get("recipe") == recipe.without_calibration().to_dict()
+        return is_same and model.get("name") == DEMO_NAME
+    if not (out / METADATA).is_file():
+        return False
+    report = read_metadata(out)
+    return report.model == DEMO_NAME and report.recipe == recipe.to_dict()
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -61,7 +61,7 @@ DryRun = Annotated[bool, flag("Say what a run would do; prune nothing.", OUTPUT,
 ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
 PushToHub = Annotated[bool, flag("Then upload OUT to the hub, private if new.", OUTPUT, name="--push-to-hub")]
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
-Quiet = Annotated[bool, flag("Print errors only.", OUTPUT, name="--quiet")]
+Quiet = Annotated[bool, flag("No progress, notes or table.", OUTPUT, name="--quiet")]
 
 Device = Annotated[str | None, flag("cpu, cuda, cuda:1, mps (CUDA if any).", MACHINE, "NAME")]
 Threads = Annotated[int | None, flag("CPU threads (all cores).", MACHINE, "N")]
@@ -86,8 +86,15 @@ Record = Annotated[bool, flag("Add the figures to the pruned model's report and 
 
 
 def split_list(text: str | None) -> tuple[str, ...]:
-    """Parts of a list with commas."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    """Parts of a list with commas; those in brackets belong to a part."""
+    parts, depth = [""], 0
+    for letter in text or "":
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def some(text: str, name: str) -> tuple[str, ...]:

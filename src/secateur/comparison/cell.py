@@ -7,10 +7,12 @@ and `llmcompressor-wanda`, with settings behind plus signs: `admm+refit.epochs=2
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
 from secateur.errors import SecateurError, nearest
 from secateur.evaluation.tasks import run_tasks
+from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import CalibrationText
 from secateur.recipe.settings import parse_settings
@@ -33,6 +36,7 @@ from secateur.resume.manifest import journal_of
 from secateur.runtime.environment import default_device, environment
 from secateur.runtime.memory import peak_resident_bytes
 from secateur.runtime.progress import Progress, no_progress
+from secateur.sources.other_files import model_files
 from secateur.storage.file_records import sha256
 from secateur.storage.paths import user_path
 
@@ -87,10 +91,11 @@ class ComparisonSettings:
     def identity(self) -> dict[str, Any]:
         """What must agree for cells to stand in one table.
 
-        Texts count by name and content digest. Tasks and divergence, whose figures are kept by name, the device, and
-        how files may be read do not count; a limit of documents counts where there are tasks.
+        Model and texts count by name and content digest. Tasks and divergence, whose figures are kept by name, the
+        device, and how files may be read do not count; a limit of documents counts where there are tasks.
         """
         values = asdict(self) | {
+            "model": _content_of_model(self.model),
             "calibration": _content(self.calibration),
             "texts": [_content(text) for text in self.texts],
         }
@@ -131,18 +136,28 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
     Raises:
         SecateurError: what follows a plus is not NAME=VALUE, or a misspelt preset.
     """
-    head, *parts = recipe.split("+")
+    head, *parts = _parts(recipe)
+    if Path(head).suffix in RECIPE_SUFFIXES and not _is_file(head):
+        raise SecateurError(f"there is no recipe file {head}")
     if head not in (*PRESETS, *solver_names()) and not _is_file(head) and (hint := nearest(head, [*PRESETS])):
         raise SecateurError(f"there is no recipe or solver {head!r}{hint}")
     arguments: dict[str, Any] = {"recipe" if head in PRESETS or _is_file(head) else "solver": head}
     return arguments | ({"settings": parse_settings(parts)} if parts else {})
 
 
+def _parts(recipe: str) -> list[str]:
+    """A recipe and its settings. A plus within a number (`1e+0`) or a file's name is none in front of a setting."""
+    parts = re.split(r"\+(?=[A-Za-z_])", recipe)
+    heads = ("+".join(parts[:count]) for count in range(len(parts), 0, -1))
+    head = next(filter(_is_file, heads), parts[0])
+    return [head, *parts[1 + head.count("+") :]]
+
+
 def label_of(recipe: str) -> str:
     """What tables call a recipe: a file by its name and content."""
-    head, plus, settings = recipe.partition("+")
+    head, *parts = _parts(recipe)
     label = f"{Path(head).name}@{sha256(user_path(head))[:8]}" if _is_file(head) else head
-    return label + plus + settings
+    return "+".join([label, *parts])
 
 
 def _is_file(head: str) -> bool:
@@ -248,7 +263,7 @@ def _pruned_by_peer(
     if data.to_write is not None:
         raise SecateurError(f"{cell.recipe} can't be calibrated on text that the model writes: name a text")
     method = cell.recipe.removeprefix("llmcompressor-")
-    return prune_by_llmcompressor(checkpoint, data.batches, method, str(cell.pattern), peer_python)
+    return prune_by_llmcompressor(checkpoint, data.batches, method, parse_pattern(str(cell.pattern)), peer_python)
 
 
 def _calibration(checkpoint: Checkpoint, settings: ComparisonSettings, seed: int) -> CalibrationBatches:
@@ -285,3 +300,23 @@ def _content(text: str | None) -> str:
         return f"{place.name}{DIGEST}{sha256(place)[:16]}"
     parts = "".join(f"{each.name} {sha256(each)}\n" for each in sorted(place.iterdir()) if each.is_file())
     return f"{place.name}{DIGEST}{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+def _content_of_model(name: str) -> str:
+    """Name of a model, with the digest of what is in its folder or file."""
+    place = user_path(name)
+    if place.is_file():
+        return f"{name}{DIGEST}{_digest(_as_now([place]))}"
+    if not place.is_dir():
+        return name
+    return f"{name}{DIGEST}{_digest(_as_now(model_files(place)))}"
+
+
+def _as_now(files: list[Path]) -> tuple[tuple[Path, int, int], ...]:
+    return tuple((each, each.stat().st_size, each.stat().st_mtime_ns) for each in files)
+
+
+@lru_cache(maxsize=4)  # each cell asks for it
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    parts = "".join(f"{path.name} {sha256(path)}\n" for path, _, _ in files)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]

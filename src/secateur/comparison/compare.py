@@ -35,13 +35,14 @@ from secateur.comparison.cell import (
 from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results, write_results
 from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks
-from secateur.recipe.patterns import parse_pattern
+from secateur.recipe.patterns import check_asked_pattern, parse_pattern
 from secateur.recipe.resolve import resolve_recipe
 from secateur.resume.manifest import journal_of
 from secateur.resume.output_folder import check_outside_model
 from secateur.runtime.environment import environment, environment_number
 from secateur.runtime.own_process import run_in_own_process
 from secateur.storage.held_folder import make_folders
+from secateur.storage.paths import real_path, user_path
 
 
 def compare(
@@ -81,6 +82,7 @@ def compare(
             "torchrun or accelerate started several processes, and a comparison runs one process a cell: start it "
             "without them. The same command run twice shares the cells"
         )
+    out, peer_python = real_path(user_path(out)), None if peer_python is None else user_path(peer_python)
     check_outside_model(out, settings.model)
     wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
@@ -146,6 +148,8 @@ def _cells(
     Raises:
         SecateurError: one that can't be run.
     """
+    for pattern in patterns:
+        check_asked_pattern(pattern)
     names = [str(parse_pattern(pattern)) for pattern in patterns]
     cells = [Cell(label_of(recipe), name, seed, recipe) for seed in seeds for name in names for recipe in recipes]
     for cell in cells:

@@ -2,8 +2,8 @@
 
     PEER/bin/python peer_llmcompressor.py MODEL TOKENS OUT METHOD PATTERN
 
-TOKENS is a safetensors file of `input_ids` (windows, tokens). The pruned tensors are written to OUT as safetensors, and
-one line of JSON (`seconds`, `peak_memory`, `versions`) to stdout.
+TOKENS is a safetensors file of `input_ids` (windows, tokens). PATTERN is a share of zeros, or n:m with n zeros. The
+pruned tensors are written to OUT as safetensors, and one line of JSON (`seconds`, `peak_memory`, `versions`) to stdout.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def main() -> None:
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     options: dict[str, Any] = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-    options |= (
-        {"sparsity": 0.5, "mask_structure": pattern} if ":" in pattern else {"sparsity": float(pattern[:-1]) / 100}
-    )
+    options |= {"sparsity": 0.5, "mask_structure": pattern} if ":" in pattern else {"sparsity": float(pattern)}
     modifiers = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
     started = time.perf_counter()
     oneshot(

@@ -17,10 +17,11 @@ from secateur.calibration.stream import Batch
 from secateur.checkpoints.load import Checkpoint
 from secateur.comparison import peer_llmcompressor
 from secateur.errors import SecateurError
+from secateur.recipe.patterns import NM, Pattern
 
 
 def prune_by_llmcompressor(
-    checkpoint: Checkpoint, batches: Sequence[Batch], method: str, pattern: str, python: Path
+    checkpoint: Checkpoint, batches: Sequence[Batch], method: str, pattern: Pattern, python: Path
 ) -> dict[str, Any]:
     """Prune a loaded model in place by llm-compressor; `seconds`, `peak_memory`, `sparsity` and the peer's `versions`.
 
@@ -28,7 +29,7 @@ def prune_by_llmcompressor(
         checkpoint: the model.
         batches: its calibration batches.
         method: `sparsegpt` or `wanda`.
-        pattern: as `prune` takes it.
+        pattern: of the run.
         python: of an environment with llm-compressor.
 
     Raises:
@@ -38,7 +39,7 @@ def prune_by_llmcompressor(
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "pruned.safetensors"
         save_file({"input_ids": torch.cat([batch["input_ids"] for batch in batches])}, tokens)
         script = shutil.copy(peer_llmcompressor.__file__, Path(scratch) / "peer.py")  # away from our modules' names
-        arguments = [str(checkpoint.folder.absolute()), str(tokens), str(out), method, pattern]
+        arguments = [str(checkpoint.folder.absolute()), str(tokens), str(out), method, _as_theirs(pattern)]
         done = subprocess.run(
             [str(python.absolute()), script, *arguments], capture_output=True, text=True, cwd=scratch, check=False
         )
@@ -59,3 +60,8 @@ def prune_by_llmcompressor(
     zeros = sum(int((pruned[name] == 0).sum()) for name in changed)
     checkpoint.model.load_state_dict(pruned, strict=False)
     return figures | {"sparsity": zeros / sum(pruned[name].numel() for name in changed)}
+
+
+def _as_theirs(pattern: Pattern) -> str:
+    """A pattern as llm-compressor takes it: the share of zeros, or n:m with n the number of zeros."""
+    return f"{pattern.m - pattern.n}:{pattern.m}" if isinstance(pattern, NM) else repr(pattern.sparsity)

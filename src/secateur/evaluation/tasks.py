@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +40,7 @@ def run_tasks(
     """
     check_tasks(tasks, task_dir, limit)
     harness, models = _harness(""), _harness(".models.huggingface")
-    try:
+    with _data_errors(tasks):
         done = harness.simple_evaluate(
             model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
@@ -49,12 +50,6 @@ def run_tasks(
             log_samples=False,
             verbosity="ERROR",
         )
-    except OSError as error:  # the hub's network and not-found errors all derive from it
-        reason = first_line(error)
-        raise SecateurError(
-            f"the data of {', '.join(tasks)} could not be read ({reason}): check the connection, or use local "
-            f"tasks with ‹task_dir›"
-        ) from error
     named = {task: _figures(values) for task, values in done["results"].items()}
     return {task: figures for task, figures in named.items() if figures}
 
@@ -77,6 +72,28 @@ def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | 
         where = f" and no YAML file in {task_dir} defines it" if task_dir else " (local ones: ‹task_dir›)"
         near = nearest(unknown[0], _manager(task_dir).all_tasks)
         raise SecateurError(f"task {unknown[0]!r} is not known to lm-evaluation-harness{where}{near}")
+
+
+def load_tasks(tasks: Sequence[str], task_dir: str | Path | None) -> None:
+    """Read the data of tasks, so that what is missing is said before other work; the harness keeps them.
+
+    Raises:
+        SecateurError: the data can't be read.
+    """
+    with _data_errors(tasks):
+        _manager(task_dir).load(list(tasks))
+
+
+@contextmanager
+def _data_errors(tasks: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # the hub's network and not-found errors all derive from it
+        reason = first_line(error)
+        raise SecateurError(
+            f"the data of {', '.join(tasks)} could not be read ({reason}): check the connection, or use local "
+            f"tasks with ‹task_dir›"
+        ) from error
 
 
 @lru_cache(maxsize=1)

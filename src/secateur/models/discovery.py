@@ -120,9 +120,8 @@ def find_block_chains(
     else:
         chains = [replace(chain, stub_outputs=_stubs(model, chain, inputs, sample, placement)) for chain in chains]
     idle = {path: layer for path, layer in layers.items() if path not in running}
-    structure = ModelStructure(
-        chains, _why_idle(idle, matrices), {matrix.name: matrix.stored.numel() for matrix in everything}
-    )
+    weights = {matrix.name: matrix.stored.numel() for matrix in everything}
+    structure = ModelStructure(chains, _why_idle(idle, matrices), weights)
     if not any(block.matrices for block in structure.blocks):
         reasons = sorted({reason for block in structure.blocks for reason in block.dense.values()})
         raise UnsupportedModelError(
@@ -155,9 +154,13 @@ def _check_inside(model: nn.Module, blocks: Sequence[Block], layers: Layers) -> 
     Raises:
         SecateurError: one is.
     """
-    inside = tuple(f"{path}." for path in layers)
-    parameters = model.named_parameters(remove_duplicate=False)
-    outside = {id(parameter): name for name, parameter in parameters if not name.startswith(inside)}
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    outside = {
+        id(parameter): ".".join(filter(None, (path, name)))
+        for path, part in model.named_modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if id(part) not in inside
+    }
     for matrix in [matrix for block in blocks for matrix in block.matrices]:
         if other := outside.get(id(matrix.parameter)):
             raise SecateurError(

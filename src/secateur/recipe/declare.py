@@ -141,4 +141,7 @@ def _is_option(part: str) -> bool:
 def _expected(message: str) -> str:
     """Pydantic's sentence without its subject."""
     message = re.sub(r"^(Input|String|Tuple|Value) should ", "", message)
-    return message.replace("a valid integer", "a whole number").replace("a valid number", "a number")
+    plainly = {"a valid integer": "a whole number", "a valid number": "a number", "a valid tuple": "a list"}
+    for theirs, ours in plainly.items():
+        message = message.replace(theirs, ours)
+    return message

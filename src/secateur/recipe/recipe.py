@@ -205,7 +205,7 @@ class Recipe:
         """Write the whole recipe as YAML, with the help text of each option."""
         from secateur.recipe.files import to_yaml
 
-        Path(path).write_text(to_yaml(self), encoding="utf-8")
+        user_path(path).write_text(to_yaml(self), encoding="utf-8")
 
     def changed(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with some options changed, by dotted name: `{"refit.rate": 0.01}`.

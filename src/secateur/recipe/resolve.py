@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.recipe.declare import RecipeError, plain
 from secateur.recipe.files import RecipeFile, read_recipe
-from secateur.recipe.patterns import NM, check_asked_pattern, parse_pattern
+from secateur.recipe.patterns import NM, Pattern, check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
@@ -51,6 +51,7 @@ def resolve_recipe(
     given = {SHORTCUTS[name]: value for name, value in shortcuts.items() if value is not None}
     settings = dict(settings or {})
     data, file = _stated(recipe, given, settings)
+    made_for = recipe.pattern if isinstance(recipe, Recipe) else data.get("pattern")
     for option, value in given.items():
         data = _filled_in(data, file, recipe, option, value)
     data = apply_settings(data, settings)
@@ -60,23 +61,24 @@ def resolve_recipe(
     for stated in (data, *_rules_of(data)):
         check_asked_pattern(stated.get("pattern") if isinstance(stated, Mapping) else None)
     found = Recipe.from_dict(data) if file is None else file.recipe(data)
-    if isinstance(recipe, Recipe):
-        _check_kind_of_pattern(recipe, found)
+    if made_for is not None:
+        _check_kind_of_pattern(parse_pattern(made_for), found)
     _check_allocation(found)
     return found
 
 
-def _check_kind_of_pattern(given: Recipe, found: Recipe) -> None:
+def _check_kind_of_pattern(made_for: Pattern, found: Recipe) -> None:
     """Check that a recipe's steps are still for the kind of pattern that they were made for.
 
     Raises:
         RecipeError: an allocation or a refit for unstructured patterns, and now n:m, or the reverse.
     """
-    is_same = isinstance(given.pattern, NM) == isinstance(found.pattern, NM)
+    is_same = isinstance(made_for, NM) == isinstance(found.pattern, NM)
     if not is_same and (found.allocation is not None or found.refit is not None):
         raise RecipeError(
-            f"the recipe was made for {given.pattern}, and its allocation or refit should be another one for "
-            f"{found.pattern}: name the preset, or make the recipe by Recipe.preset(NAME, {str(found.pattern)!r})",
+            f"the recipe was made for {made_for}, and its allocation or refit should be another one for "
+            f"{found.pattern}: name the preset, or make the recipe anew (secateur recipe NAME --pattern "
+            f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
             ("pattern",),
         )
 

@@ -193,8 +193,23 @@ def solver_names() -> list[str]:
 
 def _plugin_options(name: str, values: dict[str, Any]) -> Any:
     """Options of a plug-in's solver; no other plug-in is loaded, so that a broken one stops nobody else."""
-    if name in _GIVEN:
-        return _GIVEN[name](**values)
+    kind = _GIVEN[name] if name in _GIVEN else _plugin(name)
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    if unknown := [key for key in values if key not in known]:
+        raise RecipeError(_unknown(name, str(unknown[0]), known), (unknown[0],))
+    kind.name = name
+    _check_plugin_values(name, kind, values)
+    try:
+        made = kind(**values)
+    except TypeError as error:
+        raise RecipeError(f"solver {name}: {error}") from error
+    if not callable(made):
+        raise RecipeError(f"the plug-in of solver {name} has no __call__(W, hessian, pattern): it can't solve")
+    return made
+
+
+def _plugin(name: str) -> Any:
+    """The options dataclass of a plug-in."""
     points = {point.name: point for point in entry_points(group="secateur.solvers")}
     if name not in points:
         known = solver_names()
@@ -206,18 +221,7 @@ def _plugin_options(name: str, values: dict[str, Any]) -> Any:
         raise RecipeError(f"the plug-in of solver {name} can't be loaded: {reason}", ("name",)) from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise RecipeError(f"the plug-in of solver {name} is {kind!r}: it must be a dataclass with a call", ("name",))
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
-    if unknown := [key for key in values if key not in known]:
-        raise RecipeError(_unknown(name, str(unknown[0]), known), (unknown[0],))
-    kind.name = name  # pyright: ignore[reportAttributeAccessIssue]
-    _check_plugin_values(name, kind, values)
-    try:
-        made = kind(**values)
-    except TypeError as error:
-        raise RecipeError(f"solver {name}: {error}") from error
-    if not callable(made):
-        raise RecipeError(f"the plug-in of solver {name} has no __call__(W, hessian, pattern): it can't solve")
-    return made
+    return kind
 
 
 def _check_plugin_values(name: str, kind: type, values: dict[str, Any]) -> None:

@@ -36,7 +36,12 @@ def devices() -> list[str]:
     return found + ["mps"] * torch.backends.mps.is_available()
 
 
-def check_device(device: str) -> None:
+def device_name(device: str | torch.device | None) -> str | None:
+    """A device by name; None = the default one."""
+    return None if device is None else str(device)
+
+
+def check_device(device: str | torch.device) -> None:
     """Check that this machine and this build of torch have a device.
 
     Raises:
@@ -47,9 +52,9 @@ def check_device(device: str) -> None:
             raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
-        reason = first_line(error)
-        hint = f" (a GPU is {device.lower().replace('gpu', 'cuda', 1)!r})" if device.lower().startswith("gpu") else ""
-        raise SecateurError(f"‹device› is {device!r}, which can't be used here{hint}: {reason}") from error
+        reason, name = first_line(error), str(device).lower()
+        hint = f" (a GPU is {name.replace('gpu', 'cuda', 1)!r})" if name.startswith("gpu") else ""
+        raise SecateurError(f"‹device› is {str(device)!r}, which can't be used here{hint}: {reason}") from error
 
 
 def processor_name(device: str) -> str:

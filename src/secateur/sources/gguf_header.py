@@ -53,7 +53,7 @@ class _Header:
                 f"{tensors:,} tensors and {pairs:,} values are announced, more than the file has room for"
             )
         values = dict(self.pair() for _ in range(pairs))
-        if (parts := values.get("split.count", 1)) != 1:
+        if (parts := values.get("split.count", 1)) not in (0, 1):  # 0 is what a merged file says
             raise SecateurError(f"it is one of {parts} parts of a model: merge them first (llama-gguf-split --merge)")
         found = [self.tensor() for _ in range(tensors)]
         self.check_tensors(found, values.get("general.alignment", 32))

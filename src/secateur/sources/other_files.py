@@ -15,7 +15,13 @@ from secateur.storage.file_records import is_plain_name
 from secateur.storage.paths import real_path
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
+MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".py"}  # of files that decide what a model computes
 NOT_COPIED = {CARD, "config.json", METADATA, RECIPE_FILE, REPORT_FILE}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that decide what the model computes, by name."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()]
 
 
 def copy_other_files(source: Path, target: Path) -> None:

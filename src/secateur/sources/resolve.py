@@ -33,6 +33,8 @@ def resolve(name: str, trust_remote_code: bool = False, allow_pickle: bool = Fal
     Raises:
         SecateurError: there is no such model.
     """
+    if not name:
+        raise SecateurError("the model's name is empty")
     path = user_path(name)
     if name == DEMO_NAME and not path.exists():
         return demo_model()
