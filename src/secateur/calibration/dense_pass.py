@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -205,13 +206,19 @@ class _Pass:
         real: its real tokens.
         last_output: the hidden states that the last block gave, with its name and their version.
         num_calls: how often each block ran.
-        given: tensors that blocks gave, by id: each with the block and the place in its output.
+        given: tensors that blocks gave, by id: each with the block and the place in its output. They are not held:
+            attention weights would take too much memory.
     """
 
     real: Tensor | None
     last_output: tuple[str, Tensor, int] | None = None
     num_calls: Counter[str] = field(default_factory=Counter)
-    given: dict[int, tuple[Tensor, tuple[str, Any]]] = field(default_factory=dict)
+    given: dict[int, tuple[ref[Tensor], tuple[str, Any]]] = field(default_factory=dict)
+
+    def origin(self, value: Any) -> tuple[str, Any] | None:
+        """The block that gave a tensor, and the place in its output; None where no block did."""
+        tensor, origin = self.given.get(id(value), (None, None))
+        return origin if tensor is not None and tensor() is value else None
 
 
 class _CallRecorder:
@@ -265,8 +272,8 @@ class _CallRecorder:
                     f"the input of {block.name} is not the output of {last[0]} on all calibration inputs: the model "
                     f"changes hidden states between its blocks, which a replay block by block would miss"
                 )
-            given = self._pass.given
-            handed = {place: given[id(each)][1] for place, each in call.arguments().items() if id(each) in given}
+            origins = {place: self._pass.origin(each) for place, each in call.arguments().items()}
+            handed = {place: origin for place, origin in origins.items() if origin is not None}
             self.calls[block.name].append(replace(call, handed=handed))
 
         return hook
@@ -286,7 +293,7 @@ class _CallRecorder:
             self._pass.last_output = (block.name, hidden, hidden._version)
             if self.hands_on:
                 tensors = {place: each for place, each in parts_of(output).items() if isinstance(each, Tensor)}
-                self._pass.given |= {id(each): (each, (block.name, place)) for place, each in tensors.items()}
+                self._pass.given |= {id(each): (ref(each), (block.name, place)) for place, each in tensors.items()}
 
         return hook
 

@@ -8,7 +8,7 @@ between them) is one block: every matrix is observed in place, in the dense mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -154,19 +154,21 @@ def _check_inside(model: nn.Module, blocks: Sequence[Block], layers: Layers) -> 
     Raises:
         SecateurError: one is.
     """
-    inside = {id(part) for layer in layers.values() for part in layer.modules()}
-    outside = {
-        id(parameter): ".".join(filter(None, (path, name)))
-        for path, part in model.named_modules()
-        for name, parameter in part.named_parameters(recurse=False)
-        if id(part) not in inside
-    }
+    outside = {id(parameter): name for name, parameter in _around(model, {*map(id, layers.values())})}
     for matrix in [matrix for block in blocks for matrix in block.matrices]:
         if other := outside.get(id(matrix.parameter)):
             raise SecateurError(
                 f"{matrix.name} is the same tensor as {other}, outside of the layers, which would get its zeros too: "
                 f"leave it dense with ‹exclude='{matrix.name}'›"
             )
+
+
+def _around(module: nn.Module, layers: set[int], path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are reached without going through a layer (by id), by name."""
+    if id(module) not in layers:
+        yield from module.named_parameters(path, recurse=False)
+        for name, part in module.named_children():
+            yield from _around(part, layers, f"{path}.{name}" if path else name)
 
 
 def _block(path: str, module: nn.Module, matrices: MatrixFilter) -> Block:
