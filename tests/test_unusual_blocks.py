@@ -193,6 +193,14 @@ def test_experts_that_get_every_token_have_no_dense_target():
         )
 
 
+def test_a_block_without_gradients_can_not_be_refit():
+    def detached(hidden):
+        return hidden.detach()
+
+    with pytest.raises(UnsupportedModelError, match="has no gradient with respect to its weights"):
+        secateur.prune(OddModel(form=detached), calibration=tokens(16), settings={"allocation": None})
+
+
 def test_a_stub_gives_none_for_what_no_later_block_takes():
     """Attention weights, which GPT-Neo's blocks return."""
     chain = find_chain(tiny("gpt_neo"))

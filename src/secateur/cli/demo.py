@@ -51,8 +51,9 @@ def run_demo(
         figures and continuations of both models, and the report.
     """
     out, asked = real_path(user_path(out)), few_tokens(asked)
-    if Path(DEMO_NAME).exists():
-        raise SecateurError(f"there is a {DEMO_NAME} in this folder, which would be taken for the demo's model")
+    place = real_path(Path(DEMO_NAME))
+    if place.exists() or place == out:
+        raise SecateurError(f"{place} would be taken for the demo's model: run the demo elsewhere, or rename it")
     overwrite = overwrite or _is_same_demo(out, resolve_recipe(**asked))
     check_place(out)
     check_apart(out, [])

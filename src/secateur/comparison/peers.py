@@ -19,6 +19,8 @@ from secateur.comparison import peer_llmcompressor
 from secateur.errors import SecateurError
 from secateur.recipe.patterns import NM, Pattern
 
+MOST_APART = 0.01  # shares of zeros: rows of a few weights are rounded
+
 
 def prune_by_llmcompressor(
     checkpoint: Checkpoint, batches: Sequence[Batch], method: str, pattern: Pattern, python: Path
@@ -33,7 +35,8 @@ def prune_by_llmcompressor(
         python: of an environment with llm-compressor.
 
     Raises:
-        SecateurError: the peer fails, with its last lines; or it saved tensors that the model does not have.
+        SecateurError: the peer fails, with its last lines; or it saved tensors that the model does not have, or pruned
+            another share of the weights.
     """
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "pruned.safetensors"
@@ -58,8 +61,11 @@ def prune_by_llmcompressor(
     if not changed:
         raise SecateurError("llm-compressor left every weight as it was: its version may not prune any more")
     zeros = sum(int((pruned[name] == 0).sum()) for name in changed)
+    sparsity = zeros / sum(pruned[name].numel() for name in changed)
+    if abs(sparsity - pattern.sparsity) > MOST_APART:
+        raise SecateurError(f"llm-compressor pruned {sparsity:.1%} of the weights, and {pattern} was asked for")
     checkpoint.model.load_state_dict(pruned, strict=False)
-    return figures | {"sparsity": zeros / sum(pruned[name].numel() for name in changed)}
+    return figures | {"sparsity": sparsity}
 
 
 def _as_theirs(pattern: Pattern) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Stream
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import Block
 from secateur.numerics.int8 import coarser, nearest_int8
 from secateur.pruning.context import RunContext, StorageOf, keep_dtype
@@ -281,8 +281,18 @@ class _Shared:
         return self.objective(number // distributed.world_size())
 
     def backward(self, number: int) -> None:
-        """Gradients of the scaled loss on a batch that this rank has."""
-        (self.scale * self._loss(number)).backward()
+        """Gradients of the scaled loss on a batch that this rank has.
+
+        Raises:
+            UnsupportedModelError: a block whose output has none (Reformer's).
+        """
+        loss = self.scale * self._loss(number)
+        if not loss.requires_grad:
+            raise UnsupportedModelError(
+                "the block's output has no gradient with respect to its weights, which a refit needs: use "
+                "‹recipe=fast›, or ‹settings.refit=none›"
+            )
+        loss.backward()
 
     def mean(self, numbers: Sequence[int]) -> float:
         """Mean loss of several batches."""
