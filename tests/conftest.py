@@ -82,6 +82,22 @@ def main(monkeypatch, capsys):
 
 
 @pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A folder of this test alone for the Python code of models; what is imported from it is forgotten afterwards."""
+    folder = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def forget():
+        for name in [each for each in sys.modules if each.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    yield folder
+    forget()
+
+
+@pytest.fixture
 def cells_here(monkeypatch):
     """Run cells in this process: a fresh one imports for seconds."""
     from secateur.comparison.cell import run_cell

@@ -88,7 +88,7 @@ def test_default_length_is_capped_by_the_models_positions(text_file):
     assert calibrate(text_file, character_tokenizer(), config(48), samples=2).origin["seq_len"] == 48
 
 
-@pytest.mark.parametrize("family", ["Roberta", "XLMRobertaXL", "MPNet", "Luke", "Bert"])
+@pytest.mark.parametrize("family", ["Roberta", "XLMRobertaXL", "MPNet", "Luke", "Esm", "Bert"])
 def test_a_window_of_all_positions_is_what_the_model_takes(family):
     """RoBERTa's relatives count positions from behind the padding token's id."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}

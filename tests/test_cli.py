@@ -580,19 +580,17 @@ def bring_code(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_remote_code_runs_only_where_asked_for(main, model, text, tmp_path, monkeypatch):
-    modules = tmp_path / "modules"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+def test_remote_code_runs_only_where_asked_for(main, model, text, tmp_path, own_modules):
     bring_code(model)
     arguments = ("prune", model, tmp_path / "out", "--calibration", text, "--solver", "mrp", *SMALL)
     code, _, errors = main(*arguments)
     assert code == 2
     assert "--trust-remote-code" in errors
     assert not (tmp_path / "out").exists()
-    assert not list(modules.rglob("ran"))
+    assert not list(own_modules.rglob("ran"))
     code, _, errors = main(*arguments, "--trust-remote-code")
     assert code == 0, errors
-    assert list(modules.rglob("ran"))
+    assert list(own_modules.rglob("ran"))
     assert (tmp_path / "out" / "modeling_own.py").read_text() == (model / "modeling_own.py").read_text()
     code, _, errors = main("eval", tmp_path / "out", "--text", text, "--seq-len", "32", "--trust-remote-code")
     assert code == 0, errors
@@ -644,11 +642,13 @@ def test_a_size_in_bytes_is_taken_as_it_is(main, model, text, tmp_path):
 
 
 def test_coverage_of_every_matrix(main, model):
-    """Names are whole where the output goes to a pipe."""
-    code, out, errors = main("inspect", model, "--coverage", "--matrices")
+    """Rows are whole where the output goes to a pipe."""
+    rule = ("--exclude", "model.layers.0.mlp.down_proj")
+    code, out, errors = main("inspect", model, "--coverage", "--matrices", *rule)
     assert code == 0, errors
     assert all(f"model.layers.{index}.mlp.down_proj" in out for index in (0, 1))
     assert "model.layers.*" not in out
+    assert "a rule leaves 'model.layers.0.mlp.down_proj' dense" in out, "in one line, of more than 80 letters"
 
 
 def test_a_dry_run_checks_the_upload(main, model, text, tmp_path, monkeypatch):

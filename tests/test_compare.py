@@ -275,10 +275,10 @@ def test_recipes():
 
 
 def test_a_plus_in_a_files_name_is_none_in_front_of_a_setting(tmp_path):
-    mine = tmp_path / "a+b.yaml"
-    mine.write_text("solver: wanda\n")
-    assert parse_recipe(f"{mine}+damping=0.1") == {"recipe": str(mine), "settings": {"damping": 0.1}}
-    assert re.fullmatch(r"a\+b\.yaml@[0-9a-f]{8}\+damping=0\.1", label_of(f"{mine}+damping=0.1"))
+    for name in ("a+b.yaml", "a+1.yaml"):
+        (mine := tmp_path / name).write_text("solver: wanda\n")
+        assert parse_recipe(f"{mine}+damping=0.1") == {"recipe": str(mine), "settings": {"damping": 0.1}}
+        assert re.fullmatch(rf"{re.escape(name)}@[0-9a-f]{{8}}\+damping=0\.1", label_of(f"{mine}+damping=0.1"))
 
 
 @pytest.mark.parametrize(
@@ -320,13 +320,13 @@ def test_a_peer_that_is_not_there_is_explained(settings, tmp_path):
         compare(settings, ["llmcompressor-wanda"], ["50%"], [0], tmp_path, Path(sys.executable), say=lambda _line: None)
 
 
-@pytest.mark.usefixtures("cells_here")
 @pytest.mark.parametrize(("pattern", "theirs"), [("0.333", "0.333"), ("70%", "0.7"), ("2:4", "2:4"), ("1:4", "3:4")])
 def test_a_peer_gets_the_same_number_of_zeros(pattern, theirs):
     """llm-compressor's n is the number of zeros in a group of m."""
     assert _as_theirs(parse_pattern(pattern)) == theirs
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_divergence_from_the_dense_model_is_added_where_it_is_asked_for(settings, tmp_path):
     """Only to the pruned cell, which runs again for it and keeps it; the figures are those of `evaluate`."""
     said: list[str] = []

@@ -41,7 +41,7 @@ CHAT = {"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant"
 def prepared(tmp_path_factory):
     """What the pages take for granted: a model, texts, a pruned and a packed model."""
     folder = tmp_path_factory.mktemp("prepared")
-    save_checkpoint(folder / "my-model", max_position_embeddings=192)  # as many as `bench` takes
+    save_checkpoint(folder / "my-model", max_position_embeddings=int(LARGEST["--seq-len"]))
     (folder / "held-out.txt").write_text(SENTENCE * 30)
     (folder / "my-texts.jsonl").write_text("".join(json.dumps({"text": SENTENCE * 9}) + "\n" for _ in range(9)))
     (folder / "chats.jsonl").write_text("".join(json.dumps(CHAT) + "\n" for _ in range(12)))

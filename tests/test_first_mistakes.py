@@ -95,6 +95,8 @@ def test_a_preset_as_an_object_or_a_file_holds_on_to_its_pattern(tmp_path):
     for request in ({"pattern": "2:4"}, {"settings": {"pattern": "2:4"}}):
         with pytest.raises(secateur.SecateurError, match=r"made for 50%, .*Recipe.preset\(NAME, '2:4'\)"):
             secateur.prune(tiny_model("llama"), recipe=recipe, calibration=tokens(), **request)
+    steps = {"pattern": "2:4", "allocation": None, "refit.epochs": 3}
+    assert resolve_recipe(recipe, steps).pattern == secateur.parse_pattern("2:4"), "its steps were replaced too"
     recipe.save(tmp_path / "mine.yaml")
     for same in (tmp_path / "mine.yaml", recipe.to_dict()):
         with pytest.raises(secateur.SecateurError, match=r"made for 50%, .*secateur recipe NAME --pattern 2:4"):
@@ -104,7 +106,7 @@ def test_a_preset_as_an_object_or_a_file_holds_on_to_its_pattern(tmp_path):
 
 
 def test_one_row_of_tokens_is_no_list_of_batches():
-    with pytest.raises(secateur.SecateurError, match="is one tensor: give a list of tensors"):
+    with pytest.raises(secateur.SecateurError, match="is one row of tokens: give a list of tensors"):
         secateur.prune(tiny_model("llama"), solver="magnitude", calibration=torch.arange(8))
 
 

@@ -142,15 +142,20 @@ def test_later_blocks_get_what_pruned_ones_hand_on(family):
     with deterministic_forward(model):
         chain = find_chain(model)
         stream: Stream = run_dense_pass(model, chain, batches, quiet).stream
-        reached = {}
+        expected_of_dense = recorded_inputs(model, chain, batches[0])
+        stream.dense = [hidden.clone() for hidden in stream.hidden]
+        reached, dense = {}, {}
         for block in chain.blocks:
-            reached[block.name] = stream.hidden[0].clone()
+            reached[block.name], dense[block.name] = stream.hidden[0].clone(), stream.dense[0].clone()
+            stream.dense = stream.outputs(block, of_dense=True)
             for matrix in block.matrices:
                 matrix.stored.mul_(torch.rand(matrix.stored.shape) > 0.5)
             stream.advance(block)
         expected = recorded_inputs(model, chain, batches[0])
     for name, hidden in expected.items():
         assert torch.allclose(reached[name], hidden, rtol=1e-4, atol=1e-5), name
+        if family != "gemma3n_text":  # its blocks share a container
+            assert torch.allclose(dense[name], expected_of_dense[name], rtol=1e-4, atol=1e-5), name
 
 
 def padded_batches():
@@ -176,6 +181,18 @@ def test_padding_is_left_out_where_positions_come_first():
     X = torch.cat([hidden[batch["attention_mask"].bool()] for hidden, batch in pairs]).double()
     assert found.tokens == len(X)
     torch.testing.assert_close(found.H.double(), X.T @ X / len(X), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_padding_is_left_out_of_latent_attention():
+    """Its products have sizes of 1 between sequences and positions."""
+    model, batches = tiny("youtu"), padded_batches()
+    with deterministic_forward(model):
+        stream = run_dense_pass(model, find_chain(model), batches, quiet).stream
+    assert stream.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert "model.layers.0.self_attn.kv_b_proj" in [
+        matrix.name for group in stream.groups["model.layers.0"] for matrix, _ in group.members
+    ]
 
 
 def test_experts_that_get_every_token_are_refused_with_padding():

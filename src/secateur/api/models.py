@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from secateur.api.pruning import check_no_tokenizer, several
-from secateur.calibration.texts import max_positions
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
@@ -276,28 +275,12 @@ def bench(
     folders = [resolve(str(name), trust_remote_code) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
-    if not trust_remote_code:  # a configuration of the checkpoint's code is loaded in the measuring process alone
-        for folder in folders:
-            _check_positions(folder, prompt_tokens + new_tokens)
     pruned = _check_can_record(models) if record else []
     speeds = measure_models(folders, prompt_tokens, new_tokens, threads, trust_remote_code, progress)
     named = [replace(speed, model=str(name)) for speed, name in zip(speeds, models, strict=True)]
     for folder in pruned:
         record_speed(folder, named)
     return named
-
-
-def _check_positions(folder: Path, tokens: int) -> None:
-    """Check that a model has positions for a number of tokens.
-
-    Raises:
-        SecateurError: it has not.
-    """
-    positions = max_positions(load_config_and_tokenizer(folder, False)[0])
-    if positions is not None and tokens > positions:
-        raise SecateurError(
-            f"{folder} has {positions} positions, and ‹prompt_tokens› and ‹new_tokens› make {tokens}: lower them"
-        )
 
 
 @checks_names

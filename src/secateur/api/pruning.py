@@ -314,8 +314,8 @@ def _request(
     progress: Progress,
 ) -> Request:
     """What a run is asked for: its whole recipe, and its texts."""
-    if isinstance(calibration, Tensor):
-        raise SecateurError("‹calibration› is one tensor: give a list of tensors, one for each batch")
+    if isinstance(calibration, Tensor) and calibration.ndim < 2:
+        raise SecateurError("‹calibration› is one row of tokens: give a list of tensors, one for each batch")
     named = str(calibration) if isinstance(calibration, str | Path) else None
     chosen = resolve_recipe(recipe, settings, several(include), several(exclude), calibration=named, **shortcuts)
     return Request(*texts_of(chosen, calibration), offload_dir, StageClock(progress))

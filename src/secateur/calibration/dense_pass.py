@@ -363,6 +363,8 @@ class _UseRecorder:
             self._inputs[key] = (x, self._num_inputs)
         seen.inputs.setdefault(name, []).append(self._inputs[key][1])
         seen.tokens[name] = seen.tokens.get(name, 0) + len(real_tokens(use, self.real))
+        if use.is_sent:
+            seen.sent.add(name)
 
 
 def _layout(x: Tensor) -> list[tuple[int, int]]:

@@ -54,6 +54,7 @@ class Observations:
         input_dim: stored dimension that inputs run along.
         inputs: numbers of the inputs of its products, in order; equal numbers are one tensor.
         other_uses: functions that took it in another way.
+        sent: experts that are run by themselves.
         entered: modules that were called, as (block, path inside it).
     """
 
@@ -61,6 +62,7 @@ class Observations:
     input_dim: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, list[Any]] = field(default_factory=dict)
     other_uses: dict[str, set[str]] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)
     entered: set[tuple[str, str]] = field(default_factory=set)
 
     def of_all_ranks(self) -> Observations:
@@ -70,6 +72,7 @@ class Observations:
         together = Observations()
         for rank, part in enumerate(distributed.all_gather(self)):
             together.input_dim |= part.input_dim
+            together.sent |= part.sent
             together.entered |= part.entered
             for name, count in part.tokens.items():
                 together.tokens[name] = together.tokens.get(name, 0) + count
@@ -170,8 +173,9 @@ def _is_never_called(block: Block, matrix: Matrix, seen: Observations) -> bool:
 
 
 def routed_matrices(blocks: Sequence[Block], seen: Observations, num_tokens: int) -> frozenset[str]:
-    """Experts that saw only some tokens: slices of a 3-D parameter, and elements of a list that differ in theirs.
+    """Experts that a router sends tokens: slices of a 3-D parameter, and elements of a list that differ in tokens.
 
+    A slice may see every token, and yet in another order than the rest of the block.
     Cross-attention sees another number of tokens than the rest of its block, but the same number in all its matrices.
 
     Args:
@@ -186,8 +190,9 @@ def routed_matrices(blocks: Sequence[Block], seen: Observations, num_tokens: int
             if matrix.index is None:
                 inside = matrix.name.removeprefix(block.name)
                 alike.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", inside), []).append(matrix.name)
-            elif seen.tokens.get(matrix.name, 0) < num_tokens and _is_used(matrix, seen.input_dim):
-                routed.add(matrix.name)
+            elif _is_used(matrix, seen.input_dim):
+                is_short = seen.tokens.get(matrix.name, 0) < num_tokens
+                routed |= {matrix.name} if is_short or matrix.name in seen.sent else set()
         for names in alike.values():
             if block.name and len({seen.tokens.get(name, 0) for name in names}) > 1:
                 routed |= set(names)

@@ -7,7 +7,8 @@ Shape legend: B sequences, T positions, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections import Counter
+from collections.abc import Callable, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -40,7 +41,7 @@ class Stream:
         groups: matrices of each block by input.
         routed: matrices that do not see every token (experts).
         dense: the same texts in the dense model, where something aims at it. It starts at the chain's first block (a
-            decoder's encoder is pruned by then). What blocks hand on next to hidden states (Gemma 3n's shared keys and
+            decoder's encoder is pruned by then). What blocks put into a container that they share (Gemma 3n's keys and
             values) is the pruned stream's in both.
         memory: where hidden states go.
         damping: of the Hessians.
@@ -56,6 +57,14 @@ class Stream:
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     damping: Damping = DEFAULT_DAMPING
     num_tokens: int = 0
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks hand on more than hidden states: tensors that they return, or a container that they share."""
+        calls = [calls[0] for calls in self.calls.values() if calls]
+        arguments = [each for call in calls for each in call.arguments().values()]
+        shared = Counter(id(each) for each in arguments if isinstance(each, MutableMapping | MutableSequence) and each)
+        return any(call.handed for call in calls) or any(count > 1 for count in shared.values())
 
     def first(self, sizes: Sequence[int], sequences: int) -> Stream:
         """A stream of the first batches, as many as hold this many sequences; this one stays as it is.
@@ -81,9 +90,13 @@ class Stream:
         """The block's outputs on the pruned stream, or on the dense one. Cost: one forward of it on all batches."""
         stream = self.dense if of_dense else self.hidden
         assert stream is not None
-        calls = self.calls[block.name]
+        calls = [self._call(block, index, of_dense) for index in range(len(stream))]
         outputs = (call.replay(block, hidden.clone()) for call, hidden in zip(calls, stream, strict=True))
         return HiddenStates.of(outputs, self.memory, len(calls))
+
+    def _call(self, block: Block, index: int, of_dense: bool) -> BlockCall:
+        call = self.calls[block.name][index]
+        return call.of_dense if of_dense else call
 
     def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
         """Hessians by the name of each group's leader.
@@ -150,6 +163,7 @@ class Stream:
         index: int,
         hidden: Tensor,
         on_input: Callable[[str, Tensor], None],
+        of_dense: bool = False,
     ) -> Tensor:
         """Run the block on hidden states of batch `index`; returns its output.
 
@@ -159,7 +173,9 @@ class Stream:
             index: number of the batch.
             hidden: its hidden states.
             on_input: called with a leader's name and its input (real tokens, C), for each use.
+            of_dense: whether the hidden states are the dense stream's.
         """
+        call = self._call(block, index, of_dense)
         leaders = {group.leader.name for group in groups}
 
         def on_matmul(use: WeightUse) -> None:
@@ -167,7 +183,7 @@ class Stream:
                 on_input(use.matrix.name, real_tokens(use, self.padding[index]))
 
         with WeightWatcher([group.leader for group in groups], on_matmul):
-            return self.calls[block.name][index].replay(block, hidden.clone())  # a block may change its input in place
+            return call.replay(block, hidden.clone())  # a block may change its input in place
 
     def advance(self, block: Block) -> None:
         """Replace the hidden states by the block's output, and what it hands to later blocks next to them.
@@ -240,6 +256,11 @@ def finished_hessians(
     return hessians
 
 
+def _without_ones(sizes: Sequence[int]) -> list[int]:
+    """Sizes other than 1: latent attention multiplies (B, 1, T, C)."""
+    return [size for size in sizes if size > 1]
+
+
 def real_tokens(use: WeightUse, real: Tensor | None) -> Tensor:
     """A product's input as (tokens, C), without padded positions.
 
@@ -252,8 +273,8 @@ def real_tokens(use: WeightUse, real: Tensor | None) -> Tensor:
         return X
     if rows == real.T.shape and real.shape[0] != real.shape[1]:  # (T, B, C), as Longformer's
         real = real.T
-    is_sent = use.matrix.index is not None and use.item is None
-    if is_sent or (rows != real.shape and rows != (real.numel(),)):
+    is_in_order = _without_ones(rows) in (_without_ones(real.shape), [real.numel()])
+    if use.is_sent or not is_in_order:
         raise UnsupportedModelError(
             f"{use.matrix.name} was applied to rows {tuple(rows)} where the batch has positions {tuple(real.shape)}, "
             f"so padded ones can't be told apart: pass sequences of equal length, without padding"

@@ -172,7 +172,9 @@ def max_positions(config: Any) -> int | None:
     positions = getattr(text_config, "max_position_embeddings", None)
     if not positions or positions < 0:  # XLNet's -1 means no limit
         return None
-    counts_from_padding = getattr(text_config, "model_type", None) in COUNT_FROM_PADDING
+    kind = getattr(text_config, "model_type", None)
+    is_absolute_esm = kind == "esm" and text_config.position_embedding_type == "absolute"
+    counts_from_padding = kind in COUNT_FROM_PADDING or is_absolute_esm
     return positions - text_config.pad_token_id - 1 if counts_from_padding else positions
 
 

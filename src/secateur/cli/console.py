@@ -48,7 +48,9 @@ def show_table(
     table = Table(*whole, title=Text(visible(title), style="table.title") if title else None, **options)
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    _stdout.print(table, width=None if _stdout.is_terminal or "COLUMNS" in os.environ else WIDE)
+    if not _stdout.is_terminal and "COLUMNS" not in os.environ:
+        _stdout.width = max(WIDE, _stdout.width)
+    _stdout.print(table)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -89,8 +89,10 @@ def _is_same_demo(out: Path, recipe: Recipe) -> bool:
     """Whether the model in a folder, finished or not, is the demo's by this recipe."""
     if begun := unfinished(out):
         model, text = (begun.identity.get(name, {}) for name in ("model", "calibration"))
-        asked = {"seq_len": recipe.calibration.seq_len, "source": name_of(recipe.calibration.source)}
-        is_same_text = all(text.get(name) == value for name, value in asked.items())
+        drawn = text.get("samples", 0) - text.get("own_words", 0)
+        found = (text.get("source"), drawn, text.get("seq_len"))
+        asked = recipe.calibration
+        is_same_text = found == (name_of(asked.source), asked.samples, asked.seq_len)
         is_same = is_same_text and begun.identity.get("recipe") == recipe.without_calibration().to_dict()
         return is_same and model.get("name") == DEMO_NAME
     if not (out / METADATA).is_file():

@@ -148,9 +148,10 @@ def parse_recipe(recipe: str) -> dict[str, Any]:
 def _parts(recipe: str) -> list[str]:
     """A recipe and its settings. A plus inside a number (`1e+0`) or a file's name starts no setting."""
     parts = re.split(r"\+(?=[A-Za-z_])", recipe)
-    heads = ("+".join(parts[:count]) for count in range(len(parts), 0, -1))
-    head = next(filter(_is_file, heads), parts[0])
-    return [head, *parts[1 + head.count("+") :]]
+    for count in range(len(parts), 0, -1):
+        if _is_file(head := "+".join(parts[:count])):
+            return [head, *parts[count:]]
+    return parts
 
 
 def label_of(recipe: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from secateur.comparison.cell import DIGEST
 from secateur.comparison.results import DENSE, Comparison
 from secateur.comparison.table import LOWER_IS_BETTER, columns_of, tables, to_csv
 from secateur.reporting.charts import Series, chart
@@ -23,7 +24,7 @@ def to_html(comparison: Comparison) -> str:
     ]
     return render(
         "compare.html.j2",
-        title=f"{comparison.settings['model']} after pruning",
+        title=f"{comparison.settings['model'].partition(DIGEST)[0]} after pruning",
         sections=sections,
         settings=_without_empty(comparison.settings),
         environment=_without_empty(comparison.environment),

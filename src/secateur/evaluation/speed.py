@@ -23,6 +23,9 @@ REPEATS = 3
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
+POSITIONS_HINT = ". Does it have {} positions? If not, lower ‹prompt_tokens› or ‹new_tokens›"
+
+
 def measure_models(
     folders: Sequence[Path],
     prompt_tokens: int,
@@ -59,7 +62,8 @@ def _measured(folder: Path, numbers: tuple[int, ...]) -> Speed:
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise SecateurError(f"{folder} could not be measured: {one_line(why)}")
+        hint = POSITIONS_HINT.format(numbers[0] + numbers[1]) if why.startswith("IndexError") else ""
+        raise SecateurError(f"{folder} could not be measured: {one_line(why)}{hint}")
     return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
 

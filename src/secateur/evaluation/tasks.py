@@ -75,7 +75,7 @@ def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | 
 
 
 def load_tasks(tasks: Sequence[str], task_dir: str | Path | None) -> None:
-    """Read the data of tasks, so that what is missing is said before other work; the harness keeps them.
+    """Read the data of tasks, so that what is missing is said before other work. A run reads the cache on the disk.
 
     Raises:
         SecateurError: the data can't be read.

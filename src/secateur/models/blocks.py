@@ -52,12 +52,19 @@ class BlockCall:
         hidden_name: keyword of the hidden states; None = the first positional argument.
         handed: arguments that earlier blocks returned (a router's states), by name or position: the block, and the
             place in its output.
+        recorded: the call as the dense model made it, where pruned blocks have handed on others since.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str | None
     handed: Mapping[int | str, tuple[str, Any]] = field(default_factory=dict)
+    recorded: BlockCall | None = None
+
+    @property
+    def of_dense(self) -> BlockCall:
+        """The call as the dense model made it."""
+        return self.recorded or self
 
     @classmethod
     def split(cls, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -93,7 +100,8 @@ class BlockCall:
             return self
         found = self.arguments() | {place: parts_of(output)[key] for place, key in mine.items()}
         args = tuple(found[place] for place in range(len(self.args)))
-        return replace(self, args=args, kwargs={name: found[name] for name in self.kwargs})
+        kwargs = {name: found[name] for name in self.kwargs}
+        return replace(self, args=args, kwargs=kwargs, recorded=self.of_dense)
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call on these hidden states."""
@@ -116,9 +124,9 @@ def hidden_of(output: Any, block: Block) -> Tensor:
 
 def parts_of(output: Any) -> dict[Any, Any]:
     """The parts of a block's output, by name or position."""
-    return (
-        dict(output) if isinstance(output, Mapping) else dict(enumerate(output if type(output) is tuple else [output]))
-    )
+    if isinstance(output, Mapping):
+        return dict(output)
+    return dict(enumerate(output if isinstance(output, tuple | list) else [output]))
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -5,7 +5,7 @@ Stubs are used only where a trial on one sequence shows that they change no call
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,8 +114,8 @@ def same_calls(one: CallSample, other: CallSample) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arguments are equal. What can't be compared is taken for different."""
-    if one is other:
-        return not isinstance(one, dict | list) or _is_plain(one)  # earlier blocks may have filled a shared container
+    if one is other:  # earlier blocks may have filled a shared container
+        return not isinstance(one, MutableMapping | MutableSequence) or _is_plain(one)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
     if type(one) is not type(other):

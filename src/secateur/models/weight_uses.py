@@ -63,6 +63,11 @@ class WeightUse:
     output_is_transposed: bool = False
     item: tuple[Any, ...] | None = None
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether the matrix is an expert that is run by itself, on the tokens that a router sends it, in its order."""
+        return self.matrix.index is not None and self.item is None
+
 
 class WeightWatcher(TorchFunctionMode):
     """Calls `on_matmul` before each product with one of the matrices, and `on_output` after it.

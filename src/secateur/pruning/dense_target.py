@@ -58,12 +58,12 @@ def check_all_tokens(stream: Stream) -> None:
     Raises:
         SecateurError: an expert is among them.
     """
-    groups = (group for of_block in stream.groups.values() for group in of_block)
-    in_one_tensor = {matrix.name for group in groups for matrix, _ in group.members if matrix.index is not None}
-    if routed := sorted(stream.routed | in_one_tensor):
+    if stream.routed:
+        name = min(stream.routed)
         raise SecateurError(
-            f"{routed[0]} sees the tokens that a router sends it, and pruning may send others, so it has no dense "
-            f"target ({len(routed)} such matrices): use ‹settings.target=none›, or leave them dense with ‹exclude›"
+            f"{name} sees the tokens that a router sends it, and pruning may send others, so it has no dense "
+            f"target ({len(stream.routed)} such matrices): use ‹settings.target=none›, or leave them dense "
+            f"with ‹exclude›"
         )
 
 
@@ -106,7 +106,7 @@ def observe_moments(
     errors: dict[str, Tensor] = {}
     for index, hidden in enumerate(stream.hidden):
         with originals.restored():
-            dense_inputs, _ = _inputs(block, stream, groups, index, stream.dense[index])
+            dense_inputs, _ = _inputs(block, stream, groups, index, stream.dense[index], of_dense=True)
         inputs, output = _inputs(block, stream, groups, index, hidden)
         error = (dense_outputs[index].float() - output.float()).flatten(0, -2)
         real = stream.padding[index]
@@ -138,7 +138,7 @@ def observe_moments(
 
 
 def _inputs(
-    block: Block, stream: Stream, groups: list[InputGroup], index: int, hidden: Tensor
+    block: Block, stream: Stream, groups: list[InputGroup], index: int, hidden: Tensor, of_dense: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs of each group on one batch (tokens, C) in fp32, and the block's output."""
     seen: dict[str, list[Tensor]] = {}
@@ -146,7 +146,7 @@ def _inputs(
     def keep(name: str, X: Tensor) -> None:
         seen.setdefault(name, []).append(X.to(torch.float32, copy=True))
 
-    output = stream.replay_watched(block, groups, index, hidden, keep)
+    output = stream.replay_watched(block, groups, index, hidden, keep, of_dense)
     return {name: torch.cat(parts) for name, parts in seen.items()}, output
 
 

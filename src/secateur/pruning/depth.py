@@ -37,7 +37,7 @@ class DepthMeter:
         if outputs is not None:
             self.dense = outputs[0]
         elif _is_part(block) and distributed.is_main():
-            self.dense = self._replayed(block, self.dense)
+            self.dense = self._replayed(block, self.dense, of_dense=True)
 
     def measure(self, block: Block) -> list[DepthReport]:
         """Compare with the pruned hidden states behind a block, which the stream has passed unless it is the last.
@@ -53,10 +53,11 @@ class DepthMeter:
         found = distributed.broadcast_object(found)
         return [] if found is None else [found]
 
-    def _replayed(self, block: Block, hidden: Tensor) -> Tensor:
+    def _replayed(self, block: Block, hidden: Tensor, of_dense: bool = False) -> Tensor:
+        call = self.stream.calls[block.name][0]
         gpus = range(torch.cuda.device_count())
         with torch.random.fork_rng(gpus):  # a few models draw random numbers, and the run's must stay what they were
-            return self.stream.calls[block.name][0].replay(block, hidden.clone())
+            return (call.of_dense if of_dense else call).replay(block, hidden.clone())
 
 
 def _is_part(block: Block) -> bool:

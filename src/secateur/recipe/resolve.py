@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import SecateurError
 from secateur.recipe.declare import RecipeError, plain
 from secateur.recipe.files import RecipeFile, read_recipe
-from secateur.recipe.patterns import NM, Pattern, check_asked_pattern, parse_pattern
+from secateur.recipe.patterns import NM, check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
@@ -62,21 +62,22 @@ def resolve_recipe(
         check_asked_pattern(stated.get("pattern") if isinstance(stated, Mapping) else None)
     found = Recipe.from_dict(data) if file is None else file.recipe(data)
     if made_for is not None:
-        _check_kind_of_pattern(parse_pattern(made_for), found)
+        _check_kind_of_pattern(made_for, found, {name.partition(".")[0] for name in settings})
     _check_allocation(found)
     return found
 
 
-def _check_kind_of_pattern(made_for: Pattern, found: Recipe) -> None:
-    """Check that a recipe's steps are still for the kind of pattern that they were made for.
+def _check_kind_of_pattern(made_for: Any, found: Recipe, changed: set[str]) -> None:
+    """Check that steps of a recipe that were not changed are still for the kind of pattern that they were made for.
 
     Raises:
         RecipeError: an allocation or a refit for unstructured patterns, and now n:m, or the reverse.
     """
-    is_same = isinstance(made_for, NM) == isinstance(found.pattern, NM)
-    if not is_same and (found.allocation is not None or found.refit is not None):
+    is_same = (":" in str(made_for)) == isinstance(found.pattern, NM)
+    kept = [name for name in ("allocation", "refit") if getattr(found, name) is not None and name not in changed]
+    if kept and not is_same:
         raise RecipeError(
-            f"the recipe was made for {made_for}, and its allocation or refit should be another one for "
+            f"the recipe was made for {made_for}, and its {' and '.join(kept)} should be another one for "
             f"{found.pattern}: name the preset, or make the recipe anew (secateur recipe NAME --pattern "
             f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
             ("pattern",),
