@@ -20,18 +20,19 @@ TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 
 
 def measured() -> list[dict[str, Any]]:
-    """Tokens, perplexities by text and recipe, and gaps by text, of each folder."""
+    """Tokens, perplexities by text and recipe, and gaps by text, of each folder; of seeds that both recipes have."""
     found = []
     for folder, best in FOLDERS.items():
         comparison = read(folder)
         recipes = {"sparsegpt": cells(comparison, "sparsegpt", PATTERN), "best": cells(comparison, best, PATTERN)}
+        shared = set.intersection(*map(set, recipes.values()))
         found.append(
             {
                 "tokens": comparison.settings["samples"] * comparison.settings["seq_len"],
                 "dense": {text: comparison.cells["dense"]["perplexity"][text] for text in TEXTS},
                 "perplexity": {
                     recipe: {
-                        text: statistics.mean(cell["perplexity"][text] for cell in seeds.values()) for text in TEXTS
+                        text: statistics.mean(seeds[seed]["perplexity"][text] for seed in shared) for text in TEXTS
                     }
                     for recipe, seeds in recipes.items()
                 },
