@@ -641,8 +641,9 @@ def test_a_size_in_bytes_is_taken_as_it_is(main, model, text, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
-def test_coverage_of_every_matrix(main, model):
-    """Rows are whole where the output goes to a pipe."""
+def test_coverage_of_every_matrix(main, model, monkeypatch):
+    """Rows are whole where the output goes to a pipe, and nothing says how wide they may be."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     rule = ("--exclude", "model.layers.0.mlp.down_proj")
     code, out, errors = main("inspect", model, "--coverage", "--matrices", *rule)
     assert code == 0, errors
