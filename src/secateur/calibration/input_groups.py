@@ -22,7 +22,7 @@ from secateur.runtime import distributed
 PRODUCTS = {
     *("linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "scaled_mm"),
     # torch's own layers, which hide their products (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    *("multi_head_attention_forward", "native_multi_head_attention", "transformer_encoder_layer_fwd"),
 }
 
 
@@ -155,7 +155,7 @@ def _why_missed(matrix: Matrix, seen: Observations) -> SecateurError:
 
 
 def _products(uses: set[str]) -> list[str]:
-    return sorted(use for use in uses if {(name := use.rsplit(".", 1)[-1]), name.strip("_")} & PRODUCTS)
+    return sorted(use for use in uses if use.rsplit(".", 1)[-1].strip("_") in PRODUCTS)
 
 
 def _is_never_called(block: Block, matrix: Matrix, seen: Observations) -> bool:
@@ -190,9 +190,10 @@ def routed_matrices(blocks: Sequence[Block], seen: Observations, num_tokens: int
             if matrix.index is None:
                 inside = matrix.name.removeprefix(block.name)
                 alike.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", inside), []).append(matrix.name)
-            elif _is_used(matrix, seen.input_dim):
-                is_short = seen.tokens.get(matrix.name, 0) < num_tokens
-                routed |= {matrix.name} if is_short or matrix.name in seen.sent else set()
+            elif matrix.name in seen.sent or (
+                seen.tokens.get(matrix.name, 0) < num_tokens and _is_used(matrix, seen.input_dim)
+            ):
+                routed.add(matrix.name)
         for names in alike.values():
             if block.name and len({seen.tokens.get(name, 0) for name in names}) > 1:
                 routed |= set(names)

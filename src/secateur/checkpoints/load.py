@@ -191,7 +191,7 @@ def _check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
     wanted = {name: tensor.shape for name, tensor in skeleton.named_parameters() if name in shards}
     for path in sorted({shards[name] for name in wanted}):
         with safe_open(path, framework="pt") as shard:
-            for name in (each for each in shard.keys() if each in wanted):  # noqa: SIM118 - it is not a mapping
+            for name in sorted(wanted.keys() & {*shard.keys()}):
                 found = shard.get_slice(name).get_shape()
                 if math.prod(found) != wanted[name].numel():
                     raise SecateurError(

@@ -299,8 +299,7 @@ def _content(text: str | None) -> str:
         return "shipped text" if text is None else text
     if place.is_file():
         return f"{place.name}{DIGEST}{sha256(place)[:16]}"
-    parts = "".join(f"{each.name} {sha256(each)}\n" for each in sorted(place.iterdir()) if each.is_file())
-    return f"{place.name}{DIGEST}{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return f"{place.name}{DIGEST}{_digest(_as_now([each for each in sorted(place.iterdir()) if each.is_file()]))}"
 
 
 def _content_of_model(name: str) -> str:

@@ -21,8 +21,6 @@ WEIGHT_FORMATS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # as transfo
 REPEATS = 3
 # Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
-
 POSITIONS_HINT = ". Does it have {} positions? If not, lower ‹prompt_tokens› or ‹new_tokens›"
 
 
