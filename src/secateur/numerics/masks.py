@@ -8,6 +8,7 @@ Shape legend: R output rows, C input columns.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -35,12 +36,19 @@ def keep_all_but_lowest(score: Float[Tensor, "*shape"], num_pruned: int) -> Bool
         return torch.ones_like(score, dtype=torch.bool)
     if num_pruned >= flat.numel():
         return torch.zeros_like(score, dtype=torch.bool)
-    # topk and not kthvalue, which has no deterministic form on CUDA.
-    threshold = flat.topk(num_pruned, largest=False, sorted=False).values.max()
+    threshold = _nth_lowest(flat, num_pruned)
     pruned = flat < threshold
     ties = (flat == threshold).nonzero()[:, 0]
     pruned[ties[: num_pruned - int(pruned.sum())]] = True
     return ~pruned.reshape(score.shape)
+
+
+def _nth_lowest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, ""]:
+    """The nth of the values in rising order."""
+    if values.device.type == "cpu":  # a tenth of topk's time
+        return torch.from_numpy(np.partition(values.numpy(), n - 1))[n - 1]
+    # topk and not kthvalue, which has no deterministic form on CUDA.
+    return values.topk(n, largest=False, sorted=False).values.max()
 
 
 def keep_highest_of_groups(score: Float[Tensor, "R C"], pattern: NM) -> Bool[Tensor, "R C"]:

@@ -23,9 +23,9 @@ def fast(_pattern: Pattern) -> dict[str, Any]:
 
 
 def balanced(pattern: Pattern) -> dict[str, Any]:
-    """Joint removal, a short block refit, and for unstructured patterns an allocation."""
+    """A short joint mask search, a short block refit, and for unstructured patterns an allocation."""
     refit = {"epochs": 1, "rate": 0.00625}
-    solver = {"name": "mrp", "tolerance": 0.02}
+    solver = {"name": "admm", "search_iterations": 4, "tolerance": 0.02}
     if isinstance(pattern, NM):
         return {"solver": solver, "shrinkage": "auto", "refit": refit | {"strength": NM_REFIT_STRENGTH}}
     allocation = {"rule": "curve", "tokens": 4096}
@@ -42,7 +42,7 @@ def best(pattern: Pattern) -> dict[str, Any]:
     refit |= {"prediction_blocks": 1}
     found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}}
     if isinstance(pattern, NM):
-        solver = {"name": "admm", "search_iterations": 40}
+        solver = {"name": "admm", "search_iterations": 24}
         return found | {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
     solver = {"name": "admm", "search_iterations": 12}
     return found | {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}

@@ -70,7 +70,7 @@ class MRP(SolverOptions):
     block: Annotated[Whole, Ge(1)] | Literal["all"] = Field(
         default="all",
         description="Columns that are compensated jointly, with the columns left of them frozen; `all` = the full row, "
-        "re-optimised from the original weights on the mask of a sweep by 128 columns.",
+        "re-optimised from the original weights on the mask of a sweep.",
     )
     tolerance: Tolerance = 1e-3
     max_iterations: MaxIterations = 200
@@ -82,10 +82,10 @@ class ADMM(SolverOptions):
 
     name: ClassVar[str] = "admm"
     search_iterations: Whole = Field(
-        default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 16 about its own."
+        default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 12 about its own."
     )
     penalty_start: Number = Field(
-        default=0.2,
+        default=0.4,
         gt=0,
         description="Penalty at the first step, relative to a scaled diagonal of 1; lower searches freely.",
     )

@@ -8,10 +8,12 @@ With columns scaled so that diag Hd = 1, the augmented Lagrangian with penalty r
 
     W = W0 + (D - W0 - U) rho (Hd + rho I)^-1,    D = project(W + U),    U = U + W - D,
 
-where `project` keeps the largest entries. The penalty rises along a fixed geometric schedule, which freezes the mask by
-its end. ALPS raises it by how much the mask still moves, and works in an eigenbasis of H. A fixed schedule depends on
-no weights, so one resolvent `rho (Hd + rho I)^-1` serves all rows for several steps of one product each. Its Cholesky
-factor is cheaper than the eigenbasis and stable in fp32, as rho keeps it away from singularity.
+where `project` keeps the largest entries. D begins with the weights whose single removals cost most. In the last two
+steps W stands for `r W + (1 - r) D`, with the over-relaxation r (Boyd et al. 2011, section 3.4.3): the same mask in
+fewer steps. The penalty rises along a fixed geometric schedule, which freezes the mask by its end. ALPS raises it by
+how much the mask still moves, and works in an eigenbasis of H. A fixed schedule depends on no weights, so one resolvent
+`rho (Hd + rho I)^-1` serves all rows for several steps of one product each. Its Cholesky factor is cheaper than the
+eigenbasis and stable in fp32, as rho keeps it away from singularity.
 
 Shape legend: R output rows, C input columns.
 """
@@ -31,6 +33,7 @@ from secateur.recipe.solvers import ADMM
 from secateur.solvers.base import Solved, restore_dead_inputs, zero_dead_inputs
 
 STEPS_A_PENALTY = 4
+OVER_RELAXATION = 1.2
 
 
 def solve_admm(options: ADMM, W: Float[Tensor, "R C"], hessian: Hessian, pattern: Pattern) -> Solved:
@@ -52,7 +55,7 @@ def search_mask(
     scale = damped.matrix.diagonal().sqrt()
     H = damped.matrix / (scale[:, None] * scale)
     W0 = W * scale
-    keep = _project(W0, pattern)
+    keep = _project(W / damped.inverse_diagonal.sqrt(), pattern)
     D, U = W0 * keep, torch.zeros_like(W0)
     changed, penalty, resolvent = 0, 0.0, H
     for step in range(options.search_iterations):
@@ -60,7 +63,8 @@ def search_mask(
             before, penalty = penalty, _penalty(options, step)
             resolvent = _resolvent(H, penalty)
             U *= before / penalty  # U is the multiplier over rho
-        U += W0 + (D - W0 - U) @ resolvent
+        free = W0 + (D - W0 - U) @ resolvent
+        U += OVER_RELAXATION * free + (1 - OVER_RELAXATION) * D
         before_step, keep = keep, _project(U, pattern)
         D = U * keep
         U -= D

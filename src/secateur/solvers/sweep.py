@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secateur.numerics.conjugate_gradients import Stop, masked_cg
@@ -38,6 +38,7 @@ def sweep(
     compensation: str,
     tile: int,
     mask_only: bool = False,
+    quotas: Int[Tensor, " C"] | None = None,
 ) -> tuple[Float[Tensor, "R C"], Bool[Tensor, "R C"]]:
     """Prune W to the pattern in one sweep; returns (weight, keep).
 
@@ -50,8 +51,10 @@ def sweep(
             the other, each from weights that made up for the groups before it one by one; then the tile is solved.
         tile: columns among which an unstructured mask is chosen, and after which the rest of the row is updated.
         mask_only: the caller uses the mask alone, so joint updates of a tile need not be exact.
+        quotas: zeros of each column of an unstructured mask, added up over the columns of a tile; None = the same share
+            in every tile.
 
-    Cost: R C^2 multiply-adds for the updates, besides the factor of `damped`.
+    Cost: R C^2 / 2 multiply-adds for the updates, besides the factor of `damped`.
     """
     columns = W.shape[1]
     U = damped.U
@@ -67,7 +70,12 @@ def sweep(
             if search is not None and mask == "M":
                 kept = search.best_keep(current, a)
             else:
-                kept = _lowest_go(current.square() / _single_variance(span, compensation), pattern, a, b)
+                score = current.square() / _single_variance(span, compensation)
+                kept = (
+                    _lowest_go(score, pattern, a, b)
+                    if quotas is None
+                    else keep_all_but_lowest(score, int(quotas[a:b].sum()))
+                )
             keep[a:b] = kept.T
             pruned = ~kept
             if compensation == "S":
