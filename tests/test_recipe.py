@@ -53,7 +53,7 @@ def test_balanced_is_the_default_and_a_named_solver_stands_alone():
 
 def test_n_m_presets_have_no_allocation_and_search_further():
     assert Recipe.preset("best", "50%").solver.search_iterations == 12
-    assert Recipe.preset("best", "2:4").solver.search_iterations == 40
+    assert Recipe.preset("best", "2:4").solver.search_iterations == 24
     for name in ("balanced", "best"):
         assert Recipe.preset(name, "50%").allocation.rule == "curve"
         assert Recipe.preset(name, "2:4").allocation is None

@@ -18,7 +18,7 @@ from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.solvers import ADMM, SOLVERS, read_solver
-from secateur.solvers import Solved, admm
+from secateur.solvers import Solved, admm, mrp
 from secateur.solvers.checked import SOLVE
 
 ENTRY_POINTS = "secateur.recipe.solvers.entry_points"
@@ -123,15 +123,15 @@ def test_dead_inputs_leave_the_rest_as_if_they_were_not_there(name):
     """Unstructured at a share that prunes all dead inputs: the live part is solved like the matrix without them."""
     if METHODS[name].get("mask") == "M" or name in (*NO_UPDATE, "mrp-SM-32"):
         pytest.skip("needs an unstructured update in one tile")
-    W, H = problem(16, 40)
-    dead = [0, 11, 22, 33, 39, 5, 6, 7]
-    live = [index for index in range(40) if index not in dead]
+    W, H = problem(16, 32)
+    dead = [0, 11, 22, 29, 31, 5, 6, 7]
+    live = [index for index in range(32) if index not in dead]
     Hz = H.clone()
     Hz[dead] = 0
     Hz[:, dead] = 0
-    pruned_live = 256
+    pruned_live = 192
     tight = {"tolerance": 1e-12} if METHODS[name]["solver"] in ("mrp", "admm") else {}
-    with_dead = solve(name, W, Hz, Unstructured((pruned_live + 16 * len(dead)) / (16 * 40)), **tight)
+    with_dead = solve(name, W, Hz, Unstructured((pruned_live + 16 * len(dead)) / (16 * 32)), **tight)
     alone = W[:, live].contiguous(), H[live][:, live].contiguous()
     without = solve(name, *alone, Unstructured(pruned_live / (16 * len(live))), **tight)
     assert torch.equal(with_dead.keep[:, live], without.keep)
@@ -414,6 +414,19 @@ def test_joint_removal_scores_the_first_span_by_the_whole_inverse():
     assert torch.equal(keep, lowest(score, 12 * 8))
 
 
+def test_over_the_full_row_tiles_share_zeros_by_single_removals_in_the_whole_matrix():
+    W, H = problem(rows=12, columns=64)
+    W[:, :32] *= 3  # a head that matters more
+    score = W.square() / damp(H).inverse().diagonal()
+    zeros = ~lowest(score, W.numel() // 2)
+    found = ~solve_by(W, H, 0.5, "mrp").keep
+    assert [int(part.sum()) for part in found.split(mrp.MASK_TILE, 1)] == [
+        int(part.sum()) for part in zeros.split(mrp.MASK_TILE, 1)
+    ]
+    uniform = ~solve_by(W, H, 0.5, "mrp", block=32).keep
+    assert int(uniform[:, :32].sum()) == 12 * 16 > int(found[:, :32].sum())
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
 def test_admm_is_that_of_the_textbook(pattern):
     """With the multiplier itself, which a new penalty leaves as it is, and a dense solve each step."""
@@ -422,7 +435,8 @@ def test_admm_is_that_of_the_textbook(pattern):
     scale = damp(H).diagonal().sqrt()
     Hd, target = damp(H) / (scale[:, None] * scale), W * scale
     project = admm._project
-    D, multiplier = target * project(target, pattern), torch.zeros_like(target)
+    D = target * project(W / damp(H).inverse().diagonal().sqrt(), pattern)
+    multiplier = torch.zeros_like(target)
     for step in range(options.search_iterations):
         penalty = admm._penalty(options, step - step % admm.STEPS_A_PENALTY)
         right = target @ Hd + penalty * D - multiplier

@@ -44,7 +44,7 @@ def best(pattern: Pattern) -> dict[str, Any]:
     if isinstance(pattern, NM):
         solver = {"name": "admm", "search_iterations": 24}
         return found | {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
-    solver = {"name": "admm", "search_iterations": 12}
+    solver = {"name": "admm", "search_iterations": 12, "penalty_start": 0.4}
     return found | {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
 
 

@@ -85,7 +85,7 @@ class ADMM(SolverOptions):
         default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 12 about its own."
     )
     penalty_start: Number = Field(
-        default=0.4,
+        default=0.2,
         gt=0,
         description="Penalty at the first step, relative to a scaled diagonal of 1; lower searches freely.",
     )

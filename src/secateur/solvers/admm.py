@@ -8,12 +8,11 @@ With columns scaled so that diag Hd = 1, the augmented Lagrangian with penalty r
 
     W = W0 + (D - W0 - U) rho (Hd + rho I)^-1,    D = project(W + U),    U = U + W - D,
 
-where `project` keeps the largest entries. D begins with the weights whose single removals cost most. In the last two
-steps W stands for `r W + (1 - r) D`, with the over-relaxation r (Boyd et al. 2011, section 3.4.3): the same mask in
-fewer steps. The penalty rises along a fixed geometric schedule, which freezes the mask by its end. ALPS raises it by
-how much the mask still moves, and works in an eigenbasis of H. A fixed schedule depends on no weights, so one resolvent
-`rho (Hd + rho I)^-1` serves all rows for several steps of one product each. Its Cholesky factor is cheaper than the
-eigenbasis and stable in fp32, as rho keeps it away from singularity.
+where `project` keeps the largest entries. D begins with the weights whose single removals cost most. The penalty rises
+along a fixed geometric schedule, which freezes the mask by its end. ALPS raises it by how much the mask still moves,
+and works in an eigenbasis of H. A fixed schedule depends on no weights, so one resolvent `rho (Hd + rho I)^-1` serves
+all rows for several steps of one product each. Its Cholesky factor is cheaper than the eigenbasis and stable in fp32,
+as rho keeps it away from singularity.
 
 Shape legend: R output rows, C input columns.
 """
@@ -33,7 +32,6 @@ from secateur.recipe.solvers import ADMM
 from secateur.solvers.base import Solved, restore_dead_inputs, zero_dead_inputs
 
 STEPS_A_PENALTY = 4
-OVER_RELAXATION = 1.2
 
 
 def solve_admm(options: ADMM, W: Float[Tensor, "R C"], hessian: Hessian, pattern: Pattern) -> Solved:
@@ -63,8 +61,7 @@ def search_mask(
             before, penalty = penalty, _penalty(options, step)
             resolvent = _resolvent(H, penalty)
             U *= before / penalty  # U is the multiplier over rho
-        free = W0 + (D - W0 - U) @ resolvent
-        U += OVER_RELAXATION * free + (1 - OVER_RELAXATION) * D
+        U += W0 + (D - W0 - U) @ resolvent
         before_step, keep = keep, _project(U, pattern)
         D = U * keep
         U -= D
