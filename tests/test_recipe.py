@@ -294,7 +294,7 @@ def test_shortcuts_fill_in_and_may_not_contradict(tmp_path):
     assert "--solver mrp contradicts it" in raised.value.for_command_line()
     assert "--set solver=mrp" in raised.value.for_command_line()
     assert resolve_recipe(path, {"pattern": "2:4"}).pattern == secateur.NM(2, 4)
-    assert resolve_recipe("balanced", solver="mrp") == Recipe.preset("balanced")
+    assert resolve_recipe("balanced", solver="admm") == Recipe.preset("balanced")
     only_the_source = Recipe(calibration=CalibrationText(source="c4"))
     assert resolve_recipe(only_the_source, samples=32).calibration == CalibrationText(source="c4", samples=32)
     assert resolve_recipe({"calibration": only_the_source.calibration}, samples=32).calibration.samples == 32

@@ -261,7 +261,8 @@ def check_ids(ids: Tensor, config: Any, is_row: bool = True) -> None:
     """
     if ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0 or ids.ndim not in (1, 2):
         raise SecateurError(
-            f"tokens must be non-empty int64 or int32 tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}"
+            f"tokens must be non-empty int64 or int32 tensors (T) or (B, T), not {tuple(ids.shape)} of {ids.dtype}; "
+            f"other inputs go in dicts, such as {{'pixel_values': tensor}}"
         )
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):

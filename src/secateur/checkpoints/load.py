@@ -223,6 +223,7 @@ def load_config_and_tokenizer(folder: Path, trust_remote_code: bool = False) -> 
         config = AutoConfig.from_pretrained(folder, **options)
     except (*BROKEN, StrictDataclassError) as error:
         raise SecateurError(why_not_loaded(folder, error, trust_remote_code)) from error
+    _check_is_causal(folder, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except BROKEN as error:
@@ -237,12 +238,30 @@ def load_config_and_tokenizer(folder: Path, trust_remote_code: bool = False) -> 
     return config, tokenizer
 
 
+def _check_is_causal(folder: Path, config: Any) -> None:
+    """Check that transformers has a causal language model for one of its configurations.
+
+    Raises:
+        SecateurError: it has none.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config).__module__.startswith("transformers.") and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        made_as = ", ".join(getattr(config, "architectures", None) or ()) or type(config).__name__
+        raise SecateurError(
+            f"{folder} holds a {made_as}, which is not a causal language model: load it with {HINT_OTHER_CLASS}"
+        )
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def _no_tokenizer(folder: Path) -> str:
-    return f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)} is there)"
+    return (
+        f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)} is there): save the model's own there, by "
+        f"tokenizer.save_pretrained({str(folder)!r})"
+    )
 
 
 def why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> str:
@@ -251,8 +270,7 @@ def why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> s
     if isinstance(own_code, dict) and not trust_remote_code and "trust_remote_code" in str(error):
         files = ", ".join(sorted({f"{str(name).partition('.')[0]}.py" for name in own_code.values()}))
         return f"{folder} brings Python code ({files}): read it, and let it run with ‹trust_remote_code›"
-    advice = f": load it with {HINT_OTHER_CLASS}" if "Unrecognized configuration class" in str(error) else ""
-    return f"{folder} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}{advice}"
+    return f"{folder} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}"
 
 
 def _differences(folder: Path, config: Any, model: Any, unexpected: set[str], shards: dict[str, Path]) -> list[str]:

@@ -70,11 +70,11 @@ OffloadDir = Annotated[Path | None, flag("Folder for hidden states.", MACHINE, "
 RemoteCode = Annotated[bool, flag("Run the checkpoint's Python code.", MACHINE, name="--trust-remote-code")]
 Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, name="--allow-pickle")]
 
-Text = Annotated[str | None, flag("Text file or data set name; empty = the shipped text.", EVALUATION, "TEXT")]
+Text = Annotated[str | None, flag("Text file or data set name (the shipped text).", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
 EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
 EvalSeqLen = Annotated[int | None, flag("Tokens a window (1024, or fewer).", EVALUATION, "N")]
-MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows.", EVALUATION, "N")]
+MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows, at least one.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]
 TaskLimit = Annotated[int | None, flag("Documents of each task.", EVALUATION, "N")]

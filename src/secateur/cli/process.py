@@ -20,12 +20,14 @@ def prepare_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform != "win32":
         signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is a background job, which ignores it
+        signal.signal(signal.SIGINT, _stop)
 
 
-def _stop(*_: object) -> None:
-    """End as Ctrl-C does: every context is left in order, and the command says how to resume."""
-    note("stopped by SIGTERM")
-    sys.exit(143)
+def _stop(number: int, _frame: object) -> None:
+    """End in order at Ctrl-C or SIGTERM: every context is left, and the command says how to resume."""
+    note("stopped" if number == signal.SIGINT else "stopped by SIGTERM")
+    sys.exit(128 + number)
 
 
 def run_explained(command: Callable[[], object]) -> None:
@@ -37,9 +39,6 @@ def run_explained(command: Callable[[], object]) -> None:
         where = "" if rank == "0" else f" in process {rank}"
         note(f"error{where}: {error.for_command_line()}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        note("stopped")
-        sys.exit(130)
     except MemoryError as error:
         sys.exit(_out_of_memory(error))
     except OSError as error:  # a disk that fails, or a file that went away

@@ -174,7 +174,8 @@ def forward_errors(part: nn.Module) -> Iterator[None]:
             raise
         raise ForwardError(
             f"the forward pass of {type(part).__name__} fails on these inputs ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): pass batches of the inputs that the model takes"
+            f"{' '.join(str(error).split())[:300]}): pass batches of the inputs that the model takes; an "
+            f"encoder-decoder takes decoder_input_ids too"
         ) from error
 
 
@@ -239,7 +240,7 @@ def config_of(model: Any) -> Any:
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no transformers `config`: pass the model itself, without its wrapper "
-            f"(`model.module` of a DataParallel)"
+            f"{type(model).__name__} has no transformers `config`: pass a transformers model, without a wrapper "
+            f"(`model.module` of a DataParallel). secateur.solve prunes a single matrix of any model"
         )
     return model.config

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.runtime.chunking import chunk_bytes
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -76,7 +78,7 @@ def masked_cg(
         Y.addcmul_(step[:, None], P)
         R.addcmul_(step[:, None], AP, value=-1)
         iteration += 1
-        done = gaps.are_closed(float((step * rz).sum()), R)
+        done = gaps.are_closed(float((step * rz).sum()), lambda: target - (Y @ A).mul_(mask))
         if not done:
             Z = precondition(R)
             rz, rz_before = (R * Z).sum(1), rz
@@ -97,12 +99,18 @@ class _Gaps:
         self.stop, self.rounding = stop, rounding
         self.gap, self.decrease, self.total, self.ratio, self.too_low_by = math.inf, 0.0, 0.0, 0.0, 1.0
 
-    def are_closed(self, decrease: float, R: Float[Tensor, "R C"]) -> bool:
-        """Record a step's decrease and its residual; True where the gap is within tolerance."""
+    def are_closed(self, decrease: float, residual: Callable[[], Tensor]) -> bool:
+        """Record a step's decrease; True where the gap is within tolerance.
+
+        Args:
+            decrease: of the objective.
+            residual: forms the true residual, for the bound: the one that the steps carry along drifts from it where
+                A is ill-conditioned.
+        """
         previous, self.decrease = self.decrease, decrease
         self.total += decrease
         if decrease <= self.rounding**2 * self.total:  # exact to rounding: no step can help any more
-            self.gap = self._relative(self.stop.bound(R)) if self.stop.bound else 0.0
+            self.gap = self._relative(self.stop.bound(residual())) if self.stop.bound else 0.0
             return True
         if previous <= 0:
             return False
@@ -112,7 +120,7 @@ class _Gaps:
         if self.stop.bound is None:
             self.gap = estimate
         elif estimate * self.too_low_by <= self.stop.tolerance:
-            self.gap = self._relative(self.stop.bound(R))
+            self.gap = self._relative(self.stop.bound(residual()))
             self.too_low_by = min(self.gap / estimate, 10.0)  # on a plateau the factor says little
         return self.gap <= self.stop.tolerance
 
@@ -133,14 +141,17 @@ def _ratio_or_zero(numerator: Float[Tensor, " R"], denominator: Float[Tensor, " 
 class MaskedInverse:
     """Applies `(D_K + F_K F_K^T)^-1` on each row's kept set K by Woodbury: it solves systems of the rank's size.
 
-    Cost: R C K^2 / 2 multiply-adds to prepare, 2 R C K to apply.
+    Cost: R C K^2 / 2 multiply-adds to prepare, 2 R C K to apply; its products with F are formed in strips of columns.
     """
 
     def __init__(self, F: Float[Tensor, "C K"], d: Float[Tensor, " C"], keep: Float[Tensor, "R C"]) -> None:
         """Invert each row's system of the rank's size."""
         rank = F.shape[1]
         i, j = torch.triu_indices(rank, rank, device=F.device)
-        upper = keep @ (F[:, i] * F[:, j] / d[:, None])
+        upper = F.new_zeros(len(keep), len(i))
+        strip = max(1, chunk_bytes(F.device) // (F.element_size() * len(i)))
+        for part, model, variance in zip(keep.split(strip, 1), F.split(strip), d.split(strip), strict=True):
+            upper.addmm_(part, model[:, i] * model[:, j] / variance[:, None])
         core = F.new_empty(len(keep), rank, rank)
         core[:, i, j] = upper
         core[:, j, i] = upper

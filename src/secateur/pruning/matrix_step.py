@@ -77,7 +77,7 @@ def prune_matrix(
         columns=W.shape[1],
         input_dim=input_dim,
         pattern=str(pattern),
-        zeros=int((~solved.keep).sum()),
+        zeros=int((saved == 0).sum()),  # with those that the model had before
         relative_error=relative_error(saved.float(), W, hessian.H),
         target_error=None if target is None else relative_error(saved.float(), wanted, hessian.H),
         seconds=time.perf_counter() - started,

@@ -52,9 +52,11 @@ def check_device(device: str | torch.device) -> None:
             raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
-        reason, name = first_line(error), str(device).lower()
-        hint = f" (a GPU is {name.replace('gpu', 'cuda', 1)!r})" if name.startswith("gpu") else ""
-        raise SecateurError(f"‹device› is {str(device)!r}, which can't be used here{hint}: {reason}") from error
+        reason, name = first_line(error).partition(" device type at start")[0], str(device).lower()
+        hint = (
+            f"a GPU is {name.replace('gpu', 'cuda', 1)!r}" if name.startswith("gpu") else "use cpu, cuda, cuda:1 or mps"
+        )
+        raise SecateurError(f"‹device› is {str(device)!r}, which can't be used here ({reason}): {hint}") from error
 
 
 def processor_name(device: str) -> str:

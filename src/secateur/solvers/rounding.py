@@ -35,7 +35,7 @@ def round_to_int8(
         H: the damped Hessian.
         dtype: that the weights are saved in.
 
-    Cost: at most `ROUNDS` R C^2 multiply-adds; memory for chunks of rows.
+    Cost: at most `ROUNDS + 1` R C^2 multiply-adds; memory for chunks of rows.
     """
     rows = max(1, chunk_bytes(W.device) // (COPIES * 4 * W.shape[1]))
     parts = zip(W.split(rows), keep.split(rows), strict=True)

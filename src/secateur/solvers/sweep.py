@@ -70,22 +70,12 @@ def sweep(
             if search is not None and mask == "M":
                 kept = search.best_keep(current, a)
             else:
-                score = current.square() / _single_variance(span, compensation)
-                kept = (
-                    _lowest_go(score, pattern, a, b)
-                    if quotas is None
-                    else keep_all_but_lowest(score, int(quotas[a:b].sum()))
-                )
+                kept = _lowest_go(current.square() / _single_variance(span, compensation), pattern, a, b, quotas)
             keep[a:b] = kept.T
-            pruned = ~kept
             if compensation == "S":
                 _remove_columns(Wt[a:b], span, ~keep[a:b], errors[a - i : b - i])
             else:
-                removed = Wt[a:b].T * pruned
-                if search is not None:
-                    multipliers = search.multipliers(removed, pruned, a)
-                else:
-                    multipliers = (estimate_pruned if mask_only else solve_pruned)(span, removed, pruned)
+                multipliers = _multipliers(search, span, current * ~kept, ~kept, a, mask_only)
                 errors[a - i : b - i] = span @ multipliers.T
                 Wt[a:b] -= span.T @ errors[a - i : b - i]
             if b < j:
@@ -99,12 +89,30 @@ def sweep(
     return Wt.masked_fill_(~keep, 0.0).T.contiguous(), keep.T.contiguous()
 
 
-def _lowest_go(score: Float[Tensor, "R c"], pattern: Pattern, a: int, b: int) -> Bool[Tensor, "R c"]:
-    """Keep all of columns a to b but those of lowest score, as many as the pattern prunes there."""
+def _lowest_go(
+    score: Float[Tensor, "R c"], pattern: Pattern, a: int, b: int, quotas: Int[Tensor, " C"] | None
+) -> Bool[Tensor, "R c"]:
+    """Keep all of columns a to b but those of lowest score: as many go as the quotas, or else the pattern, say."""
     if isinstance(pattern, NM):
         return keep_highest_of_groups(score, pattern)
+    if quotas is not None:
+        return keep_all_but_lowest(score, int(quotas[a:b].sum()))
     rows = len(score)
     return keep_all_but_lowest(score, pattern.num_pruned(rows, b) - pattern.num_pruned(rows, a))
+
+
+def _multipliers(
+    search: GroupSearch | None,
+    span: Float[Tensor, "B B"],
+    removed: Float[Tensor, "R B"],
+    pruned: Bool[Tensor, "R B"],
+    a: int,
+    mask_only: bool,
+) -> Float[Tensor, "R B"]:
+    """Multipliers of a joint removal in the span that begins at column a."""
+    if search is not None:
+        return search.multipliers(removed, pruned, a)
+    return (estimate_pruned if mask_only else solve_pruned)(span, removed, pruned)
 
 
 def _tiles(columns: int, tile: int, pattern: Pattern) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,8 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise SecateurError(
             f"{folder} is a LoRA adapter, not a model: merge it first, by "
-            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED)"
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED),"
+            f" and save its tokenizer there too"
         )
     config = _config_of(folder)
     if quantised := config.get("quantization_config"):
