@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -269,18 +270,23 @@ def test_a_log_file_gets_a_line_a_stage_and_every_half_minute():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
-def test_sigterm_ends_like_ctrl_c_and_says_how_to_resume(model, text, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_order_and_says_how_to_resume(model, text, tmp_path, how):
     out = tmp_path / "out"
     flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=400")
-    run = [sys.executable, "-m", "secateur", "prune", model, out, *flags]
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+        "from secateur.cli.app import main; main()"
+    )
+    run = [sys.executable, "-c", code, "prune", model, out, *flags]
     with subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True) as process:
         manifest = tmp_path / ".out.secateur" / "manifest.json"
         while process.poll() is None and not (manifest.exists() and '"blocks": {}' not in manifest.read_text()):
             time.sleep(0.01)
-        process.terminate()
+        process.send_signal(how)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, errors
-    assert "stopped by SIGTERM" in errors
+    assert process.returncode == 128 + how, errors
+    assert ("stopped by SIGTERM" if how == signal.SIGTERM else "stopped") in errors
     assert "1 finished blocks are in" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors

@@ -14,6 +14,7 @@ import torch
 from models import TEXT, save_checkpoint, save_gguf
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 import secateur
 from secateur.runtime.messages import visible
@@ -291,6 +292,14 @@ def test_plugins_that_fail(main, made, tmp_path, monkeypatch, kind):
 def test_the_meta_device_is_none(main, made, tmp_path):
     prune = ("prune", made / "model", tmp_path / "out", "--calibration", made / "text.txt", *SMALL)
     assert "--device" in refused(main, *prune, "--device", "meta")
+    assert "use cpu, cuda, cuda:1 or mps" in refused(main, *prune, "--device", "tpu")
+
+
+def test_a_model_of_images_is_named_before_its_tokenizer_is_missed(main, made, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "vit")
+    message = refused(main, "prune", tmp_path / "vit", tmp_path / "out", "--calibration", made / "text.txt", *SMALL)
+    assert "holds a ViTForImageClassification, which is not a causal language model" in message
 
 
 @pytest.mark.parametrize("recipe", ["best", "balanced", "fast"])

@@ -149,6 +149,30 @@ def test_files_that_are_not_of_the_model_stay_here(hub, pruned):
     assert "secrets.txt" not in hub.repos["somebody/small"]
 
 
+def test_files_next_to_a_tuned_model_stay_here(hub, pruned):
+    (pruned / ".env").write_text("TOKEN")
+    (pruned / "training_args.bin").write_bytes(b"paths")
+    secateur.Report.load(pruned).save(pruned)
+    secateur.push(pruned, "small")
+    assert not {".env", "training_args.bin"} & hub.repos["somebody/small"].keys()
+    assert "model.safetensors" in hub.repos["somebody/small"]
+    (pruned / "README.md").unlink()
+    with pytest.raises(secateur.SecateurError, match=r"has no README\.md"):
+        secateur.push(pruned, "small")
+
+
+def test_a_card_is_written_again_where_a_run_was_stopped_before_it_was_recorded(
+    hub, main, pruned, tmp_path, monkeypatch
+):
+    record = ("eval", pruned, "--text", tmp_path / "text.txt", "--seq-len", 32, "--record")
+    before = (pruned / "secateur.json").read_bytes()
+    assert main(*record)[0] == 0
+    (pruned / "secateur.json").write_bytes(before)
+    code, _, errors = main(*record)
+    assert code == 0
+    assert "was edited" not in errors
+
+
 def test_a_dense_model_is_not_replaced(hub, main, pruned):
     """`prune me/model model --push-to-hub` would put the pruned model in the place of the dense one."""
     hub.repos["somebody/dense"] = {"model.safetensors": b"dense", "config.json": b"{}"}

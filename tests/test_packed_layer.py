@@ -53,6 +53,15 @@ def test_a_layer_becomes_dense_where_no_kernel_serves_it(monkeypatch, capsys):
 
 
 @needs_kernels
+def test_a_kernel_reads_a_bias_with_strides_as_it_is():
+    linear, packed = a_layer()
+    x = torch.randn(3, 32).bfloat16()
+    packed.bias = torch.nn.Parameter(torch.randn(96).bfloat16()[::2], requires_grad=False)
+    expected = torch.nn.functional.linear(x, linear.weight, packed.bias)
+    assert torch.allclose(packed(x), expected, rtol=0.02, atol=0.02)
+
+
+@needs_kernels
 def test_torch_compile_keeps_the_product():
     _, packed = a_layer()
     x = torch.randn(5, 32).bfloat16()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.evaluation.speed import weight_files
 from secateur.packed import kernels
+from secateur.packed.files import read_headers
 from secateur.packed.linear import PackedLinear
 from secateur.sources.resolve import resolve_dense
 
@@ -222,6 +223,41 @@ def test_importing_secateur_is_enough_before_or_after_transformers(saved):
         assert ("PackedLinear" in done.stdout) == (kernels.level() != "none")
     light = "import sys, secateur; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def test_a_look_for_transformers_or_an_import_that_is_stopped_leaves_the_format_to_be_registered(saved):
+    _, packed = saved()
+    script = (
+        "import sys, secateur, importlib.util; importlib.util.find_spec('transformers.modeling_utils')\n"
+        "import transformers; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).model)\n"
+        "assert not any(type(each).__module__.startswith('secateur') for each in sys.meta_path)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, packed], capture_output=True, text=True, check=True)
+    assert ("PackedLinear" in done.stdout) == (kernels.level() != "none")
+
+
+def test_what_is_checked_of_a_packed_folder_is_what_is_loaded(saved):
+    """A second index, which the config does not name, is not looked at; one that it names must be sound."""
+    _, packed = saved()
+    index = packed / "packed.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
+    assert secateur.inspect(packed).problems == []
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["sharded"] = True
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(secateur.SecateurError, match="not a plain file name"):
+        secateur.load(packed)
+
+
+def test_small_tensors_of_bytes_are_no_packed_ones(tmp_path):
+    save_file({"flags": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "packed.safetensors")
+    assert read_headers(tmp_path / "packed.safetensors") == {}
+
+
+def test_a_model_whose_card_was_edited_is_packed_with_that_card(pruned, tmp_path):
+    (pruned / "README.md").write_text("# my own words\n")
+    secateur.pack(pruned, tmp_path / "packed")
+    assert (tmp_path / "packed" / "README.md").read_text().startswith("# my own words\n")
 
 
 def test_pipeline_generate_and_device_map(saved):

@@ -15,8 +15,7 @@ from secateur.checkpoints.measured import report_in
 from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
 from secateur.reporting.page import run_page
-from secateur.reporting.report import CARD, METADATA, REPORT_FILE, Report
-from secateur.resume.output_folder import WEIGHT_FILES
+from secateur.reporting.report import CARD, METADATA, REPORT_FILE, WEIGHT_FILES, Report
 from secateur.runtime.messages import first_line
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import first_damage
@@ -107,6 +106,8 @@ def _files_to_push(folder: Path) -> tuple[Report, list[str]]:
             f"secateur.Report.load(PRUNED).save(TUNED)"
         )
     names = sorted({*report.files, CARD, METADATA})
+    if not (folder / CARD).exists():
+        raise SecateurError(f"{folder} has no {CARD}, the model's card: write one, and publish again")
     if linked := [name for name in names if (folder / name).is_symlink() or not (folder / name).is_file()]:
         raise SecateurError(f"{folder / linked[0]} is missing, or a link: what it leads to would be published")
     return report, names

@@ -97,11 +97,17 @@ def names_of(first: Path, second: Path) -> tuple[str, str]:
 def _write(folder: Path, report: Report) -> None:
     """Write report and page, and the card where nobody has edited it; the records of all other files stay."""
     recorded = report.files.get(CARD)
-    if recorded is None or not (folder / CARD).exists() or damage(folder, CARD, recorded) is None:
-        card = model_card(report, folder.name)
-        write_durably(folder / CARD, packed_card(card) if is_packed(folder) else card)
+    card = model_card(report, folder.name)
+    card = packed_card(card) if is_packed(folder) else card
+    if recorded is None or damage(folder, CARD, recorded) is None or _is_there(folder / CARD, card):
+        write_durably(folder / CARD, card)
         report.files = {**report.files, CARD: record_of(folder / CARD)}
     else:
         say(f"secateur: {CARD} was edited, so the figures are added to the report alone")
     write_durably(folder / METADATA, report.to_json())
     write_durably(folder / REPORT_FILE, run_page(report, folder))
+
+
+def _is_there(path: Path, card: str) -> bool:
+    """Whether a card is missing, or is what a run wrote that was stopped before it recorded it."""
+    return not path.exists() or path.read_bytes() == card.encode()

@@ -45,7 +45,7 @@ from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
 from secateur.storage.new_folder import check_new_folder, publish_folder
 
-COPIES = 5  # of a matrix in memory, while it is packed
+COPIES = {"same": 5, "int8": 8}  # of a matrix in memory, while it is packed
 
 
 def pack_folder(
@@ -80,7 +80,7 @@ def pack_folder(
     count = sum(entry.is_packed for entries in by_file.values() for entry in entries)
     if not count:
         raise SecateurError(_why_not_worth(folder, files))
-    _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed))
+    _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed), values)
 
     names = file_names(STEM, len(files))
 
@@ -193,8 +193,8 @@ def packed_card(text: str) -> str:
     return text.replace(NOT_SMALLER, USAGE) if NOT_SMALLER in text else f"{text.rstrip()}\n\n{USAGE}"
 
 
-def _check_memory(largest: int) -> None:
-    needed, there = COPIES * largest, available_bytes()
+def _check_memory(largest: int, values: Values) -> None:
+    needed, there = COPIES[values] * largest, available_bytes()
     if needed > there:
         raise SecateurError(
             f"packing the largest matrix takes {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free: end "

@@ -107,8 +107,8 @@ def read_headers(path: str | Path) -> dict[str, tuple[Header, int]]:
                 part = file.get_slice(name)
                 if part.get_dtype() != "U8" or len(part.get_shape()) != 1:
                     continue
-                start, size = part[: HEADER.size].tobytes(), part.get_shape()[0]
-                if start.startswith(MAGIC):
+                size = part.get_shape()[0]
+                if size >= HEADER.size and (start := part[: HEADER.size].tobytes()).startswith(MAGIC):
                     found[name] = (read_header(start, size), size)
     except SafetensorError as error:
         raise SecateurError(f"{path} is damaged or incomplete ({error})") from error

@@ -105,7 +105,10 @@ def multiply(
     """
     if x.shape[-1] != columns:
         raise SecateurError(f"the inputs have {x.shape[-1]} columns, and the packed matrix has {columns}")
+    if x.dtype != torch.bfloat16:
+        raise SecateurError(f"the kernels take inputs in {torch.bfloat16}, not {x.dtype}")
     check_bias(bias, rows)
+    bias = None if bias is None else bias.contiguous()
     inputs = x.reshape(-1, columns).contiguous()
     batch = len(inputs)
     out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16, device="cpu")

@@ -9,6 +9,7 @@ all where a device map names anything but the CPU.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,10 +91,13 @@ class PackedQuantizer(HfQuantizer):
         """Give each layer that a kernel will serve a weight of encoded bytes.
 
         Raises:
-            SecateurError: a matrix of another shape than the model's, or a device map with a disk.
+            SecateurError: a matrix of another shape than the model's, a device map with a disk, or files of several
+                folders.
         """
         self._layers: dict[str, nn.Module] = {}
         _check_no_disk(device_map)
+        if len({Path(path).parent for path in checkpoint_files or []}) > 1:
+            raise SecateurError(f"the index of the packed weights names files of several folders: {checkpoint_files}")
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
         by_target = _by_target(model, headers)
         why_dense = _why_dense(self._dtype, device_map)

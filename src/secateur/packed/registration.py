@@ -26,7 +26,9 @@ def register_with_transformers() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited module as Python would, once, with a loader that registers the format after it."""
+    """Finds the awaited module as Python would, with a loader that registers the format after it."""
+
+    is_asked = False  # by itself, which would never end
 
     def find_spec(
         self,
@@ -34,17 +36,20 @@ class _Finder(MetaPathFinder):
         path: Sequence[str] | None,  # noqa: ARG002
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        if fullname != AWAITED:
+        if fullname != AWAITED or self.is_asked:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.is_asked = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.is_asked = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
-    """Loads a module by another loader, then registers the format."""
+    """Loads a module by another loader, then registers the format, and lets go of the finder."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -54,6 +59,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         import_module(QUANTIZER)
 
     def __getattr__(self, name: str) -> object:

@@ -19,6 +19,11 @@ from secateur.packed.layout import PackedTensor, is_worth_packing, pack
 from secateur.packed.linear import PackedLinear
 from secateur.recipe.sizes import parse_size
 
+UNSUPPORTED = {
+    "push_to_hub": "save it to a folder, and publish that by secateur.push",
+    "state_dict": "leave it out, as its own weights are saved",
+    "variant": "leave it out",
+}
 _ANY_WEIGHTS = re.compile(r"(model|packed|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -43,9 +48,9 @@ def save_packed(
     Raises:
         SecateurError: `push_to_hub`, a `state_dict`, a `variant`, or a form that is not safetensors.
     """
-    for name in ("push_to_hub", "state_dict", "variant"):
+    for name, advice in UNSUPPORTED.items():
         if others.get(name):
-            raise SecateurError(f"a packed model can't be saved with ‹{name}›: save it to a folder first")
+            raise SecateurError(f"a packed model can't be saved with ‹{name}›: {advice}")
     if not others.get("safe_serialization", True):
         raise SecateurError("a packed model is saved as safetensors: leave ‹safe_serialization› out")
     if not is_main_process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ METADATA = "secateur.json"
 CARD = "README.md"  # of a model
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.html"
+WEIGHT_FILES = (
+    "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
+    "packed.safetensors", "packed-?????-of-?????.safetensors",
+)  # fmt: skip
+# What transformers writes of a model, with what hubs add.
+CHECKPOINT_FILES = (
+    *WEIGHT_FILES, "packed.safetensors.index.json", "config.json", "generation_config.json",
+    "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", CARD,
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", ".gitattributes", METADATA, RECIPE_FILE,
+    REPORT_FILE,
+)  # fmt: skip
+OWN_CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
 
 
 class _Summary(TypedDict):
@@ -148,7 +164,7 @@ class Report:
         """Write `secateur.json`, `recipe.yaml` and `report.html` next to a model that `save_pretrained` wrote.
 
         Figures that were measured of other weights are left out. `secateur inspect FOLDER` then checks every matrix,
-        and every file that was there except the page.
+        and the checkpoint's files except page and card. Other files that lie there are not recorded, nor published.
 
         Args:
             folder: of the model.
@@ -163,7 +179,9 @@ class Report:
         target.mkdir(parents=True, exist_ok=True)
         self.the_recipe.save(target / RECIPE_FILE)
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
+        usual = (*CHECKPOINT_FILES, *OWN_CODE, *self.files)
         names = [path.name for path in files if is_plain_name(path.name)]
+        names = [name for name in names if any(fnmatchcase(name, each) for each in usual)]
         recorded = sorted({*names} - {METADATA, REPORT_FILE})  # the page may be written again
         found = {name: (known or {}).get(name) or record_of(target / name) for name in recorded}
         if weights_of(found) != weights_of(self.files):

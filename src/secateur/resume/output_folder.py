@@ -9,26 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE, read_metadata
+from secateur.reporting.report import CHECKPOINT_FILES, METADATA, WEIGHT_FILES, read_metadata
 from secateur.resume.manifest import journal_of
 from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path, user_path
-
-WEIGHT_FILES = (
-    "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
-    "packed.safetensors", "packed-?????-of-?????.safetensors",
-)  # fmt: skip
-# What transformers writes of a model, with what hubs add.
-CHECKPOINT_FILES = (
-    *WEIGHT_FILES, "packed.safetensors.index.json", "config.json", "generation_config.json",
-    "model.safetensors.index.json", "pytorch_model.bin.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", CARD,
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", ".gitattributes", METADATA, RECIPE_FILE,
-    REPORT_FILE,
-)  # fmt: skip
 
 
 def check_apart(out: Path, inputs: Sequence[Path]) -> None:

@@ -24,7 +24,7 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_outcome, args=(sender, function, arguments))
+    process, others = context.Process(target=_send_outcome, args=(sender, function, arguments)), active_children()
     try:
         process.start()
         sender.close()  # the process holds the only one, so its death ends the wait below
@@ -36,7 +36,8 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
         ) from None
     except (KeyboardInterrupt, SystemExit):
         for child in active_children():  # `process` may be half started
-            child.terminate()
+            if child not in others:
+                child.terminate()
         raise
     process.join()
     if error is not None:

@@ -19,6 +19,7 @@ from secateur.storage.json_files import read_json
 DENSE_INDEX = "model.safetensors.index.json"
 QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _COUNT = re.compile(r"layers?$|layers_|blocks$|experts$|depth$")  # num_hidden_layers, n_layer, num_local_experts
+LONGEST_NAME = 255  # of a file
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -88,7 +89,10 @@ def check_packed(folder: Path) -> dict[str, Path]:
             f"{FORMAT_VERSION}: upgrade it"
         )
     _check_config(folder / "config.json", config)
-    paths = _shard_paths(folder, PACKED_WEIGHTS, PACKED_INDEX)
+    sharded = packing.get("sharded", False)  # decides what is loaded
+    if not isinstance(sharded, bool):
+        raise SecateurError(f"{folder / 'config.json'}: sharded is {sharded!r}, which must be true or false")
+    paths = _indexed(folder, PACKED_INDEX) if sharded else list(filter(Path.is_file, [folder / PACKED_WEIGHTS]))
     if not paths:
         raise SecateurError(f"{folder} holds no {PACKED_WEIGHTS}: the download is incomplete")
     shards: dict[str, Path] = {}
@@ -163,14 +167,19 @@ def _is_fast_in_bf16() -> bool:
 def _shard_paths(folder: Path, single: str, index: str) -> list[Path]:
     if (folder / single).is_file():  # transformers takes it even next to an index
         return [folder / single]
+    return _indexed(folder, index)
+
+
+def _indexed(folder: Path, index: str) -> list[Path]:
+    """The files that an index names; none where there is no index."""
     if not (folder / index).exists():
         return []
     weight_map = read_json(folder / index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SecateurError(f"{folder / index} has no weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise SecateurError(f"{folder / index} names the shard {name!r}, which is not a plain file name")
+        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_NAME:
+            raise SecateurError(f"{folder / index} names the shard {repr(name)[:80]}, which is not a plain file name")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():

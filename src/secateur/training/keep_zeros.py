@@ -92,7 +92,7 @@ class keep_zeros:
             if kept.device != parameter.device:
                 kept = kept.to(parameter.device)
                 self._kept[name] = (parameter, kept)
-            parameter.mul_(kept)
+            parameter.masked_fill_(~kept, 0.0)  # a product would leave -0.0, which packing keeps, and NaN
 
     def broken(self) -> list[str]:
         """The matrices with a weight that was zero and is not any more."""
