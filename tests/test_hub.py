@@ -161,9 +161,7 @@ def test_files_next_to_a_tuned_model_stay_here(hub, pruned):
         secateur.push(pruned, "small")
 
 
-def test_a_card_is_written_again_where_a_run_was_stopped_before_it_was_recorded(
-    hub, main, pruned, tmp_path, monkeypatch
-):
+def test_a_card_heals_where_a_run_was_stopped_before_it_was_recorded(hub, main, pruned, tmp_path):
     record = ("eval", pruned, "--text", tmp_path / "text.txt", "--seq-len", 32, "--record")
     before = (pruned / "secateur.json").read_bytes()
     assert main(*record)[0] == 0

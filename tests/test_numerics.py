@@ -96,7 +96,7 @@ def test_gap_is_certified_where_convergence_has_plateaus(tokens, columns, share)
 
 
 def test_gap_is_certified_in_fp32_where_the_hessian_is_ill_conditioned():
-    """There the residual that conjugate gradients carry along drifts from the true one: a bound of it was 90 times too low."""
+    """There the residual that conjugate gradients carry along drifts, and its bound was 90 times too low."""
     for seed, tokens, columns in ((0, 60, 200), (5, 60, 200), (5, 100, 300)):
         generator = torch.Generator().manual_seed(seed)
         scale = torch.randn(columns, generator=generator, dtype=torch.float64).exp()
