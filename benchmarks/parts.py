@@ -1,4 +1,4 @@
-"""A whole run against the sum of its parts timed alone: forward passes, Hessian updates, and solver calls.
+"""A whole run against the sum of its parts: forward passes and Hessian updates timed alone, and its solver calls.
 
     python benchmarks/parts.py --text TEXT --out benchmarks/results/parts.json
 

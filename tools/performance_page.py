@@ -254,8 +254,8 @@ SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one sess
 
 ## A run against its parts
 
-SmolLM2-135M at 50%, 32 x 512 tokens: three forward passes of every block, the Hessian updates, and the solver calls, each timed
-alone in the process of the run.
+SmolLM2-135M at 50%, 32 x 512 tokens: three forward passes of every block and the Hessian updates, each timed alone in the
+process of the run, and the run's own solver calls, with what writing back and measuring their weights takes.
 
 {parts_table()}
 

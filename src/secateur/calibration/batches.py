@@ -212,7 +212,7 @@ def _draw(
     drawn = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:number]]
     if len(drawn) == number:
         return drawn, []
-    return drawn, [f"{name_of(source)} holds {len(drawn)} windows of {length} tokens; {number} were asked for"]
+    return drawn, [f"{name_of(source)} holds {len(drawn)} windows of {length} tokens, not {number}"]
 
 
 def _batched(windows: Int[Tensor, "N T"], batch_tokens: int) -> list[Batch]:

@@ -82,7 +82,7 @@ class ADMM(SolverOptions):
 
     name: ClassVar[str] = "admm"
     search_iterations: Whole = Field(
-        default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 12 about its own."
+        default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 16 about its own."
     )
     penalty_start: Number = Field(
         default=0.2,
