@@ -165,10 +165,11 @@ class Report:
 
         Figures that were measured of other weights are left out. `secateur inspect FOLDER` then checks every matrix,
         and the checkpoint's files except page and card. Other files that lie there are not recorded, nor published.
+        (`secateur prune` writes all files of its folder itself, and records them all.)
 
         Args:
             folder: of the model.
-            known: records of files that need not be read again.
+            known: records of files that need not be read again, where a run has written all files of the folder.
 
         Returns:
             the record of each file of the folder.
@@ -181,7 +182,8 @@ class Report:
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
         usual = (*CHECKPOINT_FILES, *OWN_CODE, *self.files)
         names = [path.name for path in files if is_plain_name(path.name)]
-        names = [name for name in names if any(fnmatchcase(name, each) for each in usual)]
+        if known is None:
+            names = [name for name in names if any(fnmatchcase(name, each) for each in usual)]
         recorded = sorted({*names} - {METADATA, REPORT_FILE})  # the page may be written again
         found = {name: (known or {}).get(name) or record_of(target / name) for name in recorded}
         if weights_of(found) != weights_of(self.files):
