@@ -75,9 +75,8 @@ def prune(
     """Prune a model in one shot, without retraining.
 
     A model object is pruned in place; save it by `model.save_pretrained(DIR)` and `report.save(DIR)`, next to its
-    tokenizer. A folder, GGUF
-    file or hub name is loaded, pruned and saved to `out`. Ranks that torchrun started, or of a process group that is
-    initialised, each call it in the same way and share the work.
+    tokenizer. A folder, GGUF file or hub name is loaded, pruned and saved to `out`. Ranks that torchrun started, or of
+    a process group that is initialised, each call it in the same way and share the work.
 
     Args:
         model: a transformers model, or what names one (see `secateur prune --help`).

@@ -99,7 +99,7 @@ def _write(folder: Path, report: Report) -> None:
     recorded = report.files.get(CARD)
     card = model_card(report, folder.name)
     card = packed_card(card) if is_packed(folder) else card
-    if recorded is None or damage(folder, CARD, recorded) is None or _is_there(folder / CARD, card):
+    if recorded is None or damage(folder, CARD, recorded) is None or _is_unfinished(folder / CARD, card):
         write_durably(folder / CARD, card)
         report.files = {**report.files, CARD: record_of(folder / CARD)}
     else:
@@ -108,6 +108,6 @@ def _write(folder: Path, report: Report) -> None:
     write_durably(folder / REPORT_FILE, run_page(report, folder))
 
 
-def _is_there(path: Path, card: str) -> bool:
+def _is_unfinished(path: Path, card: str) -> bool:
     """Whether a card is missing, or is what a run wrote that was stopped before it recorded it."""
     return not path.exists() or path.read_bytes() == card.encode()

@@ -34,12 +34,12 @@ class keep_zeros:
             SecateurError: it has no sparse matrix.
         """
         self.model = model
-        self._kept = {
-            name: (parameter, parameter.detach() != 0)
+        self._zeros = {
+            name: (parameter, parameter.detach() == 0)
             for name, parameter in model.named_parameters()
             if _is_sparse(parameter)
         }
-        if not self._kept:
+        if not self._zeros:
             raise SecateurError(
                 f"no matrix of this {type(model).__name__} has zeros to keep: prune it first, or load the pruned one"
             )
@@ -48,7 +48,7 @@ class keep_zeros:
     @property
     def names(self) -> list[str]:
         """The sparse matrices."""
-        return list(self._kept)
+        return list(self._zeros)
 
     def __enter__(self) -> keep_zeros:
         held = weakref.ref(self)  # training that was interrupted may never leave the context
@@ -78,7 +78,7 @@ class keep_zeros:
 
     def _check_not_replaced(self) -> None:
         present = {id(parameter) for parameter in self.model.parameters()}
-        replaced = [name for name, (parameter, _) in self._kept.items() if id(parameter) not in present]
+        replaced = [name for name, (parameter, _) in self._zeros.items() if id(parameter) not in present]
         if replaced:
             raise SecateurError(
                 f"{len(replaced)} sparse matrices were replaced by other tensors, whose zeros were not kept (first: "
@@ -88,15 +88,15 @@ class keep_zeros:
     @torch.no_grad()
     def restore(self) -> None:
         """Set the weights that were zero to zero."""
-        for name, (parameter, kept) in self._kept.items():
-            if kept.device != parameter.device:
-                kept = kept.to(parameter.device)
-                self._kept[name] = (parameter, kept)
-            parameter.masked_fill_(~kept, 0.0)  # a product would leave -0.0, which packing keeps, and NaN
+        for name, (parameter, zero) in self._zeros.items():
+            if zero.device != parameter.device:
+                zero = zero.to(parameter.device)
+                self._zeros[name] = (parameter, zero)
+            parameter.masked_fill_(zero, 0.0)  # a product would leave -0.0, which packing keeps, and NaN
 
     def broken(self) -> list[str]:
         """The matrices with a weight that was zero and is not any more."""
-        return [name for name, (parameter, kept) in self._kept.items() if _has_others(parameter.detach(), kept)]
+        return [name for name, (parameter, zero) in self._zeros.items() if _has_others(parameter.detach(), zero)]
 
 
 def _is_sparse(parameter: Tensor) -> bool:
@@ -106,5 +106,5 @@ def _is_sparse(parameter: Tensor) -> bool:
     return max(1, LEAST_SHARE * parameter.numel()) <= zeros < parameter.numel()
 
 
-def _has_others(weight: Tensor, kept: Tensor) -> bool:
-    return bool((weight[~kept.to(weight.device)] != 0).any())
+def _has_others(weight: Tensor, zero: Tensor) -> bool:
+    return bool((weight[zero.to(weight.device)] != 0).any())
