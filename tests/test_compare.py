@@ -337,7 +337,7 @@ def test_divergence_from_the_dense_model_is_added_where_it_is_asked_for(settings
     assert [line for line in said if line.startswith("cell")] == ["cell 2 of 2: magnitude 50% 0"]
     assert asked.cells["dense"] == first.cells["dense"]
     cell = asked.cells["magnitude 50% 0"]
-    assert cell["perplexity"] == first.cells["magnitude 50% 0"]["perplexity"]
+    assert cell["perplexity"] == pytest.approx(first.cells["magnitude 50% 0"]["perplexity"], rel=1e-6)
     secateur.prune(settings.model, tmp_path / "pruned", pattern="50%", solver="magnitude")
     text = {"text": settings.texts[0], "seq_len": 32, "max_tokens": 320}
     theirs = secateur.evaluate(tmp_path / "pruned", **text, against=settings.model)["against"]
@@ -440,6 +440,24 @@ def test_a_process_returns_what_its_function_does_or_says_why_it_did_not():
     assert "In the process that ran it:\nTraceback" in raised.value.__notes__[0]
     with pytest.raises(SecateurError, match=r"process died \(exit code 9\)"):
         run_in_own_process(os._exit, 9)
+
+
+class ErrorOfALibrary(OSError):
+    """What unpickles in no process: its argument has no default."""
+
+    def __init__(self, message: str, *, response: object) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+def raise_as_a_library():
+    raise ErrorOfALibrary("not found", response=None)
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_words_and_its_kind():
+    with pytest.raises(OSError, match="ErrorOfALibrary: not found") as raised:
+        run_in_own_process(raise_as_a_library)
+    assert "raise_as_a_library" in raised.value.__notes__[0]
 
 
 def is_running(pid):

@@ -132,7 +132,12 @@ def test_divergence_equals_a_plain_loop(text, monkeypatch, in_chunks):
     dense = tiny_model("llama", seed=1, max_position_embeddings=256).eval()
     if in_chunks:
         monkeypatch.setattr("secateur.models.head.LOGIT_ELEMENTS", 2 * 128 * 5)
-    found = secateur.evaluate(model, text, seq_len=32, max_tokens=320, tokenizer=tokenizer, against=dense)["against"]
+    asked = {"text": text, "seq_len": 32, "max_tokens": 320, "tokenizer": tokenizer}
+    figures, alone = secateur.evaluate(model, **asked, against=dense), secateur.evaluate(model, **asked)
+    found = figures.pop("against")
+    assert figures.pop("text") == alone.pop("text")
+    assert figures == pytest.approx(alone, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(secateur.evaluate(dense, **asked)["perplexity"], rel=1e-6)
     ids = torch.tensor(tokenizer(TEXT).input_ids)[:320].view(10, 32)
     with torch.no_grad():
         p, q = (each(ids).logits[:, :-1].double().log_softmax(-1) for each in (dense, model))

@@ -19,7 +19,7 @@ from secateur.checkpoints.load import load_config_and_tokenizer
 from secateur.checkpoints.measured import record_perplexity, record_speed, write_page
 from secateur.checkpoints.packing import load_model, pack_folder
 from secateur.errors import SecateurError
-from secateur.evaluation.perplexity import EvaluationText, divergence, perplexity
+from secateur.evaluation.perplexity import EvaluationText, perplexity, perplexity_against
 from secateur.evaluation.speed import measure_models
 from secateur.evaluation.tasks import check_tasks, load_tasks, run_tasks
 from secateur.models.blocks import config_of
@@ -110,9 +110,10 @@ def evaluate(
             )
         if tasks:
             load_tasks(tasks, task_dir)
-        figures = perplexity(module, tokenizer, what, progress)
-        if dense is not None:
-            figures["against"] = divergence(module, dense, tokenizer, what, progress)
+        if dense is None:
+            figures = perplexity(module, tokenizer, what, progress)
+        else:
+            figures = perplexity_against(module, dense, tokenizer, what, progress)
         if tasks:
             figures["tasks"] = run_tasks(module, tokenizer, tasks, task_dir, task_limit)
     if record and isinstance(model, str | Path):

@@ -70,39 +70,31 @@ def perplexity(
             raise SecateurError(
                 f"the loss of windows {int(part[0])} to {int(part[-1])} of {name} is not finite: the model is damaged"
             )
-        total += float(losses.cpu().double().sum())
+        total += _sum(losses)
         targets += losses.numel()
         progress("evaluate", int(part[-1]) + 1, len(windows))
-    loss = total / targets
-    if loss > MAX_LOSS:
-        raise SecateurError(f"the loss on {name} is {loss:.0f} nats a token: the model is damaged")
-    return {
-        "perplexity": math.exp(loss),
-        "loss": loss,
-        "windows": len(windows),
-        "seq_len": windows.shape[1],
-        "targets": targets,
-        "text": name,
-    }
+    return _figures(total / targets, windows, name)
 
 
 @torch.no_grad()
-def divergence(
+def perplexity_against(
     model: Any,
     dense: Any,
     tokenizer: Any,
     text: EvaluationText,
     progress: Progress,
-) -> dict[str, float]:
-    """How far a model's predictions are from the dense model's, over the windows that `perplexity` would take.
+) -> dict[str, Any]:
+    """What `perplexity` gives, and how far the model's predictions are from the dense model's.
 
     Returns:
-        `perplexity` of the dense model, `kl` (mean `KL(dense || model)` a position, nats) and `top1_agreement` (share
-        of positions where both find the same token most likely). The last two are far more sensitive than task
-        accuracy.
+        The same, and `against`: `perplexity` of the dense model, `kl` (mean `KL(dense || model)` a position, nats) and
+        `top1_agreement` (share of positions where both find the same token most likely). The last two are far more
+        sensitive than task accuracy.
 
     Raises:
         SecateurError: one model twice, models with different vocabularies, and what `perplexity` raises.
+
+    Cost: one forward pass of each model.
     """
     if model is dense:
         raise SecateurError("a model can't be compared with itself: give the dense model it was pruned from")
@@ -112,24 +104,50 @@ def divergence(
             f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
         )
     windows, name = evaluation_windows(model, tokenizer, text)
-    total, agreeing, positions, loss = 0.0, 0, 0, 0.0
+    kl, agreeing, positions, loss, dense_loss = 0.0, 0, 0, 0.0, 0.0
     for index, window in enumerate(windows):
         ids = window[None].to(next(model.parameters()).device)
         for chunk, ours, theirs in _both_logits(model, dense, ids):
             log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            kl = kl_divergence(log_p, log_q)
-            if not bool(torch.isfinite(kl).all()):
+            kls = kl_divergence(log_p, log_q)
+            if not bool(torch.isfinite(kls).all()):
                 raise SecateurError(f"the predictions in window {index} of {name} are not finite: a model is damaged")
-            total += float(kl.cpu().double().sum())
-            loss -= float(log_p.gather(1, ids[0, chunk + 1][:, None]).cpu().double().sum())
+            targets = ids[0, chunk + 1][:, None]
+            kl += _sum(kls)
+            loss -= _sum(log_q.gather(1, targets))
+            dense_loss -= _sum(log_p.gather(1, targets))
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             positions += len(chunk)
-        progress("against", index + 1, len(windows))
-    return {
-        "perplexity": math.exp(min(loss / positions, MAX_LOSS)),
-        "kl": total / positions,
+        progress("evaluate", index + 1, len(windows))
+    against = {
+        "perplexity": math.exp(min(dense_loss / positions, MAX_LOSS)),
+        "kl": kl / positions,
         "top1_agreement": agreeing / positions,
     }
+    return _figures(loss / positions, windows, name) | {"against": against}
+
+
+def _figures(loss: float, windows: Int[Tensor, "N T"], name: str) -> dict[str, Any]:
+    """What `perplexity` returns.
+
+    Raises:
+        SecateurError: the loss, nats a token, is beyond all reason.
+    """
+    if loss > MAX_LOSS:
+        raise SecateurError(f"the loss on {name} is {loss:.0f} nats a token: the model is damaged")
+    number, length = windows.shape
+    return {
+        "perplexity": math.exp(loss),
+        "loss": loss,
+        "windows": number,
+        "seq_len": length,
+        "targets": number * (length - 1),
+        "text": name,
+    }
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.cpu().double().sum())
 
 
 def evaluation_windows(model: Any, tokenizer: Any, text: EvaluationText) -> tuple[Int[Tensor, "N T"], str]:

@@ -20,7 +20,8 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
 
     Raises:
         SecateurError: the process died before the function ended.
-        Exception: what the function raised. One that is no `SecateurError` has the traceback there as a note.
+        Exception: what the function raised. One that is no `SecateurError` has the traceback there as a note, and one
+            of a library comes as an `OSError`, `MemoryError` or `RuntimeError`.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -52,9 +53,18 @@ def _send_outcome(sender: Connection, function: Callable[..., Any], arguments: t
     except SecateurError as error:
         outcome = error, None
     except Exception as error:
-        error.add_note(f"In the process that ran it:\n{traceback.format_exc()}")
-        outcome = error, None
+        plain = _plain(error)
+        plain.add_note(f"In the process that ran it:\n{traceback.format_exc()}")
+        outcome = plain, None
     sender.send(outcome)
+
+
+def _plain(error: Exception) -> Exception:
+    """An error that can be sent: one of a library may take arguments that do not travel."""
+    if type(error).__module__ in ("builtins", "torch"):
+        return error
+    kind = next((each for each in (OSError, MemoryError) if isinstance(error, each)), RuntimeError)
+    return kind(f"{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:
