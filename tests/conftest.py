@@ -1,4 +1,4 @@
-"""Shared fixtures. Shapes and dtypes in signatures are checked at run time in every test."""
+"""Shared fixtures. Shapes and dtypes in signatures are checked at run time, except in tests of whole runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Before anything imports secateur: annotations become checks, in every module that names shapes. Checks of the others,
 # some of which see every operation of torch, would take a third of the suite's time.
@@ -55,6 +55,14 @@ def drawn_charts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(charts, "_svg", DRAW)
         yield
+
+
+@pytest.fixture(scope="module")
+def unchecked_shapes() -> Iterator[None]:
+    """For modules of whole runs, a sixth of whose time the checks would take: other tests call the same functions."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

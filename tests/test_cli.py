@@ -25,6 +25,7 @@ from secateur.recipe.resolve import resolve_recipe
 from secateur.sources.validate import compute_dtype
 from secateur.storage.json_files import sealed
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 SMALL = ("--samples", "8", "--seq-len", "32")
 
 
@@ -235,17 +236,12 @@ def test_a_dry_run_tells_and_writes_nothing(main, model, text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
-def test_quiet_prints_nothing(model, text, tmp_path):
-    done = command("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--quiet")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_threads_are_set(model, text, tmp_path):
-    flags = ("--calibration", text, *SMALL, "--solver", "magnitude", "--threads", "3")
+def test_quiet_prints_nothing_and_threads_are_set(main, model, text, tmp_path):
+    flags = ("--calibration", text, *SMALL, "--quiet", "--threads", "3")
     done = command("prune", model, tmp_path / "out", *flags)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert json.loads((tmp_path / "out" / "secateur.json").read_text())["environment"]["threads"] == 3
-    assert command("prune", model, tmp_path / "o", *flags[:-1], "0").returncode == 2
+    assert main("prune", model, tmp_path / "o", *flags[:-1], "0")[0] == 2
 
 
 def test_a_bug_is_not_called_a_users_error(main, model, text, tmp_path, monkeypatch):
@@ -436,7 +432,7 @@ def test_experts_are_inspected_under_their_checkpoint_names(main, text, tmp_path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
 @pytest.mark.parametrize(("limit", "message"), [(20_000, "could not be written"), (36_000, "could not be saved")])
-def test_full_disk_leaves_the_earlier_model(model, text, tmp_path, limit, message):
+def test_full_disk_leaves_the_earlier_model(main, model, text, tmp_path, limit, message):
     """A limit on file size makes writes fail as a full disk does: of a block first, or of the whole model."""
     out = tmp_path / "out"
     shutil.copytree(model, out)
@@ -448,7 +444,8 @@ def test_full_disk_leaves_the_earlier_model(model, text, tmp_path, limit, messag
     assert content(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.secateur", "model", "out", "text.txt"]
     assert "--resume" in done.stderr
-    assert command(*arguments, "--resume").returncode == 0
+    code, _, errors = main(*arguments, "--resume")
+    assert code == 0, errors
     assert "secateur.json" in map(str, content(out))
 
 

@@ -20,6 +20,7 @@ from models import character_tokenizer, save_checkpoint, tiny_model, tokens
 
 import secateur
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "troubleshooting.md", *sorted((DOCS / "guides").glob("*.md"))]
@@ -32,7 +33,7 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",
 }
-LARGEST = {"--samples": "16", "--seq-len": "128"}
+LARGEST = {"--samples": "8", "--seq-len": "128"}
 SENTENCE = "the quick brown fox jumps over the lazy dog, and then it does so again.\n"
 CHAT = {"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": SENTENCE * 4}]}
 

@@ -35,17 +35,18 @@ def text(tmp_path):
     return path
 
 
-@pytest.fixture
-def task_dir(tmp_path):
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory):
+    """One for all tests: the harness reads thousands of its own tasks next to those of a folder."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is the extra `eval`")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("tasks")
     records = [
         {"question": f"fox number {n} is", "first": "quick" * (n % 3 + 1), "second": "lazy", "label": n % 2}
         for n in range(12)
     ]
     (folder / "foxes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "foxes.yaml").write_text(TASK.format(data=folder / "foxes.jsonl"))
+    (folder / "lost.yaml").write_text(TASK.format(data=folder / "lost.jsonl").replace("task: foxes", "task: lost"))
     return folder
 
 
@@ -54,13 +55,12 @@ def small_model():
 
 
 def test_missing_data_of_a_task_is_told_before_the_text_is_evaluated(task_dir, tmp_path):
-    (task_dir / "foxes.jsonl").unlink()
     (tmp_path / "text.txt").write_text("quick foxes. " * 40)
     model, tokenizer = small_model()
     seen = []
-    with pytest.raises(secateur.SecateurError, match="the data of foxes could not be read"):
+    with pytest.raises(secateur.SecateurError, match="the data of lost could not be read"):
         secateur.evaluate(
-            *(model, tmp_path / "text.txt"), tokenizer=tokenizer, seq_len=32, tasks="foxes", task_dir=task_dir,
+            *(model, tmp_path / "text.txt"), tokenizer=tokenizer, seq_len=32, tasks="lost", task_dir=task_dir,
             progress=lambda *step: seen.append(step),
         )  # fmt: skip
     assert not seen

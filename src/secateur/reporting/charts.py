@@ -8,16 +8,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from secateur.runtime.messages import visible
+
+if TYPE_CHECKING:  # it takes most of a second to import, and most commands draw nothing
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which differ with and without colour blindness.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -147,6 +148,8 @@ def _label(text: str) -> str:
 
 def _show_plain_numbers(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis: mathematical text is off, since names come from files."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -154,6 +157,9 @@ def _show_plain_numbers(axis: Axis) -> None:
 
 @contextmanager
 def _axes(height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType] - keys that its stubs lack
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.patch.set_alpha(0)
@@ -164,6 +170,8 @@ def _axes(height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _svg(figure: Figure, alt: str) -> Markup:
+    import matplotlib as mpl
+
     text = io.StringIO()
     with mpl.rc_context(STYLE), warnings.catch_warnings():  # pyright: ignore[reportArgumentType]
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts

@@ -6,9 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from matplotlib import colormaps
-from matplotlib.colors import Normalize, to_hex
-
 from secateur.reporting.figures import MatrixReport
 
 COLOURS = "cividis"  # made to look alike with and without colour blindness
@@ -84,7 +81,8 @@ def heat_map(
     for matrix in matrices:
         cells.setdefault(split_name(matrix.name), []).append(matrix)
     means = {place: _mean(members, figure) for place, members in cells.items()}
-    norm = Normalize(min(means.values()), max(max(means.values()), min(means.values()) + 1e-9))
+    low, high = min(means.values()), max(means.values())
+    span = (high - low) or 1.0
     blocks, kinds = (list(dict.fromkeys(place[part] for place in cells)) for part in (0, 1))
 
     def cell(block: str, kind: str) -> Cell | None:
@@ -94,13 +92,13 @@ def heat_map(
         value = means[block, kind]
         text, first = shown(value), members[0]
         number = f"{len(members)} matrices like {first.name}" if len(members) > 1 else first.name
-        background = _colour(norm(value))
+        background = _colour((value - low) / span)
         return Cell(text, f"{number}: {text}. {why(first)}", background, _ink(background))
 
     short = _short_names(blocks)
     rows = [(short[block], [cell(block, kind) for kind in kinds]) for block in blocks]
     gradient = [_colour(step / 8) for step in range(9)]
-    return HeatMap(title, kinds, rows, shown(float(norm.vmin or 0)), shown(float(norm.vmax or 0)), gradient)
+    return HeatMap(title, kinds, rows, shown(low), shown(high), gradient)
 
 
 def _mean(members: Sequence[MatrixReport], figure: Callable[[MatrixReport], float]) -> float:
@@ -115,6 +113,9 @@ def _short_names(blocks: Sequence[str]) -> dict[str, str]:
 
 
 def _colour(share: float) -> str:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
     return to_hex(colormaps[COLOURS](float(share)))
 
 
