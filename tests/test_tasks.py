@@ -37,7 +37,7 @@ def text(tmp_path):
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
-    """One for all tests: the harness reads thousands of its own tasks next to those of a folder."""
+    """One for all tests: with each new folder, the harness reads the thousands of tasks that it ships."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is the extra `eval`")
     folder = tmp_path_factory.mktemp("tasks")
     records = [
