@@ -108,12 +108,7 @@ def own_modules(tmp_path, monkeypatch):
 @pytest.fixture
 def cells_here(monkeypatch):
     """Run cells in this process: a fresh one imports for seconds."""
-    from secateur.comparison.cell import run_cell
-
-    module = "secateur.comparison.compare"
-    monkeypatch.setattr(
-        f"{module}._in_own_process", lambda settings, cell, *more, **rest: run_cell(settings, cell, *more, **rest)
-    )
+    monkeypatch.setattr("secateur.comparison.compare.run_in_own_process", lambda run, *arguments: run(*arguments))
 
 
 def pytest_collection_modifyitems(items):

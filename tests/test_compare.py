@@ -59,7 +59,7 @@ def test_cells_are_run_once_and_one_that_fails_is_named(settings, tmp_path, requ
     assert cell["peak_memory"] > 1e7
     assert cell["environment"]["torch"]
     request.getfixturevalue("cells_here")  # two cells in processes are enough
-    with pytest.raises(ValueError, match=r"an input dimension that is a multiple of 7"):
+    with pytest.raises(ValueError, match=r"cell magnitude 3:7 0: .* an input dimension that is a multiple of 7"):
         compare(settings, ["magnitude"], ["3:7"], [0], **run)
     assert json.loads(path.read_text()) == written
     said.clear()

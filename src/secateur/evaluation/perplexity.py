@@ -63,7 +63,7 @@ def perplexity(
     """
     windows, name = evaluation_windows(model, tokenizer, text)
     device = next(model.parameters()).device
-    total, targets = 0.0, 0
+    total = 0.0
     for part in torch.arange(len(windows)).split(max(1, BATCH_TOKENS // windows.shape[1])):
         losses = token_losses(model, windows[part].to(device))
         if not bool(torch.isfinite(losses).all()):
@@ -71,9 +71,8 @@ def perplexity(
                 f"the loss of windows {int(part[0])} to {int(part[-1])} of {name} is not finite: the model is damaged"
             )
         total += _sum(losses)
-        targets += losses.numel()
         progress("evaluate", int(part[-1]) + 1, len(windows))
-    return _figures(total / targets, windows, name)
+    return _figures(total, windows, name)
 
 
 @torch.no_grad()
@@ -104,7 +103,7 @@ def perplexity_against(
             f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
         )
     windows, name = evaluation_windows(model, tokenizer, text)
-    kl, agreeing, positions, loss, dense_loss = 0.0, 0, 0, 0.0, 0.0
+    kl, agreeing, loss, dense_loss = 0.0, 0, 0.0, 0.0
     for index, window in enumerate(windows):
         ids = window[None].to(next(model.parameters()).device)
         for chunk, ours, theirs in _both_logits(model, dense, ids):
@@ -117,31 +116,33 @@ def perplexity_against(
             loss -= _sum(log_q.gather(1, targets))
             dense_loss -= _sum(log_p.gather(1, targets))
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            positions += len(chunk)
         progress("evaluate", index + 1, len(windows))
+    positions = windows.numel() - len(windows)
     against = {
         "perplexity": math.exp(min(dense_loss / positions, MAX_LOSS)),
         "kl": kl / positions,
         "top1_agreement": agreeing / positions,
     }
-    return _figures(loss / positions, windows, name) | {"against": against}
+    return _figures(loss, windows, name) | {"against": against}
 
 
-def _figures(loss: float, windows: Int[Tensor, "N T"], name: str) -> dict[str, Any]:
-    """What `perplexity` returns.
+def _figures(total: float, windows: Int[Tensor, "N T"], name: str) -> dict[str, Any]:
+    """What `perplexity` returns, from the sum of the losses in nats.
 
     Raises:
-        SecateurError: the loss, nats a token, is beyond all reason.
+        SecateurError: their mean is above `MAX_LOSS`.
     """
+    number, length = windows.shape
+    targets = number * (length - 1)
+    loss = total / targets
     if loss > MAX_LOSS:
         raise SecateurError(f"the loss on {name} is {loss:.0f} nats a token: the model is damaged")
-    number, length = windows.shape
     return {
         "perplexity": math.exp(loss),
         "loss": loss,
         "windows": number,
         "seq_len": length,
-        "targets": number * (length - 1),
+        "targets": targets,
         "text": name,
     }
 
