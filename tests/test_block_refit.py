@@ -23,12 +23,12 @@ from secateur.recipe.steps import BlockRefit
 REFIT = {"epochs": 4}
 
 
-def pruned(family="llama", pattern="2:4", dtype=torch.float32, refit=REFIT, **options):
+def pruned(family="llama", pattern="2:4", dtype=torch.float32, refit=REFIT, sequences=96, **options):
     """A tiny model by mrp and a block refit."""
     model = tiny_model(family, dtype)
     settings = {"refit": refit}
     return model, secateur.prune(
-        model, pattern=pattern, solver="mrp", calibration=tokens(96), settings=settings, **options
+        model, pattern=pattern, solver="mrp", calibration=tokens(sequences), settings=settings, **options
     )
 
 
@@ -36,8 +36,8 @@ def pruned(family="llama", pattern="2:4", dtype=torch.float32, refit=REFIT, **op
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
 def test_masks_stay_exact_and_only_pruned_matrices_move(family, pattern):
     dense = copy.deepcopy(tiny_model(family).state_dict())
-    plain, _ = pruned(family, pattern, refit=None)
-    model, report = pruned(family, pattern)
+    plain, _ = pruned(family, pattern, refit=None, sequences=32)
+    model, report = pruned(family, pattern, sequences=32)
     names = {f"{matrix.name}.weight" for matrix in report.matrices}
     for name, tensor in model.state_dict().items():
         if name not in names:

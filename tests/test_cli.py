@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from commands import Command, command
 from models import TEXT, character_tokenizer, mixtral, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,9 +43,9 @@ def text(tmp_path):
     return path
 
 
-def command(*arguments, **options):
-    """The real command in its own process."""
-    run = [sys.executable, "-m", "secateur", *map(str, arguments)]
+def fresh(*arguments, **options):
+    """The command in a process that has imported nothing."""
+    run = [sys.executable, "-m", "secateur", *arguments]
     return subprocess.run(run, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
@@ -85,7 +85,7 @@ def test_prune_eval_inspect_as_a_user_runs_them(model, text, tmp_path):
 
 
 def test_help_is_fast_to_import_and_lists_the_commands():
-    done = command("--help")
+    done = fresh("--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("prune", "eval", "inspect", "demo"))
     code = "import sys, secateur, secateur.cli.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
@@ -203,7 +203,7 @@ def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
 
 
 def test_help_fits_on_a_screen_and_names_its_groups():
-    done = command("prune", "-h", env=os.environ | {"COLUMNS": "80"})
+    done = fresh("prune", "-h", env=os.environ | {"COLUMNS": "80"})
     assert done.returncode == 0
     assert len(done.stdout.rstrip().splitlines()) <= 45
     for group in ("What to prune", "Calibration", "Output", "Machine"):
@@ -211,7 +211,7 @@ def test_help_fits_on_a_screen_and_names_its_groups():
 
 
 def test_version():
-    assert command("--version").stdout == f"secateur {secateur.__version__}\n"
+    assert fresh("--version").stdout == f"secateur {secateur.__version__}\n"
 
 
 def test_a_dry_run_tells_and_writes_nothing(main, model, text, tmp_path):
@@ -269,23 +269,17 @@ def test_a_log_file_gets_a_line_a_stage_and_every_half_minute():
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_order_and_says_how_to_resume(model, text, tmp_path, how):
     out = tmp_path / "out"
-    flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=400")
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
-        "from secateur.cli.app import main; main()"
-    )
-    run = [sys.executable, "-c", code, "prune", model, out, *flags]
-    with subprocess.Popen(list(map(str, run)), stderr=subprocess.PIPE, text=True) as process:
-        manifest = tmp_path / ".out.secateur" / "manifest.json"
-        while process.poll() is None and not (manifest.exists() and '"blocks": {}' not in manifest.read_text()):
-            time.sleep(0.01)
-        process.send_signal(how)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + how, errors
-    assert ("stopped by SIGTERM" if how == signal.SIGTERM else "stopped") in errors
-    assert "1 finished blocks are in" in errors
-    assert "--resume" in errors
-    assert "Traceback" not in errors
+    flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=100")
+    run, manifest = Command("prune", model, out, *flags), tmp_path / ".out.secateur" / "manifest.json"
+    while run.runs and not (manifest.exists() and '"blocks": {}' not in manifest.read_text()):
+        time.sleep(0.01)
+    run.send(how)
+    done = run.wait(60)
+    assert done.returncode == 128 + how, done.stderr
+    assert ("stopped by SIGTERM" if how == signal.SIGTERM else "stopped") in done.stderr
+    assert "1 finished blocks are in" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
@@ -438,7 +432,7 @@ def test_full_disk_leaves_the_earlier_model(main, model, text, tmp_path, limit, 
     shutil.copytree(model, out)
     before = content(out)
     arguments = ("prune", model, out, "--calibration", text, *SMALL, "--overwrite")
-    done = command(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = command(*arguments, most_bytes=limit)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert content(out) == before

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from commands import command
 from models import TEXT, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from secateur.checkpoints.inspection import inspect_folder
 from secateur.runtime import distributed
 
 TESTS = Path(__file__).parent
+MODULE = ("-m", "secateur")
 FLAGS = ("--recipe", "balanced", "--samples", "8", "--seq-len", "32")
 
 
@@ -79,20 +81,20 @@ def source(tmp_path_factory):
     return folder
 
 
-def command(source, out, *more):
-    return ["-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS, *more]
+def prune(source, out, *more):
+    return ["prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS, *more]
 
 
 def test_the_command_by_two_processes_speaks_once_and_knows_when_it_is_done(source, tmp_path):
     """Started by accelerate, and again by torchrun."""
     out = tmp_path / "out"
-    done = in_processes(2, *command(source, out, "--json"), launcher=accelerate_launch)
+    done = in_processes(2, *MODULE, *prune(source, out, "--json"), launcher=accelerate_launch)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one JSON, from rank 0
     assert report["environment"]["processes"] == 2
     assert not inspect_folder(out).problems
     assert not (out.parent / ".out.secateur").exists()
-    again = in_processes(2, *command(source, out, "--json", "--resume"))
+    again = in_processes(2, *MODULE, *prune(source, out, "--json", "--resume"))
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["summary"] == report["summary"]
 
@@ -107,7 +109,7 @@ def test_too_few_batches_for_the_processes_are_named(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc")
 def test_a_dead_process_ends_the_run_and_another_number_of_them_goes_on(source, tmp_path):
     out = tmp_path / "out"
-    arguments = torchrun(2, *command(source, out, "--set", "refit.epochs=30"))
+    arguments = torchrun(2, *MODULE, *prune(source, out, "--set", "refit.epochs=30"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -122,12 +124,7 @@ def test_a_dead_process_ends_the_run_and_another_number_of_them_goes_on(source, 
     assert "SIGKILL" in errors or "Signal 9" in errors
     finished = json.loads(manifest.read_text())["blocks"]
     assert finished
-    again = subprocess.run(
-        [sys.executable, *map(str, command(source, out, "--set", "refit.epochs=30", "--resume", "--json"))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = command(*prune(source, out, "--set", "refit.epochs=30", "--resume", "--json"))
     assert again.returncode == 0, again.stderr
     assert "2 processes began this run and 1 resumed it" in again.stderr.replace("\n", " ")
     assert not inspect_folder(out).problems

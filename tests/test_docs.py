@@ -19,6 +19,7 @@ from hub_stand_in import TOKEN, Hub
 from models import character_tokenizer, save_checkpoint, tiny_model, tokens
 
 import secateur
+from secateur.evaluation.speed import measure_here
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",
 }
-LARGEST = {"--samples": "8", "--seq-len": "128"}
+LARGEST = {"--samples": "8", "--seq-len": "96"}
 SENTENCE = "the quick brown fox jumps over the lazy dog, and then it does so again.\n"
 CHAT = {"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": SENTENCE * 4}]}
 
@@ -62,12 +63,18 @@ def sandbox(prepared, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Let `bench` measure in this process: a fresh one imports for seconds."""
+    monkeypatch.setattr("secateur.evaluation.speed._measured", lambda folder, numbers: measure_here(folder, *numbers))
+
+
 def blocks(page):
     return [(kind, text) for kind, text in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("cells_here")
+@pytest.mark.usefixtures("cells_here", "measured_here")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_and_example_of_a_page_runs(page, sandbox, main, monkeypatch):
     batches = [{"input_ids": batch} for batch in tokens()]
@@ -177,6 +184,6 @@ def test_the_example_notebook_runs_from_top_to_bottom(prepared, tmp_path):
     assert all(cell.outputs for cell in code if "show" in cell.metadata.get("tags", ()))
     assert 'MODEL, OUT, PACKED = "smollm2"' in code[0].source
     for cell in code:
-        cell.source = cell.source.replace("smollm2", str(prepared / "my-model")).replace("seq_len=512", "seq_len=128")
+        cell.source = cell.source.replace("smollm2", str(prepared / "my-model")).replace("seq_len=512", "seq_len=96")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any("secateur-report" in str(output) for cell in code for output in cell.outputs)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
 import torch
+from commands import command
 from models import save_checkpoint, save_gguf, tiny_model, tokens
 
 import secateur
@@ -189,8 +188,8 @@ def test_a_lora_adapter_is_named(main, model, tmp_path):
 
     lora = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "adapter")
-    for command in (("eval", tmp_path / "adapter"), ("prune", tmp_path / "adapter", tmp_path / "out")):
-        code, _, errors = main(*command)
+    for words in (("eval", tmp_path / "adapter"), ("prune", tmp_path / "adapter", tmp_path / "out")):
+        code, _, errors = main(*words)
         assert code == 2
         assert "merge it first" in " ".join(errors.split())
 
@@ -257,9 +256,8 @@ def test_a_solver_object_is_taken_as_it_is():
 def test_a_report_of_a_solver_that_is_not_installed_can_be_read(model, tmp_path):
     """Another process than the one that had the object."""
     secateur.prune(model, tmp_path / "out", solver=Mine(), calibration=tmp_path / "text.txt", samples=4, seq_len=32)
-    script = "import sys, secateur; sys.exit(len(secateur.inspect(sys.argv[1]).problems))"
-    for command in (["-c", script], ["-m", "secateur", "report"]):
-        done = subprocess.run([sys.executable, *command, tmp_path / "out"], capture_output=True, text=True, check=False)
+    for name in ("inspect", "report"):
+        done = command(name, tmp_path / "out")
         assert done.returncode == 0, done.stderr
     recipe = Report.load(tmp_path / "out").the_recipe
     assert recipe.to_dict()["solver"] == {"name": "mine", "scale": 1.0}

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from commands import Command, command
 from models import TEXT, character_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -571,17 +571,16 @@ def test_two_runs_on_one_folder(source, tmp_path):
 def test_kill_at_random_moments(source, tmp_path):
     """The real command, killed as by a power cut, again and again until it gets through."""
     out, chance = tmp_path / "out", random.Random(0)
-    command = [sys.executable, "-m", "secateur", "prune", source / "model", out, "--calibration", source / "text.txt"]
+    arguments = ("prune", source / "model", out, "--calibration", source / "text.txt", *FLAGS)
     path = manifest.journal_of(out) / manifest.MANIFEST
     for kept in (0, 2):
-        process = subprocess.Popen([*map(str, command), *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (path.exists() and len(json.loads(path.read_text())["blocks"]) >= kept):
+        process = Command(*arguments)
+        while process.runs and not (path.exists() and len(json.loads(path.read_text())["blocks"]) >= kept):
             time.sleep(0.001)
         time.sleep(chance.random() / 100)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    done = subprocess.run([*map(str, command), *FLAGS], capture_output=True, text=True, check=False)
+        process.send(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
     check_as_if_never_stopped(source, out)
 
