@@ -111,6 +111,14 @@ def cells_here(monkeypatch):
     monkeypatch.setattr("secateur.comparison.compare.run_in_own_process", lambda run, *arguments: run(*arguments))
 
 
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Let `bench` measure in this process, for the same reason."""
+    from secateur.evaluation import speed
+
+    monkeypatch.setattr(speed, "_measured", lambda folder, numbers: speed.measure_here(folder, *numbers))
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the longest tests, so that none runs alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -19,7 +19,6 @@ from hub_stand_in import TOKEN, Hub
 from models import character_tokenizer, save_checkpoint, tiny_model, tokens
 
 import secateur
-from secateur.evaluation.speed import measure_here
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 ROOT = Path(__file__).parents[1]
@@ -61,12 +60,6 @@ def sandbox(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("secateur.calibration.documents.shipped_text", lambda _name: SENTENCE * 30)
     return folder
-
-
-@pytest.fixture
-def measured_here(monkeypatch):
-    """Let `bench` measure in this process: a fresh one imports for seconds."""
-    monkeypatch.setattr("secateur.evaluation.speed._measured", lambda folder, numbers: measure_here(folder, *numbers))
 
 
 def blocks(page):

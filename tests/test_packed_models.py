@@ -296,6 +296,7 @@ def _packed_layers(model):
     return sum(isinstance(module, PackedLinear) and module.is_packed for module in model.modules())
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_packed_model_of_the_hub_stays_packed(saved, tmp_path, monkeypatch):
     _, packed = saved()
     (tmp_path / "text.txt").write_text(TEXT)
@@ -305,7 +306,7 @@ def test_a_packed_model_of_the_hub_stays_packed(saved, tmp_path, monkeypatch):
     found, expected = (secateur.evaluate(model, **options) for model in ("somebody/packed", packed))
     assert found["loss"] == expected["loss"]
     assert _packed_layers(secateur.load("somebody/packed")) == _packed_layers(secateur.load(packed))
-    measured = secateur.bench(["somebody/packed"], prompt_tokens=4, new_tokens=2)[0]
+    measured = secateur.bench(["somebody/packed"], prompt_tokens=4, new_tokens=16)[0]
     assert measured.file_bytes == sum(path.stat().st_size for path in packed.glob("*.safetensors"))
 
 
@@ -425,7 +426,7 @@ def test_bench_beyond_a_models_positions_says_so(tmp_path):
 def test_bench_measures_fresh_processes(saved, main):
     folder, packed = saved()
     code, out, err = main(
-        "bench", folder, packed, "--prompt-tokens", "8", "--new-tokens", "4", "--threads", "1", "--json"
+        "bench", folder, packed, "--prompt-tokens", "8", "--new-tokens", "16", "--threads", "1", "--json"
     )
     assert code == 0, err
     dense, ours = json.loads(out)["models"]
@@ -476,7 +477,7 @@ def test_code_of_a_packed_model_runs_where_it_is_trusted_and_nobody_is_asked(pru
         for folder in (pruned, tmp_path / "packed")
     ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-2)
-    (speed,) = secateur.bench(tmp_path / "packed", prompt_tokens=4, new_tokens=4, trust_remote_code=True)
+    (speed,) = secateur.bench(tmp_path / "packed", prompt_tokens=4, new_tokens=16, trust_remote_code=True)
     assert speed.decode_tokens_per_second > 0
 
 
