@@ -8,6 +8,8 @@ import resource
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +35,14 @@ class Command:
         self._process = SERVER.Process(target=_main, args=([*map(str, arguments)], self._streams, most_bytes))
         self._process.start()
 
-    @property
-    def runs(self) -> bool:
-        return self._process.is_alive()
-
     def send(self, how: signal.Signals) -> None:
         assert self._process.pid
         os.kill(self._process.pid, how)
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait until a condition holds, or the command has ended."""
+        while self._process.is_alive() and not condition():
+            time.sleep(0.001)
 
     def wait(self, seconds: float = 300) -> Done:
         """Wait for its end."""

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -271,8 +270,7 @@ def test_a_signal_ends_a_run_in_order_and_says_how_to_resume(model, text, tmp_pa
     out = tmp_path / "out"
     flags = ("--calibration", text, *SMALL, "--set", "refit.epochs=100")
     run, manifest = Command("prune", model, out, *flags), tmp_path / ".out.secateur" / "manifest.json"
-    while run.runs and not (manifest.exists() and '"blocks": {}' not in manifest.read_text()):
-        time.sleep(0.01)
+    run.wait_for(lambda: manifest.exists() and json.loads(manifest.read_text())["blocks"])
     run.send(how)
     done = run.wait(60)
     assert done.returncode == 128 + how, done.stderr

@@ -575,8 +575,7 @@ def test_kill_at_random_moments(source, tmp_path):
     path = manifest.journal_of(out) / manifest.MANIFEST
     for kept in (0, 2):
         process = Command(*arguments)
-        while process.runs and not (path.exists() and len(json.loads(path.read_text())["blocks"]) >= kept):
-            time.sleep(0.001)
+        process.wait_for(lambda kept=kept: path.exists() and len(json.loads(path.read_text())["blocks"]) >= kept)
         time.sleep(chance.random() / 100)
         process.send(signal.SIGKILL)
         assert process.wait().returncode == -signal.SIGKILL

@@ -117,13 +117,14 @@ def perplexity_against(
             dense_loss -= _sum(log_p.gather(1, targets))
             agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         progress("evaluate", index + 1, len(windows))
-    positions = windows.numel() - len(windows)
+    figures = _figures(loss, windows, name)
+    positions = figures["targets"]
     against = {
         "perplexity": math.exp(min(dense_loss / positions, MAX_LOSS)),
         "kl": kl / positions,
         "top1_agreement": agreeing / positions,
     }
-    return _figures(loss, windows, name) | {"against": against}
+    return figures | {"against": against}
 
 
 def _figures(total: float, windows: Int[Tensor, "N T"], name: str) -> dict[str, Any]:
