@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from models import mixtral, tiny_model, tokens
 
 import secateur
 from secateur.calibration.dense_pass import run_dense_pass
-from secateur.pruning import block_refit
+from secateur.calibration.hidden_states import HiddenStates
+from secateur.pruning import block_refit, loop
 from secateur.pruning.block_refit import MaskedMasterWeights, OutputError, refit_block, refit_targets
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import prune_model
+from secateur.recipe import steps
 from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.steps import BlockRefit
+from secateur.runtime import memory
 
 REFIT = {"epochs": 4}
 
@@ -60,7 +64,7 @@ def test_no_block_is_worse_on_validation_batches_and_some_are_better():
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_targets_lie_between_the_dense_block_on_either_stream(strength):
-    """Against two plain calls of the layer."""
+    """Against two plain calls of the layer; the solver's look at the block's inputs gives its outputs too."""
     model = tiny_model("llama").eval()
     found = dense_pass(model, tokens(6))
     stream, (_, second) = found.stream, found.blocks
@@ -68,18 +72,37 @@ def test_targets_lie_between_the_dense_block_on_either_stream(strength):
         stream.dense = stream.hidden.copy()
         dense_outputs = stream.outputs(second, of_dense=True)
         stream.hidden[1] = stream.hidden[1] + torch.randn(stream.hidden[1].shape)
-        targets = refit_targets(second, stream, dense_outputs, strength)
+        pruned_outputs = HiddenStates(number=len(stream.hidden))
+        stream.observe(second, stream.groups[second.name], pruned_outputs)
+        targets = refit_targets(pruned_outputs, dense_outputs, strength)
         expected = strength * dense_outputs[1] + (1 - strength) * stream.outputs(second)[1]
     assert len(targets) == len(dense_outputs)
     assert torch.allclose(targets[1], expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(targets[0], dense_outputs[0], rtol=1e-5, atol=1e-5)  # the streams agree there
 
 
-def test_the_targets_of_a_run_are_those_of_the_block_before_it_is_pruned():
-    """The first block's two targets agree, so its refit does whatever the strength; the second's don't."""
-    reports = [pruned(refit=REFIT | {"strength": strength})[1].blocks for strength in (0.5, 1.0)]
-    assert reports[0][0].val_loss_before == pytest.approx(reports[1][0].val_loss_before, rel=1e-4)
-    assert reports[0][1].val_loss_before < 0.9 * reports[1][1].val_loss_before
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        (mixtral, {}),
+        (partial(tiny_model, "llama"), {}),
+        (partial(tiny_model, "llama"), {"true_sequential": True}),
+        (partial(tiny_model, "llama"), {"target.kind": "dense"}),
+        (partial(tiny_model, "llama"), {"target.kind": "residual"}),
+    ],
+)
+@pytest.mark.parametrize("hessian_bytes", [memory.HESSIAN_BYTES, 1])
+def test_the_targets_of_a_run_are_those_of_the_block_before_it_is_pruned(monkeypatch, family, settings, hessian_bytes):
+    """The first block sees no error of another, so its two targets agree however it is observed; the second's don't."""
+    monkeypatch.setattr(memory, "HESSIAN_BYTES", hessian_bytes)
+    taken = []
+    monkeypatch.setattr(loop, "refit_targets", lambda *given: taken.append(given) or refit_targets(*given))
+    options = {"refit.epochs": 1, "refit.strength": 0.5} | settings
+    secateur.prune(family(), pattern="2:4", solver="mrp", calibration=tokens(32), settings=options)
+    outputs = [given[:2] for given in taken]
+    agree = [all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*both, strict=True)) for both in outputs]
+    assert agree == [True, False]
+    assert [len(each) for both in outputs for each in both] == [16] * 4
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
@@ -179,6 +202,15 @@ def test_a_longer_text_gets_fewer_epochs(monkeypatch, most, epochs):
     monkeypatch.setattr(block_refit._Shared, "mean", lambda self, val: measured.append(1) or mean(self, val))
     _, report = pruned(refit=REFIT | {"rate": 0.001, "most_tokens": most})
     assert len(measured) == sum(1 + epochs for _ in report.blocks)
+
+
+@pytest.mark.parametrize(("width", "share"), [(576, 1), (32, 1), (24, 0.75), (8, 0.25)])
+def test_wide_blocks_take_lower_rates(monkeypatch, width, share):
+    """In proportion above the width that rates were chosen at; the tiny model has 32 channels."""
+    monkeypatch.setattr(steps, "WIDTH_OF_RATES", width)
+    _, report = pruned(refit={"epochs": 1, "rate": 0.001}, sequences=32)
+    assert report.blocks[0].best_epoch == 1
+    assert report.blocks[0].rate == pytest.approx(0.001 * share)
 
 
 def test_same_seed_gives_the_same_bits_and_gradients_are_left_as_found():

@@ -98,10 +98,17 @@ class Stream:
         call = self.calls[block.name][index]
         return call.of_dense if of_dense else call
 
-    def observe(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
+    def observe(
+        self, block: Block, groups: Sequence[InputGroup], outputs: HiddenStates | None = None
+    ) -> dict[str, Hessian]:
         """Hessians by the name of each group's leader.
 
         Those of experts with fewer tokens than inputs are mixed with all tokens' (`experts`).
+
+        Args:
+            block: the block.
+            groups: of its matrices.
+            outputs: takes the block's outputs, where they are wanted too.
 
         Raises:
             SecateurError: a group that saw no token, or inputs that are not finite.
@@ -110,7 +117,9 @@ class Stream:
         """
         sums = _HessianSums()
         for index, hidden in enumerate(self.hidden):
-            self.replay_watched(block, groups, index, hidden, sums.add)
+            output = self.replay_watched(block, groups, index, hidden, sums.add)
+            if outputs is not None:
+                outputs.append(output)
         sums.all_reduce(groups)
         short = {
             group.leader.name: share

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -59,31 +59,17 @@ def check_batches(batches: int) -> None:
         )
 
 
-def within_tokens(options: BlockRefit, tokens: int) -> BlockRefit:
-    """The options with as many epochs over `tokens` tokens as `most_tokens` allows, at least one."""
-    if options.most_tokens is None or options.epochs <= 1:
-        return options
-    return replace(options, epochs=max(1, min(options.epochs, options.most_tokens // tokens)))
-
-
-def refit_targets(block: Block, stream: Stream, dense_outputs: HiddenStates, strength: float) -> HiddenStates:
+def refit_targets(pruned_outputs: HiddenStates, dense_outputs: HiddenStates, strength: float) -> HiddenStates:
     """Targets of a block's refit, batch by batch: `y = s y_d + (1 - s) f(x_p)`, f the block while it is dense.
 
     Args:
-        block: the block, still dense.
-        stream: in front of it.
+        pruned_outputs: f(x_p), its outputs on the pruned stream.
         dense_outputs: y_d, its outputs on the dense stream.
         strength: s.
-
-    Cost: one forward pass of the block over the batches, where s < 1.
     """
-    if strength == 1:
-        return dense_outputs
-    calls = zip(stream.calls[block.name], stream.hidden, strict=True)
-    pruned_outputs = (call.replay(block, hidden.clone()) for call, hidden in calls)
     pairs = zip(dense_outputs, pruned_outputs, strict=True)
     blends = (pruned.float().lerp(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
-    return HiddenStates.of(blends, stream.memory, len(dense_outputs))
+    return HiddenStates.of(blends, dense_outputs.memory, len(dense_outputs))
 
 
 def int8_matrices_of(block: Block, stream: Stream, context: RunContext) -> Int8Matrices:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import InputGroup
 from secateur.calibration.stream import Stream, finished_hessians
 from secateur.errors import SecateurError
@@ -95,8 +96,9 @@ def observe_moments(
     dense_outputs: Sequence[Tensor],
     originals: DenseWeights,
     target: DenseTarget,
+    outputs: HiddenStates | None = None,
 ) -> dict[str, Moments]:
-    """The moments of each group's input by its leader's name.
+    """The moments of each group's input by its leader's name; `outputs` takes the block's on the pruned stream.
 
     Cost: two forward passes of the block on all batches, one on each stream.
     """
@@ -108,6 +110,8 @@ def observe_moments(
         with originals.restored():
             dense_inputs, _ = _inputs(block, stream, groups, index, stream.dense[index], of_dense=True)
         inputs, output = _inputs(block, stream, groups, index, hidden)
+        if outputs is not None:
+            outputs.append(output)
         error = (dense_outputs[index].float() - output.float()).flatten(0, -2)
         real = stream.padding[index]
         error = error if real is None else error[real.flatten()]

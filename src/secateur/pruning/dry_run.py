@@ -29,8 +29,6 @@ from secateur.pruning.block_refit import (
     OutputError,
     int8_matrices_of,
     refit_block,
-    refit_targets,
-    within_tokens,
 )
 from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
@@ -155,14 +153,12 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
         passes = 1 + (stream.dense is not None)  # the replay, and the dense stream's outputs
         refit = 0.0
         if options is not None:
-            targets, aiming = _timed(lambda: refit_targets(block, stream, outputs, options.strength))
-            objective = OutputError(block, stream, targets)
-            whole = within_tokens(options, round(scale * stream.num_tokens))
+            objective = OutputError(block, stream, outputs)
+            whole = options.over_tokens(round(scale * stream.num_tokens))
             int8 = int8_matrices_of(block, stream, context)
-            _, refitting = _timed(
+            _, refit = _timed(
                 lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of, int8)
             )
-            refit = aiming + refitting
     context.progress("one block", 1, 1)
     return solving, scale * (step - solving + passes * forward + refit)
 
@@ -188,7 +184,7 @@ def _seconds_of_predictions(
         outputs = stream.outputs(block)
         aimed = _seconds_of_gradients(block, PredictionDivergence(block, stream, outputs, end), stream, context)
         plain = _seconds_of_gradients(block, OutputError(block, stream, outputs), stream, context)
-    epochs = within_tokens(refit, round(scale * stream.num_tokens)).epochs
+    epochs = refit.over_tokens(round(scale * stream.num_tokens)).epochs
     return scale * refit.prediction_blocks * epochs * max(0.0, aimed - plain)
 
 

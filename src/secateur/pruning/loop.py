@@ -35,7 +35,6 @@ from secateur.pruning.block_refit import (
     int8_matrices_of,
     refit_block,
     refit_targets,
-    within_tokens,
 )
 from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.dense_target import DenseWeights, Moments, check_all_tokens, observe_moments, write_gain
@@ -195,7 +194,7 @@ def _prune_chain(
     """
     stream, (done, total) = dense.stream, place
     if context.recipe.refit is not None:
-        refit = within_tokens(context.recipe.refit, stream.num_tokens)
+        refit = context.recipe.refit.over_tokens(stream.num_tokens)
         context = replace(context, recipe=replace(context.recipe, refit=refit))
     recipe = context.recipe
     looking = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
@@ -239,22 +238,23 @@ def _prune_and_refit(
     end: ModelEnd | None,
 ) -> BlockFigures:
     """Prune every matrix of a block, and refit the block where that is asked for."""
-    refit, targets = context.recipe.refit, None
+    refit, outputs = context.recipe.refit, None
     if refit is None or not block.matrices:
         return BlockFigures(prune_block(block, stream, dense_outputs, patterns, context), None, context.workspace.limit)
     assert dense_outputs is not None
-    if end is None:
-        targets = refit_targets(block, stream, dense_outputs, refit.strength)  # while the block is dense
-    matrices = prune_block(block, stream, dense_outputs, patterns, context)
+    if end is None and refit.strength < 1:
+        outputs = HiddenStates(stream.memory, len(dense_outputs))
+    matrices = prune_block(block, stream, dense_outputs, patterns, context, outputs)
     started = time.perf_counter()
     with nullcontext() if end is None else end.behind(block):
-        if end is None:
-            assert targets is not None
-            objective: Objective = OutputError(block, stream, targets)
+        if end is not None:
+            objective: Objective = PredictionDivergence(block, stream, dense_outputs, end)
         else:
-            objective = PredictionDivergence(block, stream, dense_outputs, end)
+            between = dense_outputs if outputs is None else refit_targets(outputs, dense_outputs, refit.strength)
+            objective = OutputError(block, stream, between)
         int8 = int8_matrices_of(block, stream, context)
-        figures = refit_block(block, objective, len(stream.hidden), refit, seed, context.storage_of, int8)
+        options = refit.at_width(dense_outputs[0].shape[-1])
+        figures = refit_block(block, objective, len(stream.hidden), options, seed, context.storage_of, int8)
     name = OUTPUT_ERROR if end is None else PREDICTIONS
     report = BlockReport(name=block.name, objective=name, seconds=time.perf_counter() - started, **figures)
     return BlockFigures(matrices, report, context.workspace.limit)
@@ -266,6 +266,7 @@ def prune_block(
     dense_outputs: HiddenStates | None,
     patterns: LayerPatterns,
     context: RunContext,
+    outputs: HiddenStates | None = None,
 ) -> list[MatrixReport]:
     """Prune every matrix of a block in place; their figures.
 
@@ -275,6 +276,7 @@ def prune_block(
         dense_outputs: its outputs on the dense stream, for a dense target.
         patterns: of its matrices.
         context: of the run.
+        outputs: takes the block's outputs on the pruned stream while it is dense.
     """
     target = context.recipe.target
     one_by_one = context.recipe.true_sequential or (target is not None and target.kind == "residual")
@@ -287,10 +289,11 @@ def prune_block(
     for observed in passes:
         with originals.restored() if originals is not None and in_passes else nullcontext():
             if target is None or originals is None:
-                moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed).items()}
+                moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed, outputs).items()}
             else:
                 assert dense_outputs is not None
-                moments = observe_moments(block, stream, observed, dense_outputs, originals, target)
+                moments = observe_moments(block, stream, observed, dense_outputs, originals, target, outputs)
+        outputs = None  # taken
         owners = _owners(observed)
         gains = _write_gains(block, stream, observed) if target is not None and target.kind == "residual" else {}
         solved: dict[str, MatrixReport] = {}

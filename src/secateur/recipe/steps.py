@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from secateur.recipe.declare import Field, Number, Whole, options
+
+WIDTH_OF_RATES = 576  # channels of the model that rates were chosen on, SmolLM2-135M
 
 
 @options
@@ -44,8 +47,8 @@ class BlockRefit:
         default=0.025,
         gt=0,
         lt=1,
-        description="Peak learning rate, relative to the RMS of a matrix's kept weights. If the validation loss "
-        "does not fall, a quarter of the rate is tried, then a sixteenth.",
+        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Above 576 channels it falls "
+        "in proportion to the width. If the validation loss does not fall, a quarter of it is tried, then a sixteenth.",
     )
     val_fraction: Number = Field(
         default=0.0625,
@@ -66,6 +69,20 @@ class BlockRefit:
         description="How many of the last blocks aim at the dense model's predictions (by their divergence) instead of "
         "the dense block's output; only for models that predict a token at every position.",
     )
+
+    def over_tokens(self, tokens: int) -> BlockRefit:
+        """These options for a text of `tokens`: as many epochs as `most_tokens` allows, at least one."""
+        if self.most_tokens is None or self.epochs <= 1:
+            return self
+        return replace(self, epochs=max(1, min(self.epochs, self.most_tokens // tokens)))
+
+    def at_width(self, channels: int) -> BlockRefit:
+        """These options for hidden states of `channels`: above `WIDTH_OF_RATES` the rate falls in proportion.
+
+        Adam moves every weight by about the rate, whatever its gradient is, and an output sums over its inputs. So at
+        one rate a step moves the outputs of a wide matrix further (as in arXiv 2203.03466).
+        """
+        return replace(self, rate=self.rate * min(1.0, WIDTH_OF_RATES / channels))
 
 
 @options
