@@ -58,6 +58,7 @@ def test_n_m_presets_have_no_allocation_and_search_further():
         assert Recipe.preset(name, "50%").allocation.rule == "curve"
         assert Recipe.preset(name, "2:4").allocation is None
         assert Recipe.preset(name, "2:4").refit.strength == 0.6
+    assert Recipe.preset("balanced", "50%").refit.strength == 0.6
     assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
 
 

@@ -11,8 +11,8 @@ from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 
 DEFAULT_PRESET = "balanced"
-# Correcting errors of earlier blocks in full overfits at n:m patterns, where they are larger.
-NM_REFIT_STRENGTH = 0.6
+# Correcting errors of earlier blocks in full overfits, most where they are large (docs/decisions.md).
+REFIT_STRENGTH = 0.6
 # Two epochs of the field's 128 x 2048 tokens with those that the model writes: the time of a run stays within reach.
 BEST_REFIT_TOKENS = 600_000
 
@@ -24,10 +24,10 @@ def fast(_pattern: Pattern) -> dict[str, Any]:
 
 def balanced(pattern: Pattern) -> dict[str, Any]:
     """A short joint mask search, a short block refit, and for unstructured patterns an allocation."""
-    refit = {"epochs": 1, "rate": 0.00625}
+    refit = {"epochs": 1, "rate": 0.00625, "strength": REFIT_STRENGTH}
     solver = {"name": "admm", "search_iterations": 4, "tolerance": 0.02}
     if isinstance(pattern, NM):
-        return {"solver": solver, "shrinkage": "auto", "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+        return {"solver": solver, "shrinkage": "auto", "refit": refit}
     allocation = {"rule": "curve", "tokens": 4096}
     return {"solver": solver, "shrinkage": "auto", "refit": refit, "allocation": allocation}
 
@@ -43,7 +43,7 @@ def best(pattern: Pattern) -> dict[str, Any]:
     found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}}
     if isinstance(pattern, NM):
         solver = {"name": "admm", "search_iterations": 24}
-        return found | {"solver": solver, "refit": refit | {"strength": NM_REFIT_STRENGTH}}
+        return found | {"solver": solver, "refit": refit | {"strength": REFIT_STRENGTH}}
     solver = {"name": "admm", "search_iterations": 12, "penalty_start": 0.4}
     return found | {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
 
