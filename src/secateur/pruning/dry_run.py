@@ -154,7 +154,7 @@ def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: 
         refit = 0.0
         if options is not None:
             objective = OutputError(block, stream, outputs)
-            whole = options.over_tokens(round(scale * stream.num_tokens))
+            whole = options.over_tokens(round(scale * stream.num_tokens)).at_width(outputs[0].shape[-1])
             int8 = int8_matrices_of(block, stream, context)
             _, refit = _timed(
                 lambda: refit_block(block, objective, len(stream.hidden), whole, 0, context.storage_of, int8)
