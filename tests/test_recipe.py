@@ -58,7 +58,8 @@ def test_n_m_presets_have_no_allocation_and_search_further():
         assert Recipe.preset(name, "50%").allocation.rule == "curve"
         assert Recipe.preset(name, "2:4").allocation is None
         assert Recipe.preset(name, "2:4").refit.strength == 0.6
-    assert Recipe.preset("balanced", "50%").refit.strength == 0.6
+    strengths = {pattern: Recipe.preset("balanced", pattern).refit.strength for pattern in ("50%", "59%", "60%", "70%")}
+    assert strengths == {"50%": 1, "59%": 1, "60%": 0.6, "70%": 0.6}
     assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
 
 

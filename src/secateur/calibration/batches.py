@@ -26,14 +26,14 @@ from secateur.calibration.own_words import OwnWords, Prompts
 from secateur.calibration.stream import Batch
 from secateur.calibration.texts import cut_windows, encode, max_positions, sample_documents, window_length
 from secateur.errors import SecateurError
-from secateur.recipe.patterns import Pattern, Unstructured
+from secateur.recipe.patterns import Pattern, Unstructured, is_severe
 from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
 AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
-SPARSE, OWN_WORDS_A_SAMPLE = 0.6, 2  # from this sparsity on, and at n:m: sequences a sample
+OWN_WORDS_A_SAMPLE = 2  # sequences, where `is_severe`
 
 HALF = Unstructured(0.5)
 
@@ -146,8 +146,7 @@ def _check_no_text_options(text: CalibrationText) -> None:
 def _own_words_on_top(text: CalibrationText, length: int, can_write: bool, pattern: Pattern) -> int:
     """Sequences that the model writes on top of those of a text."""
     if text.own_words == AUTO:
-        is_easy = isinstance(pattern, Unstructured) and pattern.sparsity < SPARSE
-        wanted = text.samples * (1 if is_easy else OWN_WORDS_A_SAMPLE)
+        wanted = text.samples * (OWN_WORDS_A_SAMPLE if is_severe(pattern) else 1)
         return min(wanted, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
     return text.own_words or 0
 

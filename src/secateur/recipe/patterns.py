@@ -86,6 +86,12 @@ class NM:
 
 
 Pattern = Unstructured | NM
+SEVERE = 0.6
+
+
+def is_severe(pattern: Pattern) -> bool:
+    """Whether a pattern costs a model so much that presets take other options: n:m, and 60% or more."""
+    return isinstance(pattern, NM) or pattern.sparsity >= SEVERE
 
 
 def check_asked_pattern(text: Any) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from secateur.errors import nearest
 from secateur.recipe.declare import RecipeError
-from secateur.recipe.patterns import NM, Pattern, parse_pattern
+from secateur.recipe.patterns import NM, Pattern, is_severe, parse_pattern
 from secateur.recipe.recipe import Recipe
 
 DEFAULT_PRESET = "balanced"
-# Correcting errors of earlier blocks in full overfits, most where they are large (docs/decisions.md).
+# Correcting errors of earlier blocks in full overfits where they are large (docs/decisions.md).
 REFIT_STRENGTH = 0.6
 # Two epochs of the field's 128 x 2048 tokens with those that the model writes: the time of a run stays within reach.
 BEST_REFIT_TOKENS = 600_000
@@ -24,7 +24,7 @@ def fast(_pattern: Pattern) -> dict[str, Any]:
 
 def balanced(pattern: Pattern) -> dict[str, Any]:
     """A short joint mask search, a short block refit, and for unstructured patterns an allocation."""
-    refit = {"epochs": 1, "rate": 0.00625, "strength": REFIT_STRENGTH}
+    refit = {"epochs": 1, "rate": 0.00625} | ({"strength": REFIT_STRENGTH} if is_severe(pattern) else {})
     solver = {"name": "admm", "search_iterations": 4, "tolerance": 0.02}
     if isinstance(pattern, NM):
         return {"solver": solver, "shrinkage": "auto", "refit": refit}
