@@ -47,8 +47,9 @@ class BlockRefit:
         default=0.025,
         gt=0,
         lt=1,
-        description="Peak learning rate, relative to the RMS of a matrix's kept weights. Above 576 channels it falls "
-        "in proportion to the width. If the validation loss does not fall, a quarter of it is tried, then a sixteenth.",
+        description="Peak learning rate, relative to the RMS of a matrix's kept weights. "
+        f"Above {WIDTH_OF_RATES} channels it falls in proportion to the width. If the validation loss does not fall, "
+        "a quarter of it is tried, then a sixteenth.",
     )
     val_fraction: Number = Field(
         default=0.0625,
