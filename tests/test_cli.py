@@ -280,6 +280,26 @@ def test_a_signal_ends_a_run_in_order_and_says_how_to_resume(model, text, tmp_pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+def test_a_signal_that_torch_turns_into_an_error_ends_the_run_as_well():
+    """Torch asks a sequence for its first item, the signal arrives there, and torch raises a ValueError instead."""
+    script = (
+        "import os, signal, torch\n"
+        "from secateur.cli.process import prepare_process, run_explained\n"
+        "class Sequence:\n"
+        "    def __getitem__(self, index): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    def __len__(self): return 1\n"
+        "def command():\n"
+        "    try: torch.tensor(Sequence())\n"
+        "    except ValueError as error: print(error); raise\n"
+        "prepare_process()\n"
+        "run_explained(command)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "could not determine the shape" in ended.stdout  # torch still does it
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "stopped by SIGTERM\n")
+
+
 def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
     from secateur.sources.gguf import convert_gguf
 

@@ -258,8 +258,8 @@ def test_a_run_that_has_only_to_save_needs_no_machine_like_the_first(source, sha
     more = torch.get_num_threads() + 1
     with monkeypatch.context() as patched:
         patched.setattr(torch, "get_num_threads", lambda: more)
-        with pytest.raises(ValueError, match="differs: recipe pattern was 50%, is 60%. Resume it"):
-            prune(source, out, pattern="60%")
+        with pytest.raises(ValueError, match="differs: recipe pattern was 50%, is 55%. Resume it"):
+            prune(source, out, pattern="55%")
         prune(source, out)
     assert (out / "model-00003-of-00004.safetensors").read_bytes() == (
         sharded / "model-00003-of-00004.safetensors"

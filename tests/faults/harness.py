@@ -237,8 +237,13 @@ class Laboratory:
     ) -> None:  # fmt: skip
         os.dup2(output, 1)
         os.dup2(output, 2)
+        import torch
+
         code = 99
         try:
+            # torch replaces its thread pool at the first call after a fork, and two threads that load a model would
+            # both do it: "Invalid thread pool!".
+            torch.set_num_threads(1)
             if cache is not None:
                 os.environ["SECATEUR_CACHE"] = str(cache)
             pruned = _watch(shared, exchange, stop)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from secateur.cli.console import note
 from secateur.errors import SecateurError
 
+_received: list[int] = []  # signals that asked this process to stop
+
 
 def prepare_process() -> None:
     """Settings of the process that have to be there before torch is imported."""
@@ -26,6 +28,7 @@ def prepare_process() -> None:
 
 def _stop(number: int, _frame: object) -> None:
     """End in order at Ctrl-C or SIGTERM: every context is left, and the command says how to resume."""
+    _received.append(number)
     note("stopped" if number == signal.SIGINT else "stopped by SIGTERM")
     sys.exit(128 + number)
 
@@ -33,7 +36,7 @@ def _stop(number: int, _frame: object) -> None:
 def run_explained(command: Callable[[], object]) -> None:
     """Run a command. What a user can mend prints a message and exits with 2; a bug leaves a file, and exits with 70."""
     try:
-        command()
+        _run_until_stopped(command)
     except SecateurError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"
@@ -50,6 +53,17 @@ def run_explained(command: Callable[[], object]) -> None:
         note(f"error: {type(error).__name__}: {error}")
         note(f"This is a bug in secateur. {_kept_traceback(error)}: please report it, with what you ran.")
         sys.exit(70)
+
+
+def _run_until_stopped(command: Callable[[], object]) -> None:
+    """Run a command. After a signal, it ends by that signal, whatever error it ends with."""
+    try:
+        command()
+    except Exception:
+        # Compiled code that calls Python can turn the SystemExit of `_stop` into an error: torch raises a ValueError.
+        if _received:
+            sys.exit(128 + _received[0])
+        raise
 
 
 def _out_of_memory(error: Exception) -> int:
