@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def test_a_layer_becomes_dense_where_no_kernel_serves_it(monkeypatch, capsys):
     assert not copied.to(torch.float32).is_packed
     assert torch.allclose(copied(x.float()), linear.float()(x.float()))
     assert capsys.readouterr().err.count("unpacked") == 2
+
+
+@needs_kernels
+def test_threads_that_ask_for_the_weight_at_once_get_the_same(monkeypatch):
+    linear, packed = a_layer(rows=512, columns=512)
+    unpack, together = packed_linear.unpack, threading.Barrier(4)
+
+    def slow(matrix):
+        time.sleep(0.05)  # the others ask in the meantime
+        return unpack(matrix)
+
+    def weight():
+        together.wait()
+        return packed.weight
+
+    monkeypatch.setattr(packed_linear, "unpack", slow)
+    with ThreadPoolExecutor(4) as threads:
+        weights = [asked.result() for asked in [threads.submit(weight) for _ in range(4)]]
+    assert len({id(found) for found in weights}) == 1
+    assert torch.equal(weights[0], linear.weight)
 
 
 @needs_kernels

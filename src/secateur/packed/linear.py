@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from secateur.runtime.messages import say
 
 _said: set[str] = set()
 _marks = count()  # see `_apply`
+_unpacking = RLock()  # held while a layer becomes dense; not of one layer, as a lock can't be pickled
 
 
 class PackedLinear(nn.Module):
@@ -92,11 +94,14 @@ class PackedLinear(nn.Module):
         return _multiply(*arguments, *sizes)
 
     def become_dense(self) -> None:
-        """Unpack the weight, as it is stored, and let go of the packed one."""
-        weight = unpack(self.packed)
-        self.is_packed = False
-        del self.masks, self.values, self.offsets, self.scales
-        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        """Unpack the weight, as it is stored, and let go of the packed one. Several threads may ask for it at once."""
+        with _unpacking:
+            if not self.is_packed:
+                return
+            # Not by `register_parameter`, which looks for an attribute of that name, and would come back here.
+            self._parameters["weight"] = nn.Parameter(unpack(self.packed), requires_grad=False)
+            self.is_packed = False
+            del self.masks, self.values, self.offsets, self.scales
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__.get("is_packed"):
