@@ -20,10 +20,12 @@ from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.pruning import allocation as al
 from secateur.pruning import loss_curves
-from secateur.pruning.context import RunContext
+from secateur.pruning.context import DroppedBlocks, RunContext
+from secateur.pruning.dry_run import estimate
 from secateur.pruning.fisher import output_fisher_information
 from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.recipe import Recipe
+from secateur.recipe.resolve import resolve_recipe
 
 GRID = [0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 
@@ -355,3 +357,46 @@ def test_hessians_of_an_allocation_look_at_its_tokens_alone(monkeypatch):
     monkeypatch.setattr(Stream, "first", lambda *a: looked.append(a[2]) or first(*a))
     prune(settings={"allocation.tokens": 100})
     assert looked == [5]  # sequences of 24 tokens, of 8
+
+
+def estimated(model, batches, settings):
+    recipe = resolve_recipe(solver="mrp", settings=settings)
+    return estimate(copy.deepcopy(model), batches, RunContext(recipe, quiet, DroppedBlocks(InMemory())), 2**30)
+
+
+def test_a_dry_run_measures_no_matrix_that_a_rule_decides():
+    """The pattern of the others would not even fit this one."""
+    model = tiny_model("llama", intermediate_size=66)
+    rule = {"match": "*.down_proj", "pattern": "50%"}
+    asked = {"pattern": "2:4", "allocation.rule": "curve", "allocation.spread": 0.25, "rules": [rule]}
+    batches = [{"input_ids": ids} for ids in tokens(8)]
+    assert estimated(model, batches, asked).seconds > 0
+    assert estimated(model, batches, asked | {"rules": [{"match": "*", "pattern": "50%"}]}).seconds > 0
+
+
+class ByParity(torch.nn.Module):
+    """Each sequence goes to one of two experts, by its first hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)])
+
+    def forward(self, x):
+        chosen = (x[:, 0, 0] > 0).tolist()
+        return torch.stack([self.experts[number](row) for number, row in zip(chosen, x, strict=True)])
+
+
+def test_a_dry_run_takes_gradients_of_all_its_sequences_where_experts_are_modules():
+    model = tiny_model("llama").eval()
+    for layer in model.model.layers:
+        layer.mlp = ByParity()
+    batches = [{"input_ids": ids} for ids in tokens(64)]
+    asked = {"allocation.rule": "curve", "allocation.tokens": 1}
+    assert estimated(model, batches, asked).seconds > 0
+    assert secateur.prune(model, solver="mrp", settings=asked, calibration=tokens(64)).sparsity == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("sparsity", [0.995, 1.0])
+def test_levels_of_a_curve_end_at_no_weight(sparsity):
+    levels = loss_curves.curve_levels(Unstructured(sparsity), 0.001)
+    assert [level.sparsity for level in levels] == sorted(level.sparsity for level in levels)

@@ -253,14 +253,15 @@ def finished_hessians(
     names = [group.leader.name for group in groups]
     if silent := [name for name in names if name not in sums or sums[name].tokens == 0]:
         raise SecateurError(
-            f"{silent[0]} saw tokens in the dense pass, but none here (a router sends pruned hidden states to other "
+            f"{silent[0]} saw tokens in the dense pass, but none here (a router sends other hidden states to other "
             f"experts): use more calibration text, or leave it dense with ‹exclude='{silent[0]}'›"
         )
     hessians = {name: sums.pop(name).finish(damping) for name in names}
     for name, hessian in hessians.items():
         if not bool(torch.isfinite(hessian.H).all()):
             raise SecateurError(
-                f"the input of {name} holds NaN or infinite activations after pruning the blocks before it"
+                f"the input of {name} holds NaN or infinite activations, and held none in the dense pass: load the "
+                f"model in a wider dtype, or use a larger ‹settings.damping›"
             )
     return hessians
 

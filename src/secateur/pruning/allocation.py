@@ -34,6 +34,7 @@ from secateur.pruning.loss_curves import (
     sparsity_bounds,
 )
 from secateur.recipe.patterns import NM, Pattern, Unstructured
+from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe
 from secateur.recipe.steps import Allocation
 from secateur.runtime import distributed
@@ -62,7 +63,7 @@ def allocate(
     recipe, allocation = context.recipe, context.recipe.allocation
     found = {matrix.name: matrix_recipe(recipe, matrix.name) for block in blocks for matrix in block.matrices}
     fixed = LayerPatterns({name: own.pattern for name, own in found.items()})
-    free = {name for name, own in found.items() if not own.own_pattern}
+    free = matrices_without_pattern(blocks, recipe)
     if allocation is None or not free:
         return fixed
     chain = blocks[0].name
@@ -83,8 +84,8 @@ def _allocated(
     assert allocation is not None
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     sequences = sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
-    if any(matrix.name in stream.routed and matrix.index is None for block in blocks for matrix in block.matrices):
-        sequences = sum(sizes)  # only experts in one parameter are known to weigh nothing where no token reaches them
+    if takes_all_sequences(blocks, stream):
+        sequences = sum(sizes)
     # A router shows an expert only some tokens, and its Hessian needs as many as it has inputs.
     first = stream.first(sizes, sum(sizes) if stream.routed else sequences)
     if allocation.rule == "owl":
@@ -92,6 +93,17 @@ def _allocated(
     seed, memory = context.recipe.seed, stream.memory
     fisher = output_fisher_information(model, blocks, batches, sequences, seed, context.store, memory, context.progress)
     return _by_curves(blocks, first, free, fisher, allocation, context)
+
+
+def matrices_without_pattern(blocks: Sequence[Block], recipe: Recipe) -> set[str]:
+    """Names of the matrices that an allocation spreads zeros over: no rule gives them a pattern."""
+    names = [matrix.name for block in blocks for matrix in block.matrices]
+    return {name for name in names if not matrix_recipe(recipe, name).own_pattern}
+
+
+def takes_all_sequences(blocks: Sequence[Block], stream: Stream) -> bool:
+    """Whether gradients take all sequences: only experts in one parameter may see no token, and then weigh nothing."""
+    return any(matrix.name in stream.routed and matrix.index is None for block in blocks for matrix in block.matrices)
 
 
 def sequences_of(tokens: int, sequences: int, num_tokens: int) -> int:

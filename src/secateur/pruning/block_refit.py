@@ -63,13 +63,14 @@ def refit_targets(pruned_outputs: HiddenStates, dense_outputs: HiddenStates, str
     """Targets of a block's refit, batch by batch: `y = s y_d + (1 - s) f(x_p)`, f the block while it is dense.
 
     Args:
-        pruned_outputs: f(x_p), its outputs on the pruned stream.
+        pruned_outputs: f(x_p), its outputs on the pruned stream. The targets take their place, for memory's sake.
         dense_outputs: y_d, its outputs on the dense stream.
         strength: s.
     """
     pairs = zip(dense_outputs, pruned_outputs, strict=True)
-    blends = (pruned.float().lerp(dense.float(), strength).to(dense.dtype) for dense, pruned in pairs)
-    return HiddenStates.of(blends, dense_outputs.memory, len(dense_outputs))
+    for index, (dense, pruned) in enumerate(pairs):
+        pruned_outputs[index] = pruned.float().lerp(dense.float(), strength).to(dense.dtype)
+    return pruned_outputs
 
 
 def int8_matrices_of(block: Block, stream: Stream, context: RunContext) -> Int8Matrices:

@@ -22,7 +22,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
-from secateur.pruning.allocation import sequences_of
+from secateur.pruning.allocation import matrices_without_pattern, sequences_of, takes_all_sequences
 from secateur.pruning.block_refit import (
     MaskedMasterWeights,
     Objective,
@@ -185,7 +185,8 @@ def _seconds_of_predictions(
         aimed = _seconds_of_gradients(block, PredictionDivergence(block, stream, outputs, end), stream, context)
         plain = _seconds_of_gradients(block, OutputError(block, stream, outputs), stream, context)
     epochs = refit.over_tokens(round(scale * stream.num_tokens)).epochs
-    return scale * refit.prediction_blocks * epochs * max(0.0, aimed - plain)
+    looking = min(refit.prediction_blocks, len(structure.blocks))
+    return scale * looking * epochs * max(0.0, aimed - plain)
 
 
 def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, context: RunContext) -> float:
@@ -202,37 +203,41 @@ def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, co
 def _seconds_of_allocation(
     model: nn.Module, dense: DensePass, block: Block, sample: Sequence[Batch], context: RunContext, scale: float
 ) -> float:
-    """Seconds of an allocation, from one sequence, and from one block on a few."""
+    """Seconds of an allocation, from one sequence, or all of the sample for routed experts, and from one block."""
     allocation = context.recipe.allocation
-    if allocation is None or allocation.rule == "owl":  # OWL takes a dense pass over a few sequences
+    free = matrices_without_pattern(dense.blocks, context.recipe)
+    if allocation is None or allocation.rule == "owl" or not free:  # OWL takes a dense pass over a few sequences
         return 0.0
+    stream, in_sample = dense.stream, sum(len(next(iter(batch.values()))) for batch in sample)
+    tried = in_sample if takes_all_sequences(dense.blocks, stream) else 1
     fisher, backward = _timed(
-        lambda: output_fisher_information(model, dense.blocks, sample, 1, 0, context.store, context.memory)
+        lambda: output_fisher_information(model, dense.blocks, sample, tried, 0, context.store, context.memory)
     )
-    stream, levels = dense.stream, curve_levels(context.recipe.pattern, allocation.spread)
+    levels = curve_levels(context.recipe.pattern, allocation.spread)
     groups = stream.groups[block.name]
 
     def measure() -> None:
         for group in groups:
             for matrix, input_dim in group.members:
-                hessian, W = hessians[group.leader.name], matrix.weight(input_dim).float()
-                loss_curve(W, hessian, fisher[matrix.name], levels)
+                if matrix.name in free:
+                    hessian, W = hessians[group.leader.name], matrix.weight(input_dim).float()
+                    loss_curve(W, hessian, fisher[matrix.name], levels)
 
     with context.store.onload_block(block):
         hessians, observing = _timed(lambda: stream.observe(block, groups))
         _, curves = _timed(measure)
-    in_sample = sum(len(next(iter(batch.values()))) for batch in sample)
     everything = scale * in_sample
-    sequences = min(everything, sequences_of(allocation.tokens, in_sample, stream.num_tokens))
+    asked = everything if tried > 1 else sequences_of(allocation.tokens, in_sample, stream.num_tokens)
+    sequences = min(everything, asked)
     observed = everything if stream.routed else sequences
-    return sequences * backward + len(dense.blocks) * (observed / in_sample * observing + curves)
+    return sequences * backward / tried + len(dense.blocks) * (observed / in_sample * observing + curves)
 
 
 def _memory(
     model: nn.Module, structure: ModelStructure, block: Block, stream: Stream, scale: float, context: RunContext
 ) -> int:
     """Peak of memory besides mapped files: all outside the blocks, one block, hidden states, Hessians, the refit."""
-    width = stream.hidden[0].element_size()
+    width = block.matrices[0].stored.element_size()  # hidden states of a model that is one block are its inputs
     in_blocks = {id(each) for found in structure.blocks for each in found.module.parameters()}
     outside = sum(each.numel() for each in model.parameters() if id(each) not in in_blocks) * width
     weights = all_parameters(block.module)

@@ -82,7 +82,7 @@ def curve_levels(pattern: Pattern, spread: float) -> list[Pattern]:
     if isinstance(pattern, NM):
         return [NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)]
     low, high = sparsity_bounds(pattern, spread)
-    low = max(low, 0.05)  # the loss at 0 is 0, and has no logarithm
+    low = min(max(low, 0.05), 0.99)  # the loss at 0 is 0, and has no logarithm
     return [Unstructured(float(s)) for s in torch.linspace(low, max(high, low + 0.01), NUM_LEVELS, dtype=torch.float64)]
 
 

@@ -82,12 +82,13 @@ class ADMM(SolverOptions):
 
     name: ClassVar[str] = "admm"
     search_iterations: Whole = Field(
-        default=40, ge=1, description="Steps of the mask search; 40 reach 0.99 of ALPS's layer error, 16 about its own."
+        default=40, ge=1, description="Steps of the mask search. More find a better mask, and take longer."
     )
     penalty_start: Number = Field(
         default=0.2,
         gt=0,
-        description="Penalty at the first step, relative to a scaled diagonal of 1; lower searches freely.",
+        description="Penalty at the first step, relative to a scaled diagonal of 1; lower searches freely. A search of "
+        "at most 4 steps has `penalty_end` alone.",
     )
     penalty_end: Number = Field(
         default=0.7, gt=0, description="Penalty at the last step; below 0.5 the mask stays unsettled."

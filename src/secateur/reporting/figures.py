@@ -15,7 +15,7 @@ class MatrixReport:
         rows, columns: outputs and inputs.
         input_dim: stored dimension that inputs run along (0 for GPT-2's transposed `Conv1D`).
         pattern: its pattern.
-        zeros: zeros of the mask; weights that were zero before and stay outside it are not counted.
+        zeros: zeros of the pruned matrix, with those that it had before.
         relative_error: `tr(D H D^T) / tr(W H W^T)` as the solver left it, H undamped; a block refit comes later.
         target_error: the same against the weights of a dense target; None without one.
         seconds: of the matrix: target, solver, exchanges, and these figures.

@@ -136,7 +136,7 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Share of the pruned matrices' weights that the masks make zero."""
+        """Share of zeros in the pruned matrices, with those that they had before."""
         return sum(matrix.zeros for matrix in self.matrices) / max(1, self.pruned_parameters)
 
     @property
