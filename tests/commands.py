@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # as the command does before it imports what the server has imported
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["secateur.run", "secateur.cli.app", "transformers.models.llama.modeling_llama"])
 NO_LIMIT = resource.RLIM_INFINITY

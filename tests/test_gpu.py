@@ -1,4 +1,4 @@
-"""On a GPU. Without one these tests are skipped; CONTRIBUTING.md has the command that runs them on a pretended GPU."""
+"""On a GPU. Without one these tests are skipped; CONTRIBUTING.md has the command that runs them on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import secateur
 from secateur import run
 from secateur.resume.block_store import JournalledBlocks
 
-sys.path.append(str(Path(__file__).parent / "pretended_gpu"))
-import pretended_gpu
+sys.path.append(str(Path(__file__).parent / "simulated_gpu"))
+import simulated_gpu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-pretended = pytest.mark.skipif(pretended_gpu.loaded() is None, reason="a real GPU's memory is not ours to limit")
+simulated = pytest.mark.skipif(simulated_gpu.loaded() is None, reason="a real GPU's memory is not ours to limit")
 BATCHES = tokens(8)
 SOLVERS = ("magnitude", "wanda", "sparsegpt", "mrp", "admm")
 
@@ -84,13 +84,13 @@ def test_a_model_on_disk_is_pruned_on_a_gpu_as_on_a_cpu(kind, recipe, tmp_path, 
     assert other.environment["device"] == "cuda"
     assert left_on_gpu() <= 0
     # bf16 is what a GPU computes in; a CPU may compute in fp32, which holds it.
-    precise = {"rel": 1e-3 if pretended_gpu.loaded() and other.environment["forward_dtype"] == "float32" else 0.05}
+    precise = {"rel": 1e-3 if simulated_gpu.loaded() and other.environment["forward_dtype"] == "float32" else 0.05}
     report = secateur.prune(tmp_path / "model", tmp_path / "cpu", device="cpu", **settings)
     assert report.mean_relative_error == pytest.approx(other.mean_relative_error, **precise)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "gpu"))
     assert ours.keys() == theirs.keys()
     assert secateur.inspect(tmp_path / "gpu").to_dict()["ok"]
-    if kind == "mixtral" and pretended_gpu.loaded():
+    if kind == "mixtral" and simulated_gpu.loaded():
         return  # the kernels that transformers takes for its experts have no counterpart on a CPU
     text = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 40
     (tmp_path / "text.txt").write_text(text)
@@ -142,7 +142,7 @@ def test_a_run_on_a_gpu_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 
 @on_gpu
-@pretended
+@simulated
 def test_a_gpu_with_too_little_memory_is_used_in_smaller_chunks_until_none_is_small_enough(tmp_path, left_on_gpu):
     """The real error of the allocator, at limits below what a run without any takes."""
     high = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 4096}  # so that rows are what takes memory
@@ -154,20 +154,20 @@ def test_a_gpu_with_too_little_memory_is_used_in_smaller_chunks_until_none_is_sm
         "calibration": BATCHES,
         "overwrite": True,
     }
-    library = pretended_gpu.loaded()
+    library = simulated_gpu.loaded()
     torch.cuda.reset_peak_memory_stats()
     report = secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
     most = torch.cuda.max_memory_allocated()
     try:
         for share in (0.95, 0.9):
-            library.pretended_limit(int(share * most))
+            library.simulated_limit(int(share * most))
             other = secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
             assert other.mean_relative_error == pytest.approx(report.mean_relative_error, rel=1e-4)
-            library.pretended_limit(int(0.5 * most))
+            library.simulated_limit(int(0.5 * most))
         with pytest.raises(ValueError, match="does not fit into the memory of cuda:0"):
             secateur.prune(tmp_path / "model", tmp_path / "out", **settings)
     finally:
-        library.pretended_limit(2**62)
+        library.simulated_limit(2**62)
     assert left_on_gpu() <= 0
 
 
@@ -220,7 +220,7 @@ def test_a_device_map_with_the_gpu_loads_a_packed_model_dense(tmp_path, monkeypa
 
 @on_gpu
 def test_two_four_matrices_become_tensors_of_torch(monkeypatch):
-    if pretended_gpu.loaded():  # cuSPARSELt has no counterpart on a CPU, and neither backend's product has
+    if simulated_gpu.loaded():  # cuSPARSELt has no counterpart on a CPU, and neither backend's product has
         monkeypatch.setattr("torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS", True)
     model = tiny_model("llama", torch.bfloat16, hidden_size=64, intermediate_size=128).cuda().eval()
     settings = {"solver": "magnitude", "calibration": BATCHES, "exclude": ["*.o_proj"]}
@@ -232,7 +232,7 @@ def test_two_four_matrices_become_tensors_of_torch(monkeypatch):
     for matrix in pruned:
         weight = model.get_submodule(matrix.name).weight
         assert type(weight).__name__.startswith("SparseSemiStructuredTensor")
-        if pretended_gpu.loaded() or type(weight).__name__.endswith("CUTLASS"):
+        if simulated_gpu.loaded() or type(weight).__name__.endswith("CUTLASS"):
             assert torch.equal(weight.to_dense(), dense[f"{matrix.name}.weight"])
-    if not pretended_gpu.loaded():
+    if not simulated_gpu.loaded():
         torch.testing.assert_close(model(text).logits, logits, rtol=0.05, atol=0.05)

@@ -281,7 +281,7 @@ Their `fasterprune` on the same weights and Hessian, in the same run.
 
 ## On a GPU
 
-Not measured. `python tests/pretended_gpu/pretended_gpu.py` runs `tests/test_gpu.py` on a pretended GPU, which says nothing about
+Not measured. `python tests/simulated_gpu/simulated_gpu.py` runs `tests/test_gpu.py` on a simulated GPU, which says nothing about
 time. The last columns of the table above do: each operation starts at least one kernel, and at each read of a single number
 the CPU waits for the GPU. `python benchmarks/solvers.py --device cuda`, with `--sizes` too, and
 `python benchmarks/reference.py --device cuda` run the solvers there, and

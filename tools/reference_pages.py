@@ -82,7 +82,12 @@ def recipe_page() -> str:
     for name, kind in SOLVERS.items():
         parts += [f"### solver: {name}", first_line(kind)]
         parts += [options_table(kind)] if fields_of(kind) else ["No options."]
-    parts.append("## Presets")
+    parts += [
+        "## Presets",
+        "As they are at 50%. `secateur recipe NAME --pattern PATTERN` prints one for another pattern: `balanced` has a refit "
+        "strength of 0.6 from 60% on; at n:m no preset has an allocation, `balanced` and `best` have that strength, and "
+        "`best` has 24 search iterations.",
+    ]
     for name, function in PRESETS.items():
         parts += [f"`{name}`: {(function.__doc__ or '').splitlines()[0]}", f"```yaml\n{short_yaml(name)}```"]
     return "\n\n".join(parts) + "\n"

@@ -85,7 +85,8 @@ On a GPU: not measured (`--device cuda` runs it there).
 ## Layer error on real matrices
 
 Relative layer error over that of the SparseGPT authors' code. `reference sparsegpt_mask_refit` is that mask with all kept
-weights refit by direct solves; `reference alps` the ALPS authors' code.
+weights refit by direct solves; `reference alps` the ALPS authors' code. Measured before the masks of `mrp` and the start of `admm`
+[changed](decisions.md#what-changed-in-the-presets).
 
 {golden_table()}
 

@@ -40,7 +40,7 @@ def pack(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint folder.")],
     out: flags.NewFolder,
     values: Annotated[
-        str, flags.flag("same: as before, bit for bit; int8: rounded, with a scale a row.", flags.OUTPUT, "NAME")
+        str, flags.flag("same: as before, bit for bit; int8: rounded, with one scale per row.", flags.OUTPUT, "NAME")
     ] = "same",
     compression: Annotated[
         str, flags.flag("zstd, or none: larger, and mapped from the file as it is.", flags.OUTPUT, "NAME")

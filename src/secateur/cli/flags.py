@@ -18,7 +18,7 @@ def help_of(option: str) -> str:
     """First sentence of a recipe option's help text, with its default."""
     section, dot, name = option.partition(".")
     field = fields_of(CalibrationText if dot else Recipe)[name if dot else section]
-    shown = "" if field.default is None or option == "solver" else f" ({field.default})"
+    shown = "" if field.default is None or option == "solver" else f" (default: {field.default})"
     short = str(field.description).partition(". ")[0].partition(";")[0].rstrip(".")
     return f"{short}{shown}."
 
@@ -41,39 +41,46 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty f
 
 RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a file.", WHAT, "NAME|FILE", "--recipe")]
 PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
-SolverName = Annotated[str | None, recipe_flag("solver", WHAT, "NAME")]
+SolverName = Annotated[
+    str | None,
+    flag(f"Alone: {help_of('solver')}", WHAT, "NAME", "--solver"),
+]
 Settings = Annotated[list[str] | None, flag("Any option, such as refit.rate=0.01.", WHAT, "NAME=VALUE", "--set")]
-Include = Annotated[list[str] | None, flag("Prune only these, as '*.mlp.*' (repeatable).", WHAT, "GLOB")]
+Include = Annotated[list[str] | None, flag("Prune only these: '*.mlp.*' (repeatable).", WHAT, "GLOB")]
 Exclude = Annotated[list[str] | None, flag("Leave these dense (repeatable).", WHAT, "GLOB")]
 
 Calibration = Annotated[
     str | None,
-    flag("File, folder or data set (a shipped text). self or self:PROMPTS: the model writes it.", CALIBRATION, "TEXT"),
+    flag(
+        "File, folder, data set (default: shipped text), or self[:PROMPTS]: the model writes it.",
+        CALIBRATION,
+        "TEXT",
+    ),
 ]
 TextField = Annotated[str | None, recipe_flag("calibration.text_field", CALIBRATION, "NAME")]
 Samples = Annotated[int | None, recipe_flag("calibration.samples", CALIBRATION, "N")]
-SeqLen = Annotated[int | None, flag("Tokens a sequence (2048, or fewer).", CALIBRATION, "N")]
+SeqLen = Annotated[int | None, flag("Tokens per sequence (default: 2048, or fewer).", CALIBRATION, "N")]
 Seed = Annotated[int | None, recipe_flag("seed", CALIBRATION, "N")]
 
 Overwrite = Annotated[bool, flag("Replace an earlier model in OUT.", OUTPUT, name="--overwrite")]
 Resume = Annotated[bool, flag("Resume the unfinished run in OUT.", OUTPUT, name="--resume")]
 DryRun = Annotated[bool, flag("Say what a run would do; prune nothing.", OUTPUT, name="--dry-run")]
-ShardSize = Annotated[str, flag("Size of a weight file.", OUTPUT, "SIZE")]
+ShardSize = Annotated[str, flag("Largest weight file.", OUTPUT, "SIZE")]
 PushToHub = Annotated[bool, flag("Then upload OUT to the hub, private if new.", OUTPUT, name="--push-to-hub")]
 Json = Annotated[bool, flag("Print JSON alone on stdout.", OUTPUT, name="--json")]
 Quiet = Annotated[bool, flag("No progress, notes or table.", OUTPUT, name="--quiet")]
 
-Device = Annotated[str | None, flag("cpu, cuda, cuda:1, mps (CUDA if any).", MACHINE, "NAME")]
-Threads = Annotated[int | None, flag("CPU threads (all cores).", MACHINE, "N")]
+Device = Annotated[str | None, flag("cpu, cuda:1, mps (default: CUDA if any).", MACHINE, "NAME")]
+Threads = Annotated[int | None, flag("CPU threads (default: all cores).", MACHINE, "N")]
 MaxMemory = Annotated[str | None, recipe_flag("max_memory", MACHINE, "SIZE")]
 OffloadDir = Annotated[Path | None, flag("Folder for hidden states.", MACHINE, "DIR")]
 RemoteCode = Annotated[bool, flag("Run the checkpoint's Python code.", MACHINE, name="--trust-remote-code")]
 Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, name="--allow-pickle")]
 
-Text = Annotated[str | None, flag("Text file or data set name (the shipped text).", EVALUATION, "TEXT")]
+Text = Annotated[str | None, flag("Text file or data set name (default: the shipped text).", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
 EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
-EvalSeqLen = Annotated[int | None, flag("Tokens a window (1024, or fewer).", EVALUATION, "N")]
+EvalSeqLen = Annotated[int | None, flag("Tokens per window (default: 1024, or fewer).", EVALUATION, "N")]
 MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows, at least one.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]
 TaskDir = Annotated[Path | None, flag("Folder of local YAML tasks.", EVALUATION, "DIR")]

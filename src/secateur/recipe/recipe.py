@@ -95,7 +95,9 @@ class CalibrationText:
     )
     samples: Whole = Field(default=128, ge=1, description="Calibration sequences.")
     seq_len: Whole | None = Field(
-        default=None, ge=2, description="Tokens a sequence; empty = 2048, or fewer where the model has fewer positions."
+        default=None,
+        ge=2,
+        description="Tokens per sequence; empty = 2048, or fewer where the model has fewer positions.",
     )
 
 
@@ -110,7 +112,7 @@ class Recipe:
     version: Literal[1] = Field(default=VERSION, description="Version of the recipe format.")
     pattern: PatternField = Field(
         default=Unstructured(0.5),
-        description="Share of zeros, as 50%, or n:m, as 2:4. n weights of every m stay nonzero along the input.",
+        description="Share of zeros, or n:m. n weights of every m stay nonzero along the input.",
     )
     solver: Solver = Field(default=MRP(), description="mrp, admm, sparsegpt, wanda, magnitude. Or a plug-in's.")
     damping: Number = Field(default=0.01, gt=0, description="Damping of Hessians, relative to their mean diagonal.")
@@ -146,7 +148,7 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Most memory besides weights, such as 8GB. It holds for Hessians, hidden states and temporaries.",
+        description="Memory limit without the weights: 8GB. It holds for Hessians, hidden states and temporaries.",
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class DenseTarget:
 class SwapRefinement:
     """Exchange kept and pruned weights of a row until no exchange of two lowers the loss."""
 
-    max_swaps: Whole = Field(default=1000, ge=1, description="Exchanges a row after which the search stops anyway.")
+    max_swaps: Whole = Field(default=1000, ge=1, description="Most exchanges per row.")
     tolerance: Number = Field(default=1e-4, gt=0, lt=1, description="Tolerance of the full-row refit that follows.")
     max_iterations: Whole = Field(default=200, ge=1, description="Iterations after which that refit stops anyway.")
 
