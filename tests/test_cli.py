@@ -310,6 +310,20 @@ def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
         convert_gguf(tmp_path / "model.gguf")
 
 
+def test_a_connection_that_breaks_off_is_no_bug(monkeypatch):
+    """The HTTP client's own errors derive from no OSError."""
+    from secateur.runtime.hub_errors import http_error
+
+    error = type("ProxyError", (http_error(),), {})
+
+    def broken(*_args, **_patterns):
+        raise error("the proxy said no")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(secateur.SecateurError, match="could be downloaded from the hub .the proxy said no"):
+        secateur.load("somebody/model")
+
+
 def test_a_hub_model_comes_without_copies_of_its_weights(monkeypatch, tmp_path):
     from fnmatch import fnmatch
 

@@ -152,6 +152,24 @@ def test_the_home_folder_is_one_place(settings, tmp_path, monkeypatch):
     compare(settings, ["magnitude"], ["50%"], [0], Path("~/results"), say=lambda _line: None)
     assert not (tmp_path / "~").exists()
     assert sorted(each.name for each in (tmp_path / "home" / "results").iterdir()) == [".locks", "compare.json"]
+    arguments = ["compare", settings.model, "--recipes", "magnitude", "--patterns", "50%", "--samples", "8"]
+    arguments += ["--calibration", settings.calibration, "--text", settings.texts[0], "--seq-len", "32"]
+    arguments += ["--eval-seq-len", "32", "--max-tokens", "320", "--out", "~/my results"]
+    monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    found = tmp_path / "home" / "my results"
+    assert (found / "compare.html").is_file()
+    assert json.loads((found / "compare.json").read_text())["command"].endswith("--out '~/my results'")
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_a_text_shorter_than_a_window_names_the_flag_of_windows(settings, tmp_path):
+    (tmp_path / "short.txt").write_text("quick foxes. " * 4)
+    short = replace(settings, texts=(str(tmp_path / "short.txt"),), eval_seq_len=200)
+    with pytest.raises(SecateurError, match=r"lower ‹eval_seq_len›|lower eval_seq_len"):
+        compare(short, ["magnitude"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
 
 
 @pytest.mark.usefixtures("cells_here")

@@ -84,6 +84,13 @@ def test_overwrite_replaces_a_model_of_transformers_and_one_of_ours_whose_card_w
     assert content(tmp_path / "theirs").keys() == content(source / "pruned").keys()
 
 
+def test_a_finished_run_stays_as_it_is_when_its_card_was_edited(source, out):
+    (out / "README.md").write_text("my own words")
+    before = content(out)
+    prune(source, out, resume=True)
+    assert content(out) == before
+
+
 def test_a_copied_file_of_any_name_is_replaced_only_while_it_is_as_it_was_saved(source, tmp_path):
     shutil.copytree(source / "model", tmp_path / "model")
     (tmp_path / "model" / "modeling_own.py").write_text("x = 1")

@@ -345,6 +345,17 @@ def test_the_commands_take_packed_folders(pruned, main, tmp_path, monkeypatch):
     assert (tmp_path / "unpacked" / "README.md").read_text() == (pruned / "README.md").read_text()
 
 
+def test_a_card_tells_what_its_folder_holds(pruned, tmp_path):
+    """A folder without a card gets its name as one; a card from the hub has the model's name in its commands."""
+    (pruned / "README.md").unlink()
+    secateur.pack(pruned, tmp_path / "packed")
+    card = tmp_path / "packed" / "README.md"
+    assert card.read_text().startswith("# pruned\n")
+    card.write_text(card.read_text().replace("THIS_MODEL", "somebody/small"))
+    secateur.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert "packed" not in (tmp_path / "unpacked" / "README.md").read_text()
+
+
 def test_a_run_can_write_the_packed_format(pruned, tmp_path):
     options = {"pattern": "50%", "solver": "magnitude", "samples": 4, "seq_len": 32, "max_shard_size": "20KB"}
     report = secateur.prune(tmp_path / "model", tmp_path / "direct", settings={"format": "packed"},
@@ -433,7 +444,7 @@ def test_bench_measures_fresh_processes(saved, main):
     assert dense["file_bytes"] == (folder / "model.safetensors").stat().st_size
     assert ours["file_bytes"] == (packed / "packed.safetensors").stat().st_size
     assert ours["decode_tokens_per_second"] > 0
-    for other in ("optimizer.pt", "training_args.bin", "pytorch_model.bin"):
+    for other in ("optimizer.pt", "training_args.bin", "pytorch_model.bin", "consolidated.safetensors"):
         (folder / other).write_bytes(bytes(1000))
     assert weight_files(folder) == [folder / "model.safetensors"]
     code, _, err = main("bench", folder, "--new-tokens", "0")

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 import secateur
+from secateur.errors import SecateurError
 from secateur.pruning.depth import DepthMeter
 from secateur.pruning.loss_curves import LossCurve, prices_of_zeros
 from secateur.recipe.patterns import Unstructured
@@ -345,6 +346,32 @@ def test_measured_figures_are_kept_with_the_model(prune, main, model, tmp_path):
     (folder / "README.md").unlink()
     main("eval", folder, "--text", text, "--seq-len", 16, "--record")
     assert f"{measured.perplexity:.2f}" in (folder / "README.md").read_text()
+
+
+def test_figures_of_the_working_folder_have_its_name(prune, main, tmp_path, monkeypatch):
+    prune()
+    monkeypatch.chdir(tmp_path / "pruned")
+    code, _, errors = main("eval", ".", "--text", tmp_path / "text.txt", "--seq-len", 32, "--record")
+    assert code == 0, errors
+    assert "\n# pruned\n" in (tmp_path / "pruned" / "README.md").read_text()
+    secateur.pack(".", tmp_path / "packed")
+    assert "\n# pruned\n" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_folder_that_takes_no_figures_is_named_before_they_are_measured(prune, tmp_path, monkeypatch):
+    prune()
+    asked = {"seq_len": 32, "record": True}
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(SecateurError, match="which can't be written: leave it out"):
+        secateur.evaluate(tmp_path / "pruned", tmp_path / "text.txt", **asked)
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("secateur.checkpoints.measured.write_durably", full)
+    with pytest.raises(SecateurError, match="could not be added to .*pruned .No space left on device"):
+        secateur.evaluate(tmp_path / "pruned", tmp_path / "text.txt", **asked)
 
 
 def test_figures_are_recorded_only_with_a_pruned_model(main, model, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from models import character_tokenizer, tiny_model
 
 import secateur
-from secateur.evaluation.tasks import headline, run_tasks
+from secateur.evaluation.tasks import check_tasks, headline, run_tasks
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it does so again.\n" * 10
 TASK = """task: foxes
@@ -64,6 +64,19 @@ def test_missing_data_of_a_task_is_told_before_the_text_is_evaluated(task_dir, t
             progress=lambda *step: seen.append(step),
         )  # fmt: skip
     assert not seen
+
+
+def test_a_task_that_is_mended_is_known(task_dir, monkeypatch):
+    """In one process, as in a notebook; the folder goes by the home folder too."""
+    monkeypatch.setenv("HOME", str(task_dir.parent))
+    home = f"~/{task_dir.name}"
+    with pytest.raises(secateur.SecateurError, match="'new' is not known"):
+        check_tasks(["new"], home, None)
+    try:
+        (task_dir / "new.yaml").write_text(TASK.format(data=task_dir / "foxes.jsonl").replace("foxes\n", "new\n", 1))
+        check_tasks(["new"], home, None)
+    finally:
+        (task_dir / "new.yaml").unlink()
 
 
 def test_figures_equal_the_harness_called_by_hand(task_dir):

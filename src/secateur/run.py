@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -158,8 +157,7 @@ def _scratch_place(out: Path | None, offload_dir: Path | None) -> Path | None:
     """Where a dry run puts what it converts, which may be as large as the model; None = the system's place."""
     if offload_dir is not None or out is None:
         return offload_dir
-    parent = next(each for each in real_path(out).parents if each.is_dir())
-    return parent if os.access(parent, os.W_OK) else None
+    return next(each for each in real_path(out).parents if each.is_dir())
 
 
 def _report_of(
@@ -307,7 +305,7 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
         different = sorted(name for name in wanted if held[name] != wanted[name])
         if different:
             raise SecateurError(f"{out} holds a finished model of another run (its {', '.join(different)} differs)")
-        if found := first_damage(out, report.files):
+        if found := first_damage(out, report.unedited_files):
             raise SecateurError(f"{found}: the finished model in {out} is damaged or was changed")
     except SecateurError as error:
         return _nothing_to_keep(error, overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -125,7 +126,7 @@ def _check_can_record(models: Sequence[Any]) -> list[Path]:
     """Folders of those models whose report takes figures.
 
     Raises:
-        SecateurError: none of them, or a damaged report.
+        SecateurError: none of them, a damaged report, or a folder that can't be written.
     """
     folders = [user_path(model) for model in models if isinstance(model, str | Path)]
     pruned = [folder for folder in folders if (folder / METADATA).is_file()]
@@ -133,6 +134,8 @@ def _check_can_record(models: Sequence[Any]) -> list[Path]:
         raise SecateurError(f"‹record› adds the figures to a pruned model's {METADATA}, and there is none here")
     for folder in pruned:
         read_metadata(folder)
+        if not os.access(folder, os.W_OK):
+            raise SecateurError(f"‹record› adds the figures to files in {folder}, which can't be written: leave it out")
     return pruned
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from secateur.calibration.records import Document, document_of, shown
 from secateur.errors import SecateurError
+from secateur.runtime.hub_errors import download_errors
 from secateur.runtime.messages import first_line
 from secateur.storage.json_files import parse_json
 from secateur.storage.paths import user_path
@@ -178,7 +179,7 @@ def _rows_of(
             yield document_of(record, f"data set {name}, record {number}", text_field)
     except SecateurError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # network, not found; unknown configuration or split; a script
+    except (*download_errors(), ValueError, RuntimeError) as error:  # also: unknown configuration or split; a script
         raise SecateurError(
             f"data set {name} could not be read ({first_line(error)}): check the name and the connection"
         ) from error

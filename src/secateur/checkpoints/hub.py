@@ -16,14 +16,14 @@ from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
 from secateur.reporting.page import run_page
 from secateur.reporting.report import CARD, METADATA, REPORT_FILE, WEIGHT_FILES, Report
+from secateur.runtime.hub_errors import http_error
 from secateur.runtime.messages import first_line
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import first_damage
+from secateur.storage.paths import real_path
 
 REFUSED = (401, 403)
 REPLACED = (*WEIGHT_FILES, "*.safetensors.index.json", "pytorch_model.bin.index.json")  # of an earlier model
-# What the hub's HTTP client raises without a connection; the client's package has another name in each version.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def check_can_push(repo: str) -> None:
@@ -77,7 +77,9 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     deletions = [CommitOperationDelete(name) for name in stale]
     with _explained(repo):
-        api.create_commit(url.repo_id, [*operations, *deletions], commit_message=f"{folder.name}, pruned by secateur")
+        api.create_commit(
+            url.repo_id, [*operations, *deletions], commit_message=f"{real_path(folder).name}, pruned by secateur"
+        )
     return str(url)
 
 
@@ -100,7 +102,7 @@ def _files_to_push(folder: Path) -> tuple[Report, list[str]]:
     """
     report = report_in(folder)
     _ = check_packed(folder) if is_packed(folder) else check_folder(folder)
-    if found := first_damage(folder, {name: record for name, record in report.files.items() if name != CARD}):
+    if found := first_damage(folder, report.unedited_files):
         raise SecateurError(
             f"{found}: the folder is not what was saved. After fine-tuning, write the report again: "
             f"secateur.Report.load(PRUNED).save(TUNED)"
@@ -125,5 +127,5 @@ def _explained(repo: str) -> Iterator[None]:
                 f"takes another one, and HF_TOKEN wins over it"
             ) from error
         raise SecateurError(f"the hub could not do this for {repo}: {first_line(error)}") from error
-    except (_HTTP_ERROR, ConnectionError, TimeoutError) as error:
+    except (http_error(), ConnectionError, TimeoutError) as error:
         raise SecateurError(f"the hub could not be reached ({first_line(error)}): nothing was published") from error

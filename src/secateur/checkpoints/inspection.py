@@ -19,7 +19,7 @@ from secateur.packed.files import dense, is_packed
 from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
-from secateur.reporting.report import CARD, METADATA, read_metadata
+from secateur.reporting.report import METADATA, read_metadata
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 
@@ -68,8 +68,7 @@ def inspect_folder(folder: Path) -> Inspection:
         recorded = {matrix.name: asdict(matrix) for matrix in report.matrices}
         inspection.dense = {str(name): str(reason) for name, reason in report.dense.items()}
         inspection.problems += _breaks_of_rules(report.the_recipe, recorded)
-        files = {name: record for name, record in report.files.items() if name != CARD}  # which may be edited
-        inspection.problems += filter(None, (damage(folder, *file) for file in files.items()))
+        inspection.problems += filter(None, (damage(folder, *file) for file in report.unedited_files.items()))
     otherwise = NOT_OURS if report is None else OUTSIDE
     in_files = {name.removesuffix(".weight") for name in shards}
     as_stored = all(parameter_of(name) in in_files for name in recorded)

@@ -19,6 +19,7 @@ from secateur.reporting.report import CARD, METADATA, REPORT_FILE, Report, read_
 from secateur.runtime.messages import say
 from secateur.storage.file_records import damage, record_of
 from secateur.storage.held_folder import write_durably
+from secateur.storage.paths import real_path
 
 
 def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
 def record_speed(folder: Path, speeds: Sequence[Speed]) -> None:
     """Keep the figures of `bench`, in place of earlier ones. Models go by the last part of their name."""
     report = read_metadata(folder)
-    report.speeds = [replace(speed, model=Path(speed.model).name) for speed in speeds]
+    report.speeds = [replace(speed, model=real_path(Path(speed.model)).name) for speed in speeds]
     _write(folder, report)
 
 
@@ -95,17 +96,26 @@ def names_of(first: Path, second: Path) -> tuple[str, str]:
 
 
 def _write(folder: Path, report: Report) -> None:
-    """Write report and page, and the card where nobody has edited it; the records of all other files stay."""
+    """Write report and page, and the card where nobody has edited it; the records of all other files stay.
+
+    Raises:
+        SecateurError: the folder can't be written.
+    """
     recorded = report.files.get(CARD)
-    card = model_card(report, folder.name)
+    card = model_card(report, real_path(folder).name)
     card = packed_card(card) if is_packed(folder) else card
-    if recorded is None or damage(folder, CARD, recorded) is None or _is_unfinished(folder / CARD, card):
-        write_durably(folder / CARD, card)
-        report.files = {**report.files, CARD: record_of(folder / CARD)}
-    else:
-        say(f"secateur: {CARD} was edited, so the figures are added to the report alone")
-    write_durably(folder / METADATA, report.to_json())
-    write_durably(folder / REPORT_FILE, run_page(report, folder))
+    try:
+        if recorded is None or damage(folder, CARD, recorded) is None or _is_unfinished(folder / CARD, card):
+            write_durably(folder / CARD, card)
+            report.files = {**report.files, CARD: record_of(folder / CARD)}
+        else:
+            say(f"secateur: {CARD} was edited, so the figures are added to the report alone")
+        write_durably(folder / METADATA, report.to_json())
+        write_durably(folder / REPORT_FILE, run_page(report, folder))
+    except OSError as error:
+        raise SecateurError(
+            f"the figures could not be added to {folder} ({error.strerror or error}): make room, and measure again"
+        ) from error
 
 
 def _is_unfinished(path: Path, card: str) -> bool:

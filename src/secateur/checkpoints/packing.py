@@ -44,6 +44,7 @@ from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
 from secateur.storage.new_folder import check_new_folder, publish_folder
+from secateur.storage.paths import real_path
 
 COPIES = {"same": 5, "int8": 8}  # of a matrix in memory, while it is packed
 
@@ -184,7 +185,7 @@ def _card_of_packed(folder: Path, text: str) -> str:
         report = read_metadata(folder)
         recorded = report.files.get(CARD)
         if recorded is not None and damage(folder, CARD, recorded) is None:
-            text = model_card(replace(report, perplexities=[], speeds=[]), folder.name)
+            text = model_card(replace(report, perplexities=[], speeds=[]), real_path(folder).name)
     return packed_card(text)
 
 

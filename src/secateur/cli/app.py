@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ from secateur.cli.console import (
 from secateur.cli.process import prepare_process, run_explained
 from secateur.cli.progress import progress_shown
 from secateur.errors import SecateurError
+from secateur.storage.paths import user_path
 
 MOST_THREADS = 8  # for each core; with many thousands, libraries crash
 
@@ -209,6 +211,7 @@ def compare(
     Writes compare.json (every cell), compare.csv and compare.html to --out. Run it again to go on where it stopped.
     """
     _use_threads(threads)
+    out = user_path(out)
     from secateur.comparison.cell import DEFAULT_SAMPLES, ComparisonSettings
     from secateur.comparison.compare import compare as run
     from secateur.comparison.page import write_pages
@@ -335,7 +338,7 @@ def demo(
         f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
     print_speeds(speeds)
-    show(f"smaller and faster on a CPU: secateur pack {out} {out}-packed")
+    show(f"smaller and faster on a CPU: secateur pack {quote(f'{out}')} {quote(f'{out}-packed')}")
 
 
 for command in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +61,7 @@ def pack(
         f"packed {found['matrices']} matrices: {found['dense_bytes'] / 1e6:.1f} MB of weights became "
         f"{found['packed_bytes'] / 1e6:.1f} MB ({found['packed_bytes'] / found['dense_bytes']:.2f} of them), in {out}"
     )
-    show(f"compare size, memory and speed: secateur bench {folder} {out}")
+    show(f"compare size, memory and speed: secateur bench {quote(str(folder))} {quote(str(out))}")
 
 
 def unpack(

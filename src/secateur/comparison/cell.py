@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -201,16 +201,17 @@ def _run_cell(
     started = time.perf_counter()
     found["perplexity"] = {}
     for text in settings.texts or (None,):
-        figures = evaluate(
-            checkpoint.model,
-            text,
-            seq_len=settings.eval_seq_len,
-            max_tokens=settings.max_tokens,
-            text_field=settings.text_field,
-            against=dense,
-            progress=progress,
-            tokenizer=checkpoint.tokenizer,
-        )
+        with _of_evaluation():
+            figures = evaluate(
+                checkpoint.model,
+                text,
+                seq_len=settings.eval_seq_len,
+                max_tokens=settings.max_tokens,
+                text_field=settings.text_field,
+                against=dense,
+                progress=progress,
+                tokenizer=checkpoint.tokenizer,
+            )
         column = _column(settings, text)
         found["perplexity"][column] = figures["perplexity"]
         if dense is not None:
@@ -220,6 +221,15 @@ def _run_cell(
         by_name = run_tasks(checkpoint.model, checkpoint.tokenizer, tasks, settings.task_dir, settings.task_limit)
         found |= {"tasks": by_name, "tasks_asked": sorted(tasks)}
     return {"environment": environment()} | found | {"eval_seconds": time.perf_counter() - started}
+
+
+@contextmanager
+def _of_evaluation() -> Iterator[None]:
+    """Name the length of evaluation windows as `compare` does, where `seq_len` is that of the calibration text."""
+    try:
+        yield
+    except SecateurError as error:
+        raise SecateurError(error.raw.replace("‹seq_len›", "‹eval_seq_len›")) from error
 
 
 def _pruned(

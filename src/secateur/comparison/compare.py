@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -197,7 +198,7 @@ def _add(out: Path, settings: ComparisonSettings, cell: Cell, result: dict[str, 
     with FileLock(_locks(out) / "table.lock"):
         table = _open(out, settings)
         table.cells[cell.key] = result
-        table.environment, table.command = environment(), " ".join(["secateur", *sys.argv[1:]])
+        table.environment, table.command = environment(), shlex.join(["secateur", *sys.argv[1:]])
         write_results(table, out)
     return table
 

@@ -17,7 +17,8 @@ from secateur.reporting.figures import Speed
 from secateur.runtime.memory import resident_bytes
 from secateur.runtime.messages import one_line
 
-WEIGHT_FORMATS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # as transformers looks for them
+# In the order that they are looked for.
+WEIGHT_FORMATS = ("model*.safetensors", "packed*.safetensors", "pytorch_model*.bin", "*.gguf")
 REPEATS = 3
 # Set by the command line for pruning; decoding is to be measured as a user's own process would do it.
 NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

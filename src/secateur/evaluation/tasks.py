@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, nearest
+from secateur.runtime.hub_errors import download_errors
 from secateur.runtime.messages import first_line
 from secateur.storage.paths import user_path
 
@@ -88,7 +89,7 @@ def load_tasks(tasks: Sequence[str], task_dir: str | Path | None) -> None:
 def _data_errors(tasks: Sequence[str]) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # the hub's network and not-found errors all derive from it
+    except download_errors() as error:
         reason = first_line(error)
         raise SecateurError(
             f"the data of {', '.join(tasks)} could not be read ({reason}): check the connection, or use local "
@@ -96,10 +97,17 @@ def _data_errors(tasks: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-@lru_cache(maxsize=1)
 def _manager(task_dir: str | Path | None) -> Any:
-    """The harness's index of tasks; it takes seconds to read, so it is kept from the check to the run."""
-    return _harness(".tasks").TaskManager(include_path=None if task_dir is None else str(task_dir))
+    """The harness's index of tasks. It takes seconds to read, so it is kept until a file of the folder changes."""
+    if task_dir is None:
+        return _read_index(None, ())
+    folder = user_path(task_dir)
+    return _read_index(folder, tuple(sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*.yaml"))))
+
+
+@lru_cache(maxsize=1)
+def _read_index(folder: Path | None, _files: tuple[tuple[Path, int], ...]) -> Any:
+    return _harness(".tasks").TaskManager(include_path=None if folder is None else str(folder))
 
 
 def _harness(part: str) -> Any:

@@ -130,6 +130,11 @@ class Report:
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
+    def unedited_files(self) -> dict[str, FileRecord]:
+        """Records of the files that must stay as they were saved: all but the card."""
+        return {name: record for name, record in self.files.items() if name != CARD}
+
+    @property
     def pruned_parameters(self) -> int:
         """Weights in the pruned matrices, kept ones included."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
+from secateur.runtime.hub_errors import download_errors
 from secateur.runtime.messages import first_line
 from secateur.sources.demo_model import DEMO_NAME, demo_model
 from secateur.sources.gguf import convert_gguf
@@ -66,7 +67,7 @@ def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
     wanted = [*DOWNLOADED, *["*.py"] * trust_remote_code, *["*.bin"] * allow_pickle]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED))
-    except (HFValidationError, OSError) as error:  # network, permission and not-found errors all derive from OSError
+    except (HFValidationError, *download_errors()) as error:
         reason = first_line(error)
         raise SecateurError(
             f"there is no folder {name} here, and no model of that name could be downloaded from the hub ({reason})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from secateur.sources.validate import DENSE_INDEX, check_packed
 from secateur.storage.file_records import sha256
 from secateur.storage.json_files import read_json
 from secateur.storage.new_folder import check_new_folder, publish_folder
+from secateur.storage.paths import real_path
 
 DENSE_STEM = "model"  # of the weight files
 NOT_SMALLER = "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster."
@@ -91,7 +93,7 @@ def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callabl
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_other_files(source, target)
     readme = source / CARD
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else f"# {target.name}\n"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else f"# {real_path(source).name}\n"
     (target / CARD).write_text(card(text), encoding="utf-8")
     if (source / METADATA).is_file():
         read_metadata(source).save(target)
@@ -129,7 +131,9 @@ def _read_dense(path: Path, name: str) -> Tensor:
 
 
 def _dense_card(text: str) -> str:
-    return text.replace(USAGE, NOT_SMALLER)
+    """A packed model's card as one of dense weights. A card from the hub has the model's name for `THIS_MODEL`."""
+    usage = re.escape(USAGE).replace("THIS_MODEL", r"[^\s\"]+")
+    return re.sub(usage, lambda _: NOT_SMALLER, text)
 
 
 def _short(digests: str) -> str:

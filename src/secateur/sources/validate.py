@@ -47,12 +47,14 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     _check_config(folder / "config.json", config)
     shard_paths = _shard_paths(folder, "model.safetensors", DENSE_INDEX)
     if not shard_paths:
-        if allow_pickle and any(folder.glob("*.bin")):
+        has_pickles = any(folder.glob("pytorch_model*.bin"))
+        if allow_pickle and has_pickles:
             return {}, {}
-        hint = " (it has .bin files: ‹allow_pickle› reads them, at the risk of code in them)" * any(
-            folder.glob("*.bin")
+        hint = (
+            " (it has .bin files: ‹allow_pickle› of prune and eval reads them, at the risk of code in them; "
+            "`save_pretrained` of a model that you trust writes safetensors)"
         )
-        raise SecateurError(f"{folder} holds no model.safetensors{hint}")
+        raise SecateurError(f"{folder} holds no model.safetensors{hint * has_pickles}")
     dtypes: dict[str, torch.dtype] = {}
     shards: dict[str, Path] = {}
     for path in shard_paths:
