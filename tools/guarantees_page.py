@@ -62,7 +62,7 @@ rename. `secateur.json` in OUT records size and SHA-256 of every file, and its o
       python benchmarks/fuzz.py --out benchmarks/results/fuzz.json
 - **{asan["inputs"]:,} mutated packed files** with the kernels under AddressSanitizer. {sum(len(found["broken"]) for found in asan["targets"].values())} broke a promise.
 
-- **What digests cost**: {run["hashing"]:.2f} s of hashing in a run of {run["seconds"]:.0f} s on SmolLM2-135M, {run["hashing"] / run["seconds"]:.1%} (recipe `fast`, 32 x 512 tokens). To resume a finished run hashes {resumed["hashed_bytes"] / 1e6:,.0f} MB in {resumed["hashing"]:.2f} s.
+- **What digests cost**: {run["hashing"]:.2f} s of hashing in a run of {run["seconds"]:.0f} s on SmolLM2-135M, {run["hashing"] / run["seconds"]:.1%} (recipe `fast`, 32 x 512 tokens). Resuming a finished run hashes {resumed["hashed_bytes"] / 1e6:,.0f} MB, in {resumed["hashing"]:.2f} s.
 
       python benchmarks/verification.py --out benchmarks/results/verification.json
 
@@ -70,6 +70,7 @@ rename. `secateur.json` in OUT records size and SHA-256 of every file, and its o
 
 - The disk must do what fsync says. A disk that lies about it can lose the last blocks; their digests tell.
 - OUT must not be where a disk is mounted: name a folder in it. The folder above OUT must be writable.
+- A run that another number of processes resumes ends with the same model up to the rounding of sums, and not with the same bits.
 - Files are verified when they are read. A bit that flips in memory is not noticed.
 - A person who can write to the journal can also forge its digests. What is forged can still name no file elsewhere, and delete only files of a checkpoint.
 - The rename inside safetensors' `save_file` was not among the calls at which faults were injected: no preloaded library sees it.

@@ -204,13 +204,13 @@ def pack(
 ) -> dict[str, Any]:
     """Write a pruned checkpoint in the packed format: a bitmask and the nonzero weights of every sparse matrix.
 
-    The same weights, bit for bit, in 0.56 of the bytes in memory and about 0.4 on the disk, for bfloat16 at 50%. After
-    `import secateur`, transformers loads the folder. docs/format.md describes it.
+    The same weights, bit for bit. A bfloat16 matrix at 50% takes 0.56 of its bytes in memory and about 0.4 on the disk;
+    embeddings stay as they are. After `import secateur`, transformers loads the folder. docs/format.md describes it.
 
     Args:
         folder: an ordinary checkpoint in safetensors, pruned by any tool.
         out: a folder that does not exist, or is empty.
-        values: `same` as before, bit for bit, or `int8` with a scale for each row, in 0.31 of the bytes.
+        values: `same` as before, bit for bit, or `int8` with a scale for each row, in 0.31 of a matrix's bytes.
         compression: `zstd`, or `none` for weights that are mapped from the file as they are.
         progress: called with (stage, done, total).
 
@@ -220,7 +220,7 @@ def pack(
     Raises:
         SecateurError: no checkpoint there, damaged files or zeros, too few zeros, or a folder that can't be written.
 
-    Cost: four reads of the weights; memory for one matrix, about five times.
+    Cost: four reads of the weights; memory for five copies of one matrix, or eight with int8.
     """
     if compression not in ("zstd", "none"):
         raise SecateurError(f"‹compression› is {compression!r}: it must be zstd or none")
@@ -308,7 +308,7 @@ def write_report(folder: str | Path, other: str | Path | None = None, *, out: st
 
 @checks_names
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
-    """Publish a pruned model on the Hugging Face hub, in place of the model that the repository holds.
+    """Publish a pruned model on the Hugging Face hub, in place of the pruned one that the repository holds.
 
     The recipe and the report name the model and the texts as they were named in the run.
 
@@ -321,7 +321,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         the address of the model.
 
     Raises:
-        SecateurError: not a pruned model, files that were changed since, no token, a wrong one, or an offline hub.
+        SecateurError: not a pruned model, files that were changed since, a repository with a model that secateur did
+            not prune, no token, a wrong one, or an offline hub.
     """
     return push_folder(user_path(folder), repo, private)
 

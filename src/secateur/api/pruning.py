@@ -96,12 +96,14 @@ def prune(
         tokenizer: needed for a text with a model object.
         overwrite: replace an earlier model in `out`.
         resume: resume the unfinished run in `out` to the bits that it would have given; start where there is none, and
-            change nothing where it is finished. Model, recipe, texts, versions and threads must be the same.
+            change nothing where it is finished. Model, recipe, texts, versions, threads and device must be the
+            same. With another number of processes, the result differs by the rounding of sums.
         max_shard_size: of a weight file, such as `5GB`.
         push_to_hub: then upload `out` to the Hugging Face hub: a repository, or True for the folder's name. A new
             repository is private.
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
-            passes, solvers work in smaller chunks, and hidden states go to `offload_dir` (default: next to `out`).
+            passes, and solvers work in smaller chunks. Hidden states that need more than a quarter of it go to
+            `offload_dir` (default: next to `out`; needed for a model object).
         offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
         device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = CUDA where there is a GPU, else the CPU.
         trust_remote_code: let the checkpoint's Python code run.
@@ -109,9 +111,9 @@ def prune(
         progress: called with (stage, done, total).
 
     Raises:
-        SecateurError: anything wrong with the request, the model or the texts. A model object is unchanged where the
-            fault was there before the first weight moved. `out` changes only at the end, in one step; finished blocks
-            are in `.OUT.secateur` next to it.
+        SecateurError: anything wrong with the request, the model or the texts. Most faults are found before the
+            first weight changes; then a model object is as it was. `out` changes only at the end, in one step; finished
+            blocks are in `.OUT.secateur` next to it.
     """
     shortcuts = {"pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len, "seed": seed}
     shortcuts |= {"max_memory": max_memory, "text_field": text_field}
@@ -182,7 +184,7 @@ def dry_run(
     """What `prune` would do with these arguments: matrices, tokens, estimated time, memory and disk.
 
     One block is pruned on a few batches, in a copy that is dropped. Weights that have to be converted (experts
-    in another layout) are written next to `out`, and removed.
+    in another layout) are written to a scratch folder next to `out`, and removed.
 
     Args:
         model: folder, GGUF file or hub name.

@@ -6,9 +6,10 @@ under the pruned inputs (moments divided by the T tokens) are
     Wt = W + alpha W D Hd^-1,        D = (Xd - Xp) Xp^T / T,        Hd the damped Hessian of Xp,
 
 and every solver runs with Wt in place of W. A matrix that writes straight into the residual stream can also correct the
-error E that its block's output has on the pruned stream: `Wt = W + alpha (E Xp^T / T) Hd^-1`. E includes the matrix's
-own drift, so no term for it is added. With the kind `residual`, a block is observed again after each group of matrices,
-so later writes see what earlier ones have corrected.
+error E that its block's output has on the pruned stream: `Wt = W + alpha (E Xp^T / T) Hd^-1 / g`, g the write gain (how
+far the block's output follows the matrix's). E includes the matrix's own drift, so no term for it is added. With the
+kind `residual`, a block is observed again after each group of matrices, so later writes see what earlier ones have
+corrected.
 
 Shape legend: T tokens, R output rows, C input columns.
 """
