@@ -186,6 +186,15 @@ def test_a_broken_world_size_is_named(monkeypatch):
         secateur.prune(tiny_model("llama"), calibration=tokens(), solver="magnitude")
 
 
+def test_processes_that_can_not_be_joined_are_named(monkeypatch):
+    """A scheduler may set WORLD_SIZE alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(secateur.SecateurError, match="could not be joined .*unset WORLD_SIZE"):
+        secateur.prune(tiny_model("llama"), calibration=tokens(), solver="magnitude")
+
+
 def test_a_dry_run_is_for_one_process(source, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 were started: leave torchrun out"):

@@ -39,6 +39,10 @@ def documents(path, content, **options):
             {"instruction": "Sum", "input": "1 2", "output": "3"},
             Conversation([{"role": "user", "content": "Sum\n\n1 2"}, {"role": "assistant", "content": "3"}]),
         ),
+        ({"instruction": "Hi", "context": None, "response": "Hello", "category": "qa"}, Conversation([USER, ANSWER])),
+        ({"instruction": "Hi"}, Conversation([USER])),
+        ({"messages": json.dumps([USER, ANSWER])}, Conversation([USER, ANSWER])),
+        ({"messages": "none", "text": "abc"}, "abc"),
         ({"messages": [USER], "tools": [TOOL]}, Conversation([USER], [TOOL])),
         ({"messages": [USER], "tools": json.dumps([TOOL])}, Conversation([USER], [TOOL])),
     ],
@@ -119,8 +123,14 @@ def test_a_field_of_json_lines(tmp_path):
         ("a.jsonl", '"text"\n', "line 1: text is not a record"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": {"a": 1}}]}', "line 1: the content of a message"),
         ("a.jsonl", '{"conversations": [{"from": "human"}, 5]}', "line 1: a message needs a `role`"),
-        ("a.jsonl", '{"instruction": "a", "input": 5}', "line 1: `instruction`, `input` and `output` must be text"),
+        ("a.jsonl", '{"instruction": "a", "input": 5}', "line 1: `instruction`, `input` must be text"),
+        ("a.jsonl", '{"instruction": "a", "answer": "b"}', "no `output` or `response` next to it, but `answer`"),
+        ("a.jsonl", '{"messages": "[1"}', "line 1: `messages` is not JSON"),
+        ("a.jsonl", '{"messages": "hello"}', "line 1: `messages` is hello, which is not a chat"),
+        ("a.jsonl", '{"messages": []}', "line 1: the chat has no messages"),
+        ("a.jsonl", '{"instruction": null}', "line 1: `instruction` is None, which is not text"),
         ("a.jsonl", '{"messages": [{"role": "user"}], "tools": "{"}', "line 1: `tools` is not JSON"),
+        ("a.jsonl", json.dumps({"messages": [{"role": "user"}], "tools": "[" * 100_000}), "`tools` is not JSON"),
         ("a.json", "plain words", "not JSON .* ends in .jsonl"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "not JSON .* ends in .jsonl"),
         ("a.json", "[5]", "record 1: 5 is not a record"),
@@ -165,3 +175,15 @@ def test_a_template_that_fails_is_told(template):
     chat = Conversation([{"role": "user", "content": "a"}])
     with pytest.raises(SecateurError, match="chat template refuses a conversation"):
         encode_chat(chat, tokenizer)
+
+
+def test_a_damaged_tokenizer_is_told_of_chats_too(monkeypatch):
+    """The tokenizers library raises a plain `Exception`."""
+    tokenizer = character_tokenizer(chat=True)
+
+    def damaged(*_, **__):
+        raise Exception("index out of bounds")
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", damaged)
+    with pytest.raises(SecateurError, match="can't encode the text .index out of bounds"):
+        encode_chat(Conversation([USER]), tokenizer)

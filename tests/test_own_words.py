@@ -11,6 +11,7 @@ from models import character_tokenizer, save_checkpoint, tiny_model
 from safetensors.torch import load_file
 
 import secateur
+from secateur.calibration import own_words
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
 from secateur.calibration.records import Conversation
@@ -118,6 +119,16 @@ def test_windows_longer_than_a_text_hold_several():
     prompts = Prompts.of(["the cat sat on the mat. " * 400], tokenizer, 2048, "text")
     assert written(model, tokenizer, prompts, number=2).shape == (2, 2048)
     assert drawn == [((9, 64), 448)]  # eight would do, were no end to come early
+
+
+def test_a_huge_text_is_encoded_in_parts(monkeypatch):
+    """A tokenizer takes more than 100 bytes for each character that it is given at once."""
+    given = []
+    monkeypatch.setattr(own_words, "PIECE", 100)
+    monkeypatch.setattr(own_words, "encode_text", lambda text, _tokenizer: given.append(text) or [1] * len(text))
+    Prompts.of([text := "the cat sat on the mat.\n" * 40], character_tokenizer(), 64, "text")
+    assert "".join(given) == text
+    assert max(map(len, given)) <= 100
 
 
 def test_chats_among_plain_texts_alone_fill_a_window(monkeypatch):

@@ -17,6 +17,8 @@ from zoo import tiny
 
 import secateur
 from secateur.permutation import search
+from secateur.permutation.channels import ChannelOrder
+from secateur.permutation.discovery import in_fp32
 from secateur.permutation.search import find_order, kept_score
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import REORDERED, _reorder_channels, checked_dense_pass
@@ -181,6 +183,30 @@ def test_a_model_without_a_head_gives_its_hidden_states_in_their_own_order():
     assert torch.allclose(found, expected, atol=1e-5)
     moved = [name for name, tensor in model.named_parameters() if not torch.equal(tensor, before.get_parameter(name))]
     assert any("intermediate" in name for name in moved)
+
+
+@pytest.mark.parametrize("what", ["order", "dtype"])
+def test_a_trial_that_runs_out_of_memory_leaves_the_weights(what, monkeypatch):
+    """It fails at the second tensor."""
+    model = tiny_model("llama", torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    before = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    calls = []
+
+    def fails(self, *_):
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        return self.clone()
+
+    name = {"order": "index_select", "dtype": "float"}[what]
+    monkeypatch.setattr(torch.Tensor, name, fails)
+    order = ChannelOrder(indices={name: {0: torch.arange(len(each))} for name, each in parameters.items()})
+    trial = order.tried(parameters) if what == "order" else in_fp32(list(parameters.values()))
+    with pytest.raises(MemoryError), trial:
+        pass
+    assert len(calls) == 2
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == before
 
 
 def test_an_unstructured_pattern_is_refused():

@@ -103,7 +103,8 @@ def test_a_cell_of_several_experts_shows_their_mean_by_weights():
     grid = heat_map("zeros", experts, lambda each: each.sparsity, lambda value: f"{value:.0%}", lambda each: "why")
     ((_, (cell,)),) = grid.rows
     assert cell.text == "75%"
-    assert "2 matrices" in cell.title
+    assert "mean of 2 matrices" in cell.title
+    assert "Of this one: why" in cell.title
 
 
 def test_depth_is_that_of_the_two_models(prune, model, tmp_path):

@@ -470,6 +470,8 @@ def test_a_request_that_is_wrong_costs_no_finished_block(source, tmp_path, monke
         prune(source, out, resume=False, overwrite=True, calibration=Path("absent.txt"))
     with pytest.raises(ValueError, match="not a folder that can be written"):
         prune(source, out, resume=False, overwrite=True, offload_dir=tmp_path / "absent")
+    with pytest.raises(ValueError, match="'~nobody-here/x' can't be a path"):
+        prune(source, out, resume=False, overwrite=True, offload_dir="~nobody-here/x")
     out.mkdir()
     for name in ("notes.txt", "README.md"):
         (out / name).write_text("the user's own")

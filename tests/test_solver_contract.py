@@ -335,7 +335,8 @@ class Cheat:
         weight = W if self.how in ("nothing", "weights") else W * keep
         if self.how == "nan":
             weight[keep] = float("nan")
-        return Solved(weight, keep, {"figure": torch.ones(2)} if self.how == "figures" else {})
+        figures = {"figures": {"figure": torch.ones(2)}, "nan figure": {"figure": float("nan")}}
+        return Solved(weight, keep, figures.get(self.how, {}))
 
 
 def keep_highest(W, pattern):
@@ -351,6 +352,7 @@ def keep_highest(W, pattern):
         ("weights", "other than zero where its mask prunes"),
         ("nan", "NaN or infinite weights"),
         ("figures", "figures that are not plain numbers"),
+        ("nan figure", "figures that are not plain numbers"),
         ("damping", "wrote into its weights or its Hessian"),
         ("in place", "wrote into its weights or its Hessian"),
         ("", None),

@@ -22,7 +22,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from secateur.calibration.records import Conversation, Document
-from secateur.calibration.texts import cut_windows, encode_chat, encode_text, opening, without_opening
+from secateur.calibration.texts import (
+    PIECE,
+    cut_windows,
+    encode_chat,
+    encode_text,
+    opening,
+    text_parts,
+    without_opening,
+)
 from secateur.errors import SecateurError
 from secateur.models.blocks import ForwardError, device_of, forward_errors
 from secateur.models.checks import check_finite_weights, check_runnable, generates, looks_ahead
@@ -95,7 +103,8 @@ class Prompts:
         size, prefix = max(1, min(length, TEXT_TOKENS) // PROMPT_SHARE), opening(tokenizer)
         for document in documents:
             if not isinstance(document, Conversation):
-                pieces += _pieces(encode_text(document, tokenizer), prefix, size)
+                for part in text_parts(document, PIECE):
+                    pieces += _pieces(encode_text(part, tokenizer), prefix, size)
                 continue
             question = _question(document, tokenizer)
             if strict and question is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,9 @@ from secateur.storage.json_files import parse_json
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant", "function_call": "assistant", "system": "system", "tool": "tool",
          "observation": "tool", "function_response": "tool"}  # fmt: skip
+# Fields of a question with its answer: Alpaca's names, then those of Dolly.
+ALPACA = {"system": ("system",), "question": ("instruction",), "context": ("input", "context"),
+          "answer": ("output", "response")}  # fmt: skip
 FORMS = "`text`, `messages` (OpenAI), `conversations` (ShareGPT) or `instruction` (Alpaca)"
 
 
@@ -49,28 +51,47 @@ def document_of(record: Any, place: str, text_field: str | None = None) -> Docum
         if not isinstance(record.get(text_field), str):
             raise SecateurError(f"{place}: no text in the field {text_field!r}; its fields are {_fields(record)}")
         return record[text_field]
-    if isinstance(record.get("messages"), list):
-        return _conversation(record["messages"], record, place)
-    if isinstance(record.get("conversations"), list):
-        return _sharegpt(record, place)
+    if turns := _turns(record, "messages", place):
+        return _conversation(turns, record, place)
+    if turns := _turns(record, "conversations", place):
+        return _sharegpt(turns, record, place)
     if isinstance(record.get("instruction"), str):
         return _alpaca(record, place)
     if isinstance(record.get("text"), str):
         return record["text"]
-    if "text" in record:
-        raise SecateurError(f"{place}: `text` is {shown(record['text'])}, which is not text")
+    for name, kind in (("messages", "a chat"), ("conversations", "a chat"), ("instruction", "text"), ("text", "text")):
+        if name in record:
+            raise SecateurError(f"{place}: `{name}` is {shown(record[name])}, which is not {kind}")
     raise SecateurError(
         f"{place}: neither of the fields {FORMS} is there, only {_fields(record)}: name the one that holds "
         f"the text with ‹text_field›"
     )
 
 
-def _sharegpt(record: Mapping[str, Any], place: str) -> Conversation:
+def _turns(record: Mapping[str, Any], name: str, place: str) -> list[Any] | None:
+    """The turns of a chat: a list, or its JSON text, as a table has it; None where there are none."""
+    turns = record.get(name)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _parsed(turns, name, place)
+    if turns == []:
+        raise SecateurError(f"{place}: the chat has no messages: leave it out")
+    return turns if isinstance(turns, list) else None
+
+
+def _parsed(text: str, name: str, place: str) -> Any:
+    """The data of a field with JSON text."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise SecateurError(f"{place}: `{name}` is not JSON ({error})") from error
+
+
+def _sharegpt(turns: list[Any], record: Mapping[str, Any], place: str) -> Conversation:
     """`conversations`: a list of turns with `from` and `value`, or with `role` and `content`."""
     messages: list[Any] = []
     if isinstance(record.get("system"), str):
         messages.append({"role": "system", "content": record["system"]})
-    for turn in record["conversations"]:
+    for turn in turns:
         if isinstance(turn, Mapping) and "from" in turn:
             turn = {"role": ROLES.get(str(turn["from"]).lower(), turn["from"]), "content": turn.get("value")}
         messages.append(turn)
@@ -81,23 +102,32 @@ def _conversation(messages: list[Any], record: Mapping[str, Any], place: str) ->
     """A chat of messages with `role` and `content`, and the record's tools.
 
     Raises:
-        SecateurError: no message, or one that is none.
+        SecateurError: something else in it than messages.
     """
-    if not messages:
-        raise SecateurError(f"{place}: the chat has no messages: leave it out")
     return Conversation([_message(message, place) for message in messages], _tools(record.get("tools"), place))
 
 
 def _alpaca(record: Mapping[str, Any], place: str) -> Conversation:
-    """`instruction`, `input` and `output`: a question with its context, and the answer."""
-    parts = [record.get(name) or "" for name in ("instruction", "input", "output")]
-    if not all(isinstance(part, str) for part in parts):
-        raise SecateurError(f"{place}: `instruction`, `input` and `output` must be text")
-    instruction, context, output = parts
-    question = f"{instruction}\n\n{context}" if context else instruction
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    answer = {"role": "assistant", "content": output}
-    return Conversation([*system, {"role": "user", "content": question}, answer])
+    """A question (`instruction`), its context (`input`, or Dolly's `context`) and the answer (`output` or `response`).
+
+    Raises:
+        SecateurError: one that is not text, or no answer where another field may be it.
+    """
+    found = {role: next((record[name] for name in names if record.get(name)), "") for role, names in ALPACA.items()}
+    if not all(isinstance(part, str) for part in found.values()):
+        fields = ", ".join(f"`{name}`" for names in ALPACA.values() for name in names if name in record)
+        raise SecateurError(f"{place}: {fields} must be text")
+    known = {name for names in ALPACA.values() for name in names}
+    has_answer = any(name in record for name in ALPACA["answer"])
+    if not has_answer and (other := [name for name in record if name not in known and isinstance(record[name], str)]):
+        raise SecateurError(
+            f"{place}: `instruction` has no `output` or `response` next to it, but `{shown(other[0])}`: name the "
+            f"answer's field `output`, or leave that field out"
+        )
+    question = "\n\n".join(part for part in (found["question"], found["context"]) if part)
+    turns = {"system": found["system"], "user": question, "assistant": found["answer"]}
+    messages = [{"role": role, "content": content} for role, content in turns.items() if content or role == "user"]
+    return Conversation(messages)
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
@@ -135,10 +165,7 @@ def _call(call: Any) -> Any:
 def _tools(tools: Any, place: str) -> list[Any] | None:
     """Descriptions of tools: a list, or its JSON text, as data sets with one schema have it."""
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise SecateurError(f"{place}: `tools` is not JSON ({error})") from error
+        tools = _parsed(tools, "tools", place)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise SecateurError(f"{place}: `tools` must be a list of descriptions, each an object")
     return tools or None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
 
@@ -54,16 +55,21 @@ def sample_documents(documents: Iterable[Document], tokens: int, seed: int) -> I
 
 
 def _parts(document: Document, most: int, size: int) -> Iterator[Document]:
-    """A document, or pieces of `size` characters of a text longer than `most`, which end with a line where one ends."""
+    """A document, or pieces of `size` characters of a text longer than `most`."""
     if isinstance(document, Conversation) or len(document) <= most:
         yield document
-        return
+    else:
+        yield from text_parts(document, size)
+
+
+def text_parts(text: str, size: int) -> Iterator[str]:
+    """Pieces of at most `size` characters, which end with a line where one ends."""
     start = 0
-    while start < len(document):
-        end = min(len(document), start + size)
-        if end < len(document):
-            end = document.rfind("\n", start, end) + 1 or end
-        yield document[start:end]
+    while start < len(text):
+        end = min(len(text), start + size)
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
         start = end
 
 
@@ -97,10 +103,17 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
-    try:
+    with _of_tokenizers():
         return tokenizer(text, **options).input_ids
+
+
+@contextmanager
+def _of_tokenizers() -> Iterator[None]:
+    """Explain what the tokenizers library raises, which is a plain `Exception`."""
+    try:
+        yield
     except Exception as error:
-        if type(error) is not Exception:  # which is all that the tokenizers library raises
+        if type(error) is not Exception:
             raise
         raise SecateurError(f"the model's tokenizer can't encode the text ({error}): it is damaged") from error
 
@@ -119,9 +132,10 @@ def encode_chat(chat: Conversation, tokenizer: Any, answer: bool = False) -> lis
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, tokenize=True, return_dict=False, add_generation_prompt=answer
-        )
+        with _of_tokenizers():
+            return tokenizer.apply_chat_template(
+                chat.messages, tools=chat.tools, tokenize=True, return_dict=False, add_generation_prompt=answer
+            )
     except (TemplateError, TypeError, ValueError) as error:  # a template is code, and some choose among several
         roles = ", ".join(message["role"] for message in chat.messages[:6])
         raise SecateurError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import to_sparse_semi_structured
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from secateur.errors import SecateurError
 
@@ -23,7 +23,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         model: on a GPU, in bfloat16 or float16.
 
     Returns:
-        names of the layers.
+        names of the layers whose weight is such a tensor now.
 
     Raises:
         SecateurError: it is not on a GPU, or no linear layer is 2:4 in a size and dtype that torch takes.
@@ -35,8 +35,10 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         raise SecateurError(
             "to_semi_structured() needs a model whose linear layers are on an NVIDIA GPU: model.to('cuda')"
         )
-    found = [name for name, linear in linears.items() if _is_taken(linear.weight) and is_two_four(linear.weight)]
-    if not found:
+    done = [name for name, linear in linears.items() if isinstance(linear.weight, SparseSemiStructuredTensor)]
+    dense = {name: linear for name, linear in linears.items() if name not in done}
+    found = [name for name, linear in dense.items() if _is_taken(linear.weight) and is_two_four(linear.weight)]
+    if not done and not found:
         raise SecateurError(
             f"no linear layer is 2:4 in bfloat16 or float16 with multiples of {ROWS} rows and {COLUMNS} columns: prune "
             f"with ‹pattern› 2:4"
@@ -45,7 +47,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         weight = linears[name].weight
         sparse: Tensor = to_sparse_semi_structured(weight.detach().contiguous())
         linears[name].weight = nn.Parameter(sparse, requires_grad=False)
-    return found
+    return [name for name in linears if name in {*done, *found}]
 
 
 def is_two_four(weight: Tensor) -> bool:

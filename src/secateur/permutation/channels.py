@@ -74,9 +74,9 @@ class ChannelOrder:
     def tried(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within this context these parameters are in this order."""
         before = {name: parameter.data for name, parameter in parameters.items() if name in self.indices}
-        for name, data in before.items():
-            parameters[name].data = self.applied(name, data)
         try:
+            for name, data in before.items():
+                parameters[name].data = self.applied(name, data)
             yield
         finally:
             for name, data in before.items():

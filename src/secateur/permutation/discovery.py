@@ -155,9 +155,9 @@ def as_dtype(value: Any, dtype: torch.dtype) -> Any:
 def in_fp32(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within this context parameters and buffers are fp32."""
     before = [(each, each.data) for each in tensors if each.is_floating_point()]
-    for each, data in before:
-        each.data = data.float()
     try:
+        for each, data in before:
+            each.data = data.float()
         yield
     finally:
         for each, data in before:

@@ -91,9 +91,11 @@ def heat_map(
             return None
         value = means[block, kind]
         text, first = shown(value), members[0]
-        number = f"{len(members)} matrices like {first.name}" if len(members) > 1 else first.name
+        several = len(members) > 1
+        number = f"mean of {len(members)} matrices like {first.name}" if several else first.name
+        reason = f"Of this one: {why(first)}" if several else why(first)
         background = _colour((value - low) / span)
-        return Cell(text, f"{number}: {text}. {why(first)}", background, _ink(background))
+        return Cell(text, f"{number}: {text}. {reason}", background, _ink(background))
 
     short = _short_names(blocks)
     rows = [(short[block], [cell(block, kind) for kind in kinds]) for block in blocks]

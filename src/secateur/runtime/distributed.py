@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.runtime.environment import environment_number
+from secateur.runtime.messages import first_line
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -49,7 +50,8 @@ def process_group(device: str | None) -> Iterator[None]:
     A group that is already initialised is used as it is. gloo reduces on CPUs, nccl on GPUs.
 
     Raises:
-        SecateurError: fewer GPUs than processes on this machine, one GPU for all, or a broken WORLD_SIZE.
+        SecateurError: fewer GPUs than processes on this machine, one GPU for all, a broken WORLD_SIZE, or processes
+            that can't be joined.
     """
     if environment_number("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         yield
@@ -58,7 +60,13 @@ def process_group(device: str | None) -> Iterator[None]:
     if on_gpu:
         _take_local_gpu(device)
     # Ranks wait for one that loads, solves or writes; a dead one is noticed by its closed connection.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+    except (ValueError, RuntimeError) as error:  # no address of the others; none that answers
+        raise SecateurError(
+            f"WORLD_SIZE says that several processes run, and they could not be joined ({first_line(error)}): start "
+            f"them by torchrun, or unset WORLD_SIZE for one process"
+        ) from error
     try:
         yield
     finally:

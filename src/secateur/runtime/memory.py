@@ -15,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.recipe.sizes import parse_size
 from secateur.runtime.chunking import MIN_CHUNK_BYTES, chunk_bytes
 from secateur.runtime.distributed import all_gather
+from secateur.storage.paths import real_path, user_path
 
 HESSIAN_BYTES = 4 << 30  # Hessians of a block that are held at a time, without a cap
 CGROUPS = Path("/sys/fs/cgroup")
@@ -78,7 +79,7 @@ def memory_budget(max_memory: str | int | None, folder: str | Path | None) -> Me
     Raises:
         SecateurError: no size, or no folder that can be written.
     """
-    path = None if folder is None else Path(folder).expanduser().resolve()
+    path = None if folder is None else real_path(user_path(folder))
     if path is not None and not (path.is_dir() and os.access(path, os.W_OK)):
         raise SecateurError(f"‹offload_dir› is {path}, which is not a folder that can be written")
     return MemoryBudget(None if max_memory is None else parse_size(max_memory), path)

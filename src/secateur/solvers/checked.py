@@ -67,7 +67,7 @@ def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None
     ):
         raise SecateurError(f"{solver} must return a Solved of weights, a boolean mask and a dictionary of figures")
     try:
-        json.dumps(solved.info)
+        json.dumps(solved.info, allow_nan=False)  # the report takes none
     except (TypeError, ValueError) as error:
         raise SecateurError(f"{solver} gave figures that are not plain numbers: {error}") from error
     if solved.keep.shape != W.shape or solved.weight.shape != W.shape:
