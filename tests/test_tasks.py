@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 import pytest
 import torch
@@ -66,17 +67,17 @@ def test_missing_data_of_a_task_is_told_before_the_text_is_evaluated(task_dir, t
     assert not seen
 
 
-def test_a_task_that_is_mended_is_known(task_dir, monkeypatch):
-    """In one process, as in a notebook; the folder goes by the home folder too."""
-    monkeypatch.setenv("HOME", str(task_dir.parent))
-    home = f"~/{task_dir.name}"
-    with pytest.raises(secateur.SecateurError, match="'new' is not known"):
-        check_tasks(["new"], home, None)
-    try:
-        (task_dir / "new.yaml").write_text(TASK.format(data=task_dir / "foxes.jsonl").replace("foxes\n", "new\n", 1))
-        check_tasks(["new"], home, None)
-    finally:
-        (task_dir / "new.yaml").unlink()
+def test_a_task_that_is_mended_is_known(tmp_path, monkeypatch):
+    """In one process, as in a notebook; the folder goes by the home folder too. Without the tasks that come along."""
+    task_manager = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is the extra `eval`").TaskManager
+    index = lru_cache(maxsize=1)(lambda folder, _: task_manager(include_path=str(folder), include_defaults=False))
+    monkeypatch.setattr("secateur.evaluation.tasks._read_index", index)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").mkdir()
+    with pytest.raises(secateur.SecateurError, match="'foxes' is not known"):
+        check_tasks(["foxes"], "~/own", None)
+    (tmp_path / "own" / "foxes.yaml").write_text(TASK.format(data="foxes.jsonl"))
+    check_tasks(["foxes"], "~/own", None)
 
 
 def test_figures_equal_the_harness_called_by_hand(task_dir):
