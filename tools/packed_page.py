@@ -70,8 +70,8 @@ def pruned_line() -> str:
     return (
         f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
         f"{todays_smollm2()}. Qwen was pruned by an early recipe, to measure size and speed: "
-        f"`balanced` with more tokens in its allocation ends at "
-        f"{perplexity_of('qwen', 'balanced+allocation.tokens=8192 50% 0'):.2f} (50%)."
+        f"today's `balanced` ends at "
+        f"{perplexity_of('qwen', 'balanced 50% 0'):.2f} (50%)."
     )
 
 
