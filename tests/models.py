@@ -118,6 +118,18 @@ def character_tokenizer(bos: bool = False, chat: bool = False) -> Any:
     return fast
 
 
+class OneOfTwo(torch.nn.Module):
+    """Each sequence goes through one of two experts, by its first hidden state."""
+
+    def __init__(self, *experts: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = (x[:, 0, 0] > 0).tolist()
+        return torch.stack([self.experts[number](row) for number, row in zip(chosen, x, strict=True)])
+
+
 def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     """A tiny checkpoint on disk with a tokenizer and the companions that must travel along; returns the model."""
     model = tiny_model(family, dtype, **options)

@@ -11,7 +11,7 @@ import transformers
 from helpers import dense_pass, find_blocks, problem, quiet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import mixtral, tiny_model, tokens
+from models import OneOfTwo, mixtral, tiny_model, tokens
 
 import secateur
 from secateur.calibration.stream import Stream
@@ -374,22 +374,10 @@ def test_a_dry_run_measures_no_matrix_that_a_rule_decides():
     assert estimated(model, batches, asked | {"rules": [{"match": "*", "pattern": "50%"}]}).seconds > 0
 
 
-class ByParity(torch.nn.Module):
-    """Each sequence goes to one of two experts, by its first hidden state."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)])
-
-    def forward(self, x):
-        chosen = (x[:, 0, 0] > 0).tolist()
-        return torch.stack([self.experts[number](row) for number, row in zip(chosen, x, strict=True)])
-
-
 def test_a_dry_run_takes_gradients_of_all_its_sequences_where_experts_are_modules():
     model = tiny_model("llama").eval()
     for layer in model.model.layers:
-        layer.mlp = ByParity()
+        layer.mlp = OneOfTwo(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
     batches = [{"input_ids": ids} for ids in tokens(64)]
     asked = {"allocation.rule": "curve", "allocation.tokens": 1}
     assert estimated(model, batches, asked).seconds > 0

@@ -10,7 +10,7 @@ import torch
 from helpers import find_chain, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import mixtral, save_checkpoint, tiny_model, tokens
+from models import OneOfTwo, mixtral, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 from zoo import tiny
@@ -260,23 +260,11 @@ class Expert(torch.nn.Module):
         return self.down(self.norm(self.up(x)))
 
 
-class OneOfTwo(torch.nn.Module):
-    """Each sequence runs through one of two experts."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = torch.nn.ModuleList([Expert(), Expert()])
-
-    def forward(self, x):
-        chosen = (x[:, 0, 0] > 0).tolist()
-        return torch.stack([self.experts[number](row) for number, row in zip(chosen, x, strict=True)])
-
-
 def test_an_expert_that_was_not_run_is_not_reordered():
     """What no token of the trial reached was not tried; its matrices need no Hessian, and few sequences have one."""
     model = tiny_model("llama").eval()
     for layer in model.model.layers:
-        layer.mlp = OneOfTwo()
+        layer.mlp = OneOfTwo(Expert(), Expert())
     before = copy.deepcopy(model)
     batches = [{"input_ids": ids} for ids in tokens(24)]
     reorder(model, batches)

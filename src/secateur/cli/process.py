@@ -59,11 +59,10 @@ def _run_until_stopped(command: Callable[[], object]) -> None:
     """Run a command. After a signal, it ends by that signal, whatever error it ends with."""
     try:
         command()
-    except Exception:
+    finally:
         # Compiled code that calls Python can turn the SystemExit of `_stop` into an error: torch raises a ValueError.
         if _received:
             sys.exit(128 + _received[0])
-        raise
 
 
 def _out_of_memory(error: Exception) -> int:
