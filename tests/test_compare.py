@@ -460,6 +460,13 @@ def test_a_process_returns_what_its_function_does_or_says_why_it_did_not():
         run_in_own_process(os._exit, 9)
 
 
+def test_a_process_imports_no_file_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "multiprocessing.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert run_in_own_process(divmod, 7, 3) == (2, 1)
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
 class ErrorOfALibrary(OSError):
     """What unpickles in no process: its argument has no default."""
 

@@ -135,6 +135,23 @@ def test_configs_that_make_no_sense(main, made, model, tmp_path, values):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_under_another_name(main, made, model, tmp_path):
+    """The library would load them, and the files that secateur checks would be others."""
+    shutil.copy(model / "model.safetensors", model / "other.safetensors")
+    changed_json(model / "config.json", transformers_weights="other.safetensors")
+    errors = refused(main, "prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL)
+    assert "transformers_weights is 'other.safetensors'" in errors
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5000, "layers.10", "layers.2"])
+def test_tensors_of_any_name_are_inspected(main, model, name):
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {name: torch.ones(4, 4)}, model / "model.safetensors", {"format": "pt"})
+    code, out, errors = main("inspect", model, "--json")
+    assert code in (0, 1), errors
+    assert name in [matrix["name"] for matrix in json.loads(out)["matrices"]]
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [DEEP, "{", '{"a": 1e400}', "\x00", '"\\ud800"', "[]", ""])
 def test_damaged_json_of_a_model(main, made, model, tmp_path, file, content):

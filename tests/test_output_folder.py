@@ -119,9 +119,16 @@ def test_a_link_that_leaves_the_model_is_not_copied(source, tmp_path):
     assert Path("notes.txt") not in found
     assert found[Path("also.txt")] == b"shared"
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
-    (model / "LICENSE").unlink()
-    (model / "LICENSE").symlink_to(tmp_path / "private")
-    with pytest.raises(ValueError, match="LICENSE is a link to .*private, outside of the model's folder"):
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "config.json"])
+def test_a_link_that_would_publish_another_file_is_refused(source, tmp_path, name):
+    """In a folder called snapshots too, which is not the hub's cache."""
+    model = shutil.copytree(source / "model", tmp_path / "snapshots" / "model")
+    (model / name).touch()
+    shutil.move(model / name, tmp_path / "private")
+    (model / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*private, outside of the model's folder"):
         prune(source, tmp_path / "other", model=model)
     assert not (tmp_path / "other").exists()
     assert not journal_of(tmp_path / "other").exists()

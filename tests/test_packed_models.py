@@ -434,8 +434,10 @@ def test_bench_beyond_a_models_positions_says_so(tmp_path):
         secateur.bench(tmp_path / "model", prompt_tokens=33, new_tokens=33)
 
 
-def test_bench_measures_fresh_processes(saved, main):
+def test_bench_measures_fresh_processes(saved, main, monkeypatch):
     folder, packed = saved()
+    (folder / "psutil.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(folder)
     code, out, err = main(
         "bench", folder, packed, "--prompt-tokens", "8", "--new-tokens", "16", "--threads", "1", "--json"
     )

@@ -297,6 +297,10 @@ def test_shortcuts_fill_in_and_may_not_contradict(tmp_path):
     assert "--set solver=mrp" in raised.value.for_command_line()
     assert resolve_recipe(path, {"pattern": "2:4"}).pattern == secateur.NM(2, 4)
     assert resolve_recipe("balanced", solver="admm") == Recipe.preset("balanced")
+    for made, other in ((Recipe.preset("balanced"), {"pattern": "70%"}), (Recipe(), {"solver": "admm"})):
+        with pytest.raises(SecateurError, match="contradicts it"):
+            resolve_recipe(made, **other)
+        assert resolve_recipe(made, samples=8).calibration.samples == 8
     only_the_source = Recipe(calibration=CalibrationText(source="c4"))
     assert resolve_recipe(only_the_source, samples=32).calibration == CalibrationText(source="c4", samples=32)
     assert resolve_recipe({"calibration": only_the_source.calibration}, samples=32).calibration.samples == 32

@@ -205,11 +205,12 @@ def test_two_runs_without_a_common_matrix():
 def test_a_report_does_not_write_through_a_link(prune, tmp_path):
     report = prune()
     (tmp_path / "other.txt").write_text("theirs")
-    for name in ("report.html", "secateur.json"):
+    for name in ("report.html", "secateur.json", "recipe.yaml"):
         (tmp_path / "pruned" / name).unlink()
         (tmp_path / "pruned" / name).symlink_to(tmp_path / "other.txt")
     report.save(tmp_path / "pruned")
     assert (tmp_path / "other.txt").read_text() == "theirs"
+    assert "recipe.yaml" in report.files
     assert not secateur.inspect(tmp_path / "pruned").problems
 
 

@@ -154,6 +154,24 @@ def test_evaluation_restores_each_module_and_refuses_other_heads(tmp_path):
             secateur.evaluate(other, str(text), tokenizer=character_tokenizer(), seq_len=16)
 
 
+def test_what_decides_how_a_model_is_loaded_is_refused_for_a_model_object():
+    model, given = tiny_model("llama"), {"device": "cpu", "trust_remote_code": True, "allow_pickle": True}
+    for name, value in given.items():
+        with pytest.raises(ValueError, match=f"{name} can't be used with a model object"):
+            secateur.evaluate(model, tokenizer=character_tokenizer(), **{name: value})
+        with pytest.raises(ValueError, match=f"{name} can't be used with a model object"):
+            secateur.coverage_of(model, calibration=tokens(), **{name: value})
+
+
+def test_tensors_next_to_a_recipe_that_names_a_text():
+    model = tiny_model("llama")
+    for settings in ({"calibration.source": "c4"}, {"calibration.source": "self"}):
+        with pytest.raises(ValueError, match="says calibration.source: .*, and calibration holds tensors"):
+            secateur.prune(model, settings=settings, calibration=tokens())
+    report = secateur.prune(model, recipe="fast", calibration=tokens())
+    secateur.prune(model, recipe=report.the_recipe, calibration=tokens())
+
+
 def test_autocast_around_a_run_changes_nothing():
     plain, cast = tiny_model("llama"), tiny_model("llama")
     secateur.prune(plain, pattern="2:4", solver="mrp", calibration=tokens())

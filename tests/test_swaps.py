@@ -128,6 +128,17 @@ def test_dead_inputs_are_not_brought_back(pattern):
     assert torch.equal(swapped.weight[:, dead][kept], W[:, dead][kept])
 
 
+def test_rows_that_lose_nothing_are_at_their_optimum():
+    """With more dead inputs than zeros, exchanges bring the loss to zero, and end there."""
+    W, H = problem(16, 64)
+    dead = torch.arange(0, 64, 5).tolist() + torch.arange(1, 64, 5).tolist()
+    H[dead] = 0
+    H[:, dead] = 0
+    solved = refined(W, H, "25%", max_swaps=100)
+    assert solved.info["rows_at_optimum"] == len(W)
+    assert loss(solved.weight, W, H) < 1e-9 * float(((W @ H) * W).sum())
+
+
 @pytest.mark.parametrize("pattern", [0.5, "2:4"])
 def test_a_refit_that_stops_early_makes_no_row_worse(pattern):
     W, H = problem(rows=12, columns=48)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.batches import AUTO, BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
 from secateur.checkpoints.load import Checkpoint, load
+from secateur.errors import SecateurError
 from secateur.models.placement import WeightPlacement
 from secateur.recipe.recipe import OWN_BATCHES, Recipe
 from secateur.reporting.stages import StageClock
@@ -115,7 +116,16 @@ class Request:
 
 
 def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:
-    """The recipe with what it is calibrated on, and the texts themselves."""
+    """The recipe with what it is calibrated on, and the texts themselves.
+
+    Raises:
+        SecateurError: tensors, next to a recipe that names a text.
+    """
     if calibration is None or isinstance(calibration, str | Path):
         return recipe, recipe.calibration.source
+    if recipe.calibration.source not in (None, OWN_BATCHES):
+        raise SecateurError(
+            f"the recipe says calibration.source: {recipe.calibration.source}, and ‹calibration› holds tensors: leave "
+            f"one out"
+        )
     return replace(recipe, calibration=replace(recipe.calibration, source=OWN_BATCHES)), calibration

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.api.pruning import check_no_tokenizer, several
+from secateur.api.pruning import check_no_tokenizer, check_not_loaded, several
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
@@ -94,8 +94,8 @@ def evaluate(
     if not isinstance(model, nn.Module):
         check_no_tokenizer(tokenizer)
         module, tokenizer = _load_to_evaluate(model, device_name(device), trust_remote_code, allow_pickle)
-    elif tokenizer is None:
-        raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
+    else:
+        _check_object(tokenizer, device, against is None, trust_remote_code, allow_pickle)
     dense: Any = against
     if against is not None and not isinstance(against, nn.Module):
         dense = load_checkpoint(
@@ -120,6 +120,19 @@ def evaluate(
     if record and isinstance(model, str | Path):
         record_perplexity(user_path(model), figures)
     return figures
+
+
+def _check_object(tokenizer: Any, device: Any, alone: bool, trust_remote_code: bool, allow_pickle: bool) -> None:
+    """Check what is given with a model object.
+
+    Raises:
+        SecateurError: no tokenizer, or what decides how models are loaded, and none is (`alone`).
+    """
+    if tokenizer is None:
+        raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
+    check_not_loaded(device=device)
+    if alone:
+        check_not_loaded(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
 
 
 def _check_can_record(models: Sequence[Any]) -> list[Path]:

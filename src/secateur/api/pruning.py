@@ -17,7 +17,7 @@ from secateur.checkpoints.hub import check_can_push, push_folder
 from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.load import load as load_checkpoint
 from secateur.errors import SecateurError
-from secateur.models.blocks import config_of
+from secateur.models.blocks import config_of, device_of
 from secateur.models.determinism import full_precision
 from secateur.models.placement import InMemory
 from secateur.numerics.damping import DEFAULT_DAMPING
@@ -134,14 +134,15 @@ def prune(
                 f"{', '.join(f'‹{name}›' for name in unused)} can't be used with a model object, which is pruned in "
                 f"place: move it by model.to(device), save it by model.save_pretrained(DIR) and report.save(DIR)"
             )
-        with distributed.process_group(None):
+        runs_on = model.device if isinstance(model, Checkpoint) else device_of(model)
+        with distributed.process_group(torch.device(runs_on).type):
             return prune_in_memory(model, tokenizer, request)
     if not isinstance(model, str | Path):
         raise SecateurError(f"the model is a {type(model).__name__}: pass the model itself, or a name and a folder")
     if out is None:
         raise SecateurError("out is missing: name the folder to save the pruned model to")
     check_no_tokenizer(tokenizer)
-    shard_size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size, "max_shard_size")
+    shard_bytes = _shard_bytes(max_shard_size)
     source = ModelSource(str(model), device_name(device), trust_remote_code, allow_pickle)
     if device is not None:
         check_device(device)
@@ -149,7 +150,7 @@ def prune(
     if push_to_hub:
         check_can_push(repo)
     with distributed.process_group(source.device):
-        report = prune_to_folder(source, place, request, overwrite, resume, shard_size)
+        report = prune_to_folder(source, place, request, overwrite, resume, shard_bytes)
         if push_to_hub and distributed.is_main():
             push_folder(place, repo, private=True)
     return report
@@ -176,7 +177,7 @@ def dry_run(
     device: str | torch.device | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    max_shard_size: str | int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
@@ -205,8 +206,10 @@ def dry_run(
             f"the model is a {type(model).__name__}: a dry run takes a folder, a GGUF file or a hub name"
         )
     source = ModelSource(str(model), device_name(device), trust_remote_code, allow_pickle)
-    shard_bytes = parse_size(max_shard_size, "max_shard_size")
-    return estimate_run(source, None if out is None else user_path(out), request, overwrite, resume, shard_bytes)
+    if device is not None:
+        check_device(device)
+    place, shard_bytes = None if out is None else user_path(out), _shard_bytes(max_shard_size)
+    return estimate_run(source, place, request, overwrite, resume, shard_bytes)
 
 
 @checks_names
@@ -294,6 +297,8 @@ def coverage_of(
         on = device_name(device) or default_device()
         checkpoint = load_checkpoint(str(model), on, trust_remote_code, allow_pickle)
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
+    else:
+        check_not_loaded(device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     chosen, texts = texts_of(chosen, calibration)
     few = CalibrationText()
     if texts is None or isinstance(texts, str | Path):
@@ -323,6 +328,10 @@ def _request(
     return Request(*texts_of(chosen, calibration), offload_dir, StageClock(progress))
 
 
+def _shard_bytes(size: str | int | None) -> int:
+    return parse_size(DEFAULT_SHARD_SIZE if size is None else size, "max_shard_size")
+
+
 def check_no_tokenizer(tokenizer: Any) -> None:
     """Check that no tokenizer is given next to a model's name.
 
@@ -331,6 +340,19 @@ def check_no_tokenizer(tokenizer: Any) -> None:
     """
     if tokenizer is not None:
         raise SecateurError("‹tokenizer› is for a model object: a model by name brings its tokenizer")
+
+
+def check_not_loaded(**given: Any) -> None:
+    """Check that nothing is asked for which decides how a model is loaded, next to a model object.
+
+    Raises:
+        SecateurError: something is.
+    """
+    if unused := [name for name, value in given.items() if value]:
+        raise SecateurError(
+            f"{', '.join(f'‹{name}›' for name in unused)} can't be used with a model object, which is loaded already: "
+            f"move it by model.to(device)"
+        )
 
 
 def several(names: str | Sequence[str] | None) -> list[str]:

@@ -158,4 +158,7 @@ def _breaks_of_rules(recipe: Recipe, recorded: dict[str, dict[str, Any]]) -> lis
 
 
 def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    """A key that sorts numbers in names by value: block 2 before block 10."""
+    parts = re.split(r"([0-9]+)", name)  # text, digits, text, ...
+    parts[1::2] = [part.lstrip("0") for part in parts[1::2]]
+    return [(len(part), part) if number % 2 else part for number, part in enumerate(parts)]

@@ -66,7 +66,7 @@ def write_checkpoint(
         shards = _plan_shards(checkpoint, max_shard_size)
         outcome = {"report": report.to_dict(), "max_shard_size": max_shard_size, "shards": shards}
         publisher.keep_outcome(outcome)
-    publisher.restore(model, pruned_parameters(report), outcome["shards"])
+    publisher.restore(model, names_of_pruned_parameters(report), outcome["shards"])
     for number in range(publisher.num_whole_shards, len(outcome["shards"])):
         names = outcome["shards"][number]
         made = _write_shard(checkpoint, report, names, folder, outcome["max_shard_size"])
@@ -142,7 +142,7 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
     """
     done: dict[tuple[int, int, torch.dtype], Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    pruned = pruned_parameters(report)
+    pruned = names_of_pruned_parameters(report)
     content = checkpoint.model.state_dict()
     for name in names:
         tensor = content[name]
@@ -160,7 +160,7 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
     return tensors
 
 
-def pruned_parameters(report: Report) -> set[str]:
+def names_of_pruned_parameters(report: Report) -> set[str]:
     """Parameters that hold pruned matrices, without `.weight`."""
     return {parameter_of(matrix.name) for matrix in report.matrices}
 

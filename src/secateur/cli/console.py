@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from secateur.runtime.messages import visible
+from secateur.runtime.messages import duration, visible
 
 if TYPE_CHECKING:
     from secateur.calibration.coverage import Coverage
@@ -216,18 +216,8 @@ def print_dry_run(found: DryRun) -> None:
     print_coverage(found.coverage)
     rows = {
         "calibration": f"{found.num_tokens:,} tokens in {found.num_batches} batches",
-        "time": f"{_minutes(found.seconds)} (from one timed block of {found.num_blocks})",
+        "time": f"{duration(found.seconds)} (from one timed block of {found.num_blocks})",
         "memory": f"{found.memory_bytes / 1e9:.2f} GB of this process, besides the mapped files of the model",
         "disk": f"{found.disk_bytes / 1e9:.2f} GB in OUT",
     }
     show_table(("", "estimate"), list(rows.items()), show_header=False)
-
-
-def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

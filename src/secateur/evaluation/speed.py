@@ -56,7 +56,8 @@ def measure_models(
 
 def _measured(folder: Path, numbers: tuple[int, ...]) -> Speed:
     """What a fresh process measures, which gets the numbers of `measure_here`."""
-    command = [sys.executable, "-m", __name__, str(folder), *map(str, numbers)]
+    # -P: else Python files in the current folder would be imported instead of libraries.
+    command = [sys.executable, "-P", "-m", __name__, str(folder), *map(str, numbers)]
     own = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -289,7 +289,7 @@ class _Shared:
 
 
 class MaskedMasterWeights:
-    """fp32 masters of what a refit may move: the kept weights of the block's pruned matrices.
+    """fp32 masters (fp64 in a model of fp64) of what a refit may move: the kept weights of the block's pruned matrices.
 
     Norms and biases stay: moving them gained nothing when it was measured.
     """
@@ -301,7 +301,7 @@ class MaskedMasterWeights:
         kept = [_kept(block, parameter) for parameter in self.parameters]
         names = {id(matrix.parameter): matrix.name for matrix in block.matrices}
         self.storage = [storage_of(names[id(parameter)], parameter.dtype) for parameter in self.parameters]
-        self.masters = [parameter.data.float().clone() for parameter in self.parameters]
+        self.masters = [_master(parameter) for parameter in self.parameters]
         self.gradients = [torch.zeros_like(master) for master in self.masters]
         self.parts = _matrices_in(self.masters)
         for part, gradient in zip(self.parts, _matrices_in(self.gradients), strict=True):
@@ -359,13 +359,18 @@ class MaskedMasterWeights:
     def mix(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
         """Set masters and parameters to `start + share (end - start)`."""
         for master, first, last in zip(self.masters, start, end, strict=True):
-            master.copy_(first.float().lerp(last, share))
+            master.copy_(first.to(last.dtype).lerp(last, share))
         self.write_back()
 
     def restore(self, snapshot: list[Tensor]) -> None:
         """Reset the parameters to a snapshot."""
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.data.copy_(saved)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """A copy in fp32, or fp64 for fp64: weights that stay then keep their bits."""
+    return parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
 
 
 def _matrices_in(parameters: Sequence[Tensor]) -> list[Tensor]:

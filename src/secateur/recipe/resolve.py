@@ -13,6 +13,7 @@ from secateur.recipe.patterns import NM, check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.settings import apply_settings, stated_settings, value_at
+from secateur.recipe.solvers import plain_solver
 from secateur.storage.paths import user_path
 
 SHORTCUTS = {  # keyword and flag -> option of the recipe
@@ -38,7 +39,7 @@ def resolve_recipe(
 
     Args:
         recipe: a recipe, its data, the name of a preset or of a file. None is the preset `balanced`, or the solver
-            alone where one is named.
+            alone where one is named. What a `Recipe` has by default is open, apart from its pattern and its solver.
         settings: options by dotted name, which win over the recipe.
         include: globs; only these matrices are pruned, and of them none that is dense by default, such as routers.
         exclude: globs; these matrices stay dense.
@@ -104,7 +105,8 @@ def _stated(
 ) -> tuple[dict[str, Any], RecipeFile | None]:
     """What the recipe says, as data, and the file that it comes from."""
     if isinstance(recipe, Recipe):
-        return stated_settings(recipe), None
+        own = {"pattern": str(recipe.pattern), "solver": plain_solver(recipe.solver)}
+        return stated_settings(recipe) | own, None
     if isinstance(recipe, Mapping):
         return dict(recipe), None
     if recipe is None:

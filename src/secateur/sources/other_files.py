@@ -15,7 +15,8 @@ from secateur.storage.paths import real_path
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
 MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".py"}  # of files that decide what a model computes
-NOT_COPIED = {CARD, "config.json", METADATA, RECIPE_FILE, REPORT_FILE}
+REWRITTEN = {CARD, "config.json", METADATA}  # read, and written anew
+NOT_COPIED = REWRITTEN | {RECIPE_FILE, REPORT_FILE}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -53,9 +54,9 @@ def check_links(source: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.is_file() and not is_plain_name(path.name):
             notices.append(f"{one_line(path.name)} has a name that can't be recorded: it is not copied")
-        if not _is_copied(path) or _stays_inside(path, source):
+        if not (_is_copied(path) or path.name in REWRITTEN) or _stays_inside(path, source):
             continue
-        if any(fnmatchcase(path.name, name) for name in CHECKPOINT_FILES):
+        if any(fnmatchcase(path.name, name) for name in (*CHECKPOINT_FILES, *REWRITTEN)):
             raise SecateurError(
                 f"{path} is a link to {os.path.realpath(path)}, outside of the model's folder: what it leads to would "
                 f"be published with the pruned model. Replace the link by a copy"
@@ -78,6 +79,7 @@ def _is_copied(path: Path) -> bool:
 
 def _stays_inside(path: Path, source: Path) -> bool:
     """Whether a file lies in the model's folder, or in its part of the hub's cache, whose files are links."""
-    folder = real_path(source)
-    inside = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    return inside in real_path(path).parents
+    folder, places = real_path(source), [real_path(source)]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        places.append(folder.parent.parent / "blobs")
+    return any(place in real_path(path).parents for place in places)

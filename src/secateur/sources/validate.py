@@ -124,6 +124,11 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for name in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(name, "")):
             raise SecateurError(f"{path}: {name} is {config[name]!r}, code from a hub, which is not run: remove it")
+    if named := config.get("transformers_weights"):
+        raise SecateurError(
+            f"{path}: transformers_weights is {named!r}, and weights are read from model.safetensors or what its index "
+            f"names: rename the file, and remove the entry"
+        )
 
 
 def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:

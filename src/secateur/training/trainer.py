@@ -35,6 +35,6 @@ class KeepZerosCallback(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Restore the zeros a last time, and let go of them."""
-        if self._held is not None:
-            self._held.__exit__(None, None, None)
-            self._held = None
+        held, self._held = self._held, None
+        if held is not None:
+            held.__exit__(None, None, None)
