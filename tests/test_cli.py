@@ -225,6 +225,8 @@ def test_a_dry_run_tells_and_writes_nothing(main, model, text, tmp_path):
     assert found["disk_bytes"] > (model / "model.safetensors").stat().st_size / 2
     assert found["coverage"]["shares"]["pruned"] == 1.0
     assert "256 tokens in" in main(*arguments)[1]
+    assert "windows of 32 tokens, not 99999" in main(*arguments, "--samples", "99999")[2]
+    assert "256 calibration tokens are few" in main(*arguments)[2]
     assert main(*arguments, "--pattern", "2:5")[0] == 2
     assert main(*arguments, "--max-shard-size", "garbage")[0] == 2
     code, _, errors = main(*arguments, "--recipe", "balanced", "--samples", "1", "--seq-len", "32")

@@ -56,7 +56,7 @@ def test_models_beyond_causal_language_models_are_pruned_exactly(make, asked):
     model = randomised(model)
     report = secateur.prune(model, pattern="2:4", calibration=batches, **asked)
     assert len(report.matrices) == number
-    assert report.notices == []
+    assert not [notice for notice in report.notices if "tokens are few" not in notice]
     for matrix in report.matrices:
         weight = model.get_submodule(matrix.name).weight
         assert bool(((weight.reshape(-1, 4) == 0).sum(1) == 2).all()), matrix.name

@@ -29,6 +29,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "pip install -e .": "installs",
     ". .venv/bin/activate": "the shell does this",
+    "python3 -m venv .venv && . .venv/bin/activate": "the shell does this",
     "secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",
@@ -44,6 +45,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     save_checkpoint(folder / "my-model", max_position_embeddings=int(LARGEST["--seq-len"]))
     (folder / "held-out.txt").write_text(SENTENCE * 30)
+    (folder / "my-texts.txt").write_text((SENTENCE[:50] + "\n\n") * 16)
     (folder / "my-texts.jsonl").write_text("".join(json.dumps({"text": SENTENCE * 9}) + "\n" for _ in range(9)))
     (folder / "chats.jsonl").write_text("".join(json.dumps(CHAT) + "\n" for _ in range(12)))
     (folder / "table.csv").write_text("id,body\n" + "".join(f'{row},"{SENTENCE * 9}"\n' for row in range(9)))

@@ -356,6 +356,14 @@ def test_a_card_tells_what_its_folder_holds(pruned, tmp_path):
     assert "packed" not in (tmp_path / "unpacked" / "README.md").read_text()
 
 
+def test_a_card_has_one_way_to_load_its_folder(pruned, tmp_path):
+    secateur.pack(pruned, tmp_path / "packed")
+    dense, packed = ((folder / "README.md").read_text() for folder in (pruned, tmp_path / "packed"))
+    assert [card.count("```python") for card in (dense, packed)] == [1, 1]
+    assert "import secateur" not in dense
+    assert packed.index("import secateur") < packed.index("from_pretrained")
+
+
 def test_a_run_can_write_the_packed_format(pruned, tmp_path):
     options = {"pattern": "50%", "solver": "magnitude", "samples": 4, "seq_len": 32, "max_shard_size": "20KB"}
     report = secateur.prune(tmp_path / "model", tmp_path / "direct", settings={"format": "packed"},

@@ -188,3 +188,10 @@ def test_the_scale_of_the_inputs_changes_no_mask(pattern):
     plain = secateur.solve(W, H, pattern, MASK_M)
     for scale in (1e-20, 1e20):
         assert torch.equal(secateur.solve(W, H * scale, pattern, MASK_M).keep, plain.keep)
+
+
+def test_few_tokens_for_a_refit_are_told():
+    few = "calibration tokens are few: a block refit should get 16,000 or more"
+    for recipe, told in (("fast", False), ("balanced", True)):
+        report = secateur.prune(tiny_model("llama"), calibration=tokens(), recipe=recipe)
+        assert any(few in notice for notice in report.notices) is told

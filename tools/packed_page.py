@@ -60,7 +60,8 @@ def short_line() -> str:
     settings = measured()[0]["settings"]
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; "
-        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}. "
+        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}, "
+        f"and Qwen at {todays_qwen()}. "
         f"{apart_line()} [How it was measured](docs/packed.md)."
     )
 
@@ -70,14 +71,17 @@ def pruned_line() -> str:
     return (
         f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
         f"{todays_smollm2()}. Qwen was pruned by an early recipe, to measure size and speed: "
-        f"today's `balanced` ends at "
-        f"{perplexity_of('qwen', 'balanced 50% 0'):.2f} (50%)."
+        f"today's `balanced` ends at {todays_qwen()}."
     )
 
 
 def todays_smollm2() -> str:
     half, most = (perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%"))
     return f"{half:.2f} (50%) and {most:.2f} (70%)"
+
+
+def todays_qwen() -> str:
+    return f"{perplexity_of('qwen', 'balanced 50% 0'):.2f} (50%)"
 
 
 def perplexity_of(comparison: str, cell: str) -> float:
@@ -271,7 +275,8 @@ Of a matrix, against dense bf16. Random weights; real ones shrink about as much 
   AMX, 16 with AVX-512 and 8 with AVX2, weights are unpacked in tiles for torch's product.
 - **GPUs**: not measured. On a GPU, packed layers are dense; 2:4 has [its own way](guides/pack.md#24-on-an-nvidia-gpu). A Triton
   kernel exists and is correct in the interpreter. `benchmarks/gpu.py` measures both.
-- **Other runtimes** (vLLM, llama.cpp, ONNX): they read the ordinary checkpoint, where zeros gain nothing.
+- **Other runtimes**: vLLM reads the pruned folder like any checkpoint. llama.cpp and ONNX need it converted (`convert_hf_to_gguf.py pruned`).
+  All have the dense model's size and speed, as zeros gain nothing there. None reads a packed folder: `secateur unpack` it first. Untested.
 - **Models whose code reads weights itself** (Mamba's `dt_proj`), fused experts, fp16 and fp32 values: unpacked to dense when loaded, and
   the model says so once. Their files are still smaller.
 - CPUs without AVX2, machines that are not x86-64 Linux, and installs without a C compiler: unpacked to dense.

@@ -51,6 +51,9 @@ class ModelSource:
         return replace(found, name=self.name)
 
 
+REFIT_TOKENS = 16_000  # the least that block refits were measured with
+
+
 @dataclass(frozen=True)
 class Request:
     """What a run is asked for.
@@ -78,7 +81,7 @@ class Request:
         refit, text = self.recipe.refit, self.recipe.calibration
         size = BATCH_TOKENS if refit is None else refit.step_tokens
         asks = text.own_words == AUTO and (self.texts is None or isinstance(self.texts, str | Path))
-        return calibration_batches(
+        found = calibration_batches(
             self.texts,
             tokenizer,
             config,
@@ -88,6 +91,13 @@ class Request:
             can_write=asks and writes(),
             pattern=self.recipe.pattern,
         )
+        if refit is None or not 0 < found.num_tokens < REFIT_TOKENS:
+            return found
+        few = (
+            f"{found.num_tokens:,} calibration tokens are few: a block refit should get {REFIT_TOKENS:,} or more, as "
+            f"it can learn a short text by heart. Give more text, or take the recipe fast"
+        )
+        return replace(found, notices=[*found.notices, few])
 
     def written(
         self,

@@ -131,7 +131,7 @@ def estimate_run(
             check_no_unfinished(place)
         if not resume:
             check_may_replace(place, overwrite)
-    check_links(folder)
+    notices = check_links(folder)
     with TemporaryDirectory(prefix=".secateur-", dir=_scratch_place(out, request.memory().folder)) as scratch:
         checkpoint = source.load(folder, Path(scratch))
         converted = sum(each.stat().st_size for each in Path(scratch).rglob("*") if each.is_file())
@@ -150,7 +150,12 @@ def estimate_run(
             storage_of=_storage_of(checkpoint),
         )
         found = estimate(checkpoint.model, data.batches, context, shard_bytes)
-        return replace(found, seconds=found.seconds + writing, disk_bytes=found.disk_bytes + converted)
+        return replace(
+            found,
+            seconds=found.seconds + writing,
+            disk_bytes=found.disk_bytes + converted,
+            notices=[*notices, *checkpoint.notices, *data.notices],
+        )
 
 
 def _scratch_place(out: Path | None, offload_dir: Path | None) -> Path | None:

@@ -57,6 +57,12 @@ class CalibrationBatches:
     notices: list[str] = field(default_factory=list)
     to_write: OwnWords | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Token ids in the batches, padding and what the model has still to write included; 0 of other inputs."""
+        written = 0 if self.to_write is None else self.to_write.number * self.to_write.prompts.length
+        return written + sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch)
+
     def with_written(self, windows: Int[Tensor, "N T"]) -> CalibrationBatches:
         """All batches, once the model has written its sequences."""
         assert self.to_write is not None

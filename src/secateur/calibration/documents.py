@@ -194,7 +194,7 @@ def _datasets(name: str) -> Any:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
-        raise SecateurError(f"{name} needs the `data` extra: pip install 'secateur[data]'") from error
+        raise SecateurError(f"{name} needs secateur's `data` extra, or `pip install datasets`") from error
     return load_dataset
 
 

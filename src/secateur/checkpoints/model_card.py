@@ -18,7 +18,7 @@ from secateur.reporting.page import file_name
 from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE, Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
-from secateur.sources.unpacked import NOT_SMALLER
+from secateur.sources.unpacked import USAGE
 from secateur.storage.paths import user_path
 
 MAX_HEADER = 1 << 16  # characters
@@ -65,14 +65,7 @@ def model_card(report: Report, title: str) -> str:
         *_speed(report),
         "## Use",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
-        "```",
-        "",
-        NOT_SMALLER,
+        USAGE,
         f"The whole recipe is in `{RECIPE_FILE}`, figures of every matrix are in `{METADATA}`, and `{REPORT_FILE}` "
         f"shows them. `secateur prune MODEL OUT --recipe {RECIPE_FILE}` gives the same weights again.",
         "",

@@ -39,7 +39,7 @@ from secateur.reporting.report import CARD, METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import check_links
-from secateur.sources.unpacked import NOT_SMALLER, USAGE, write_rest
+from secateur.sources.unpacked import PACKED_USAGE, USAGE, with_usage, write_rest
 from secateur.sources.validate import check_folder, check_packed
 from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
@@ -191,7 +191,8 @@ def _card_of_packed(folder: Path, text: str) -> str:
 
 def packed_card(text: str) -> str:
     """A model card that says how to load packed weights."""
-    return text.replace(NOT_SMALLER, USAGE) if NOT_SMALLER in text else f"{text.rstrip()}\n\n{USAGE}"
+    found = with_usage(text, USAGE, PACKED_USAGE)
+    return f"{text.rstrip()}\n\n{PACKED_USAGE}" if found == text else found
 
 
 def _check_memory(largest: int, values: Values) -> None:

@@ -106,6 +106,7 @@ def prune(
             check_can_push(out.name)
         with progress_shown(not quiet) as progress:
             found = api.dry_run(model, out, progress=progress, **asked)
+        print_notices([] if quiet else found.notices)
         print_json(found.to_dict()) if as_json else print_dry_run(found)
         return
     with distributed.process_group(device):

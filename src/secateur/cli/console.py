@@ -111,10 +111,9 @@ def print_report(report: Report) -> None:
     share = report.pruned_parameters / max(1, report.model_parameters)
     of_layers = report.pruned_parameters / max(1, report.layer_parameters)
     show(
-        f"{len(report.matrices)} matrices, {of_layers:.1%} of the weights in the layers' matrices and {share:.1%} of "
-        f"the model's; mean layer error "
-        f"{report.mean_relative_error:.5f}; {len(report.dense)} matrices left dense; "
-        f"{report.seconds:.0f} s; saved to {report.out}"
+        f"{report.sparsity:.2%} zeros in {len(report.matrices)} matrices, which hold {of_layers:.1%} of the layers' "
+        f"weights and {share:.1%} of the model's; mean layer error {report.mean_relative_error:.5f}; "
+        f"{len(report.dense)} matrices left dense; {report.seconds:.0f} s; saved to {report.out}"
     )
     if report.out is not None:
         show(f"which layers lost most, and why: {Path(report.out) / 'report.html'}")

@@ -114,7 +114,7 @@ def _harness(part: str) -> Any:
     try:
         return import_module(f"lm_eval{part}")
     except ImportError as error:
-        raise SecateurError(f"tasks need the `eval` extra: pip install 'secateur[eval]' ({error})") from error
+        raise SecateurError(f"tasks need secateur's `eval` extra, or `pip install lm-eval` ({error})") from error
 
 
 def headline(figures: dict[str, float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +56,7 @@ class DryRun:
         solver_seconds: the part of it that does not grow with the text.
         memory_bytes: estimated peak of memory besides mapped files, for a run from files.
         disk_bytes: what a run takes: the model, one shard while it is saved, and reordered or converted weights.
+        notices: what the user should know about the model and the text.
     """
 
     coverage: Coverage
@@ -66,6 +67,7 @@ class DryRun:
     solver_seconds: float
     memory_bytes: int
     disk_bytes: int
+    notices: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

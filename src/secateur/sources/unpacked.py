@@ -34,15 +34,25 @@ from secateur.storage.new_folder import check_new_folder, publish_folder
 from secateur.storage.paths import real_path
 
 DENSE_STEM = "model"  # of the weight files
-NOT_SMALLER = "The zeros are stored like other weights: they make no file smaller, and no dense runtime faster."
 USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")
+```
+
+The zeros are stored like other weights: they make no file smaller, and no dense runtime faster.
+"""
+PACKED_USAGE = """\
 The weights are packed (a bitmask and the nonzero values). Load them with [secateur](https://pypi.org/project/secateur):
 
 ```python
 import secateur  # registers the format with transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_MODEL")
+tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")
 ```
 
 `secateur unpack THIS_MODEL OUT` gives an ordinary checkpoint that needs no secateur.
@@ -131,9 +141,14 @@ def _read_dense(path: Path, name: str) -> Tensor:
 
 
 def _dense_card(text: str) -> str:
-    """A packed model's card as one of dense weights. A card from the hub has the model's name for `THIS_MODEL`."""
-    usage = re.escape(USAGE).replace("THIS_MODEL", r"[^\s\"]+")
-    return re.sub(usage, lambda _: NOT_SMALLER, text)
+    """A packed model's card as one of dense weights."""
+    return with_usage(text, PACKED_USAGE, USAGE)
+
+
+def with_usage(card: str, old: str, new: str) -> str:
+    """A card with other instructions. One from the hub has the model's name for `THIS_MODEL`."""
+    pattern = re.escape(old).replace("THIS_MODEL", r"[^\s\"]+")
+    return re.sub(pattern, lambda _: new, card)
 
 
 def _short(digests: str) -> str:
