@@ -628,7 +628,7 @@ def test_remote_code_runs_only_where_asked_for(main, model, text, tmp_path, own_
 
 
 BAD_REQUESTS = {
-    ("--pattern", "150%"): "sparsity is 1.5",
+    ("--pattern", "150%"): "sparsity is 150%",
     ("--pattern", "-0.5"): "sparsity is -0.5",
     ("--pattern", "3:5"): "pattern 3:5 needs an input dimension that is a multiple of 5",
     ("--pattern", "4:2"): "pattern 4:2 is not legal",

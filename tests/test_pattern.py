@@ -87,3 +87,5 @@ def test_width_error_says_what_to_do():
 def test_a_percentage_without_its_sign_is_told_of():
     with pytest.raises(ValueError, match="for a percentage write 50%"):
         parse_pattern("50")
+    with pytest.raises(ValueError, match="sparsity is 150%; it must lie between 0% .* and 100%"):
+        parse_pattern("150%")

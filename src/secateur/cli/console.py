@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from secateur.reporting.figures import Speed
     from secateur.reporting.report import Report
 
+FIGURES = {  # as a table names them
+    "loss": "loss (nats a token)",
+    "against perplexity": "perplexity of the dense model",
+    "against kl": "KL divergence from the dense model (nats)",
+    "against top1_agreement": "same likeliest token as the dense model",
+}
 WIDE = 160  # columns of a pipe or a file, where no terminal says how wide it is
 
 _stdout, stderr = Console(), Console(stderr=True)
@@ -81,7 +87,9 @@ def resume_hint(out: Path, shown: bool = True) -> Iterator[None]:
 
 def print_pairs(title: str, pairs: dict[str, Any]) -> None:
     """Print a table of names and values; nested ones are named by their path."""
-    rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in _flat(pairs)]
+    rows = [
+        (FIGURES.get(name, name), f"{value:.4f}" if isinstance(value, float) else value) for name, value in _flat(pairs)
+    ]
     show_table(("", ""), rows, title, show_header=False)
 
 

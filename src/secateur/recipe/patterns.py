@@ -130,6 +130,8 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         return NM(int(match[1]), int(match[2]))
     number = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     if match := re.fullmatch(number + r"\s*%", spelled):
+        if float(match[1]) > 100:
+            raise SecateurError(f"sparsity is {spelled}; it must lie between 0% (dense) and 100% (all zero)")
         return Unstructured(float(match[1]) / 100)
     if match := re.fullmatch(number, spelled):
         return Unstructured(float(match[1]))
