@@ -57,7 +57,9 @@ class BlockRefit:
         lt=1,
         description="Validation share of the calibration batches; it decides which weights are kept.",
     )
-    step_tokens: Whole = Field(default=512, ge=1, description="Tokens of a step, in whole sequences.")
+    step_tokens: Whole = Field(
+        default=512, ge=1, description="Tokens of a step, in whole sequences; a batch of your own tensors is one step."
+    )
     strength: Number = Field(
         default=1.0,
         ge=0,
