@@ -22,6 +22,8 @@ from secateur.runtime.environment import default_device
 from secateur.runtime.memory import MemoryBudget, memory_budget
 from secateur.sources.resolve import resolve_dense
 
+REFIT_TOKENS = 16_000  # a block refit of fewer overfits easily (docs/guides/choose.md)
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -49,9 +51,6 @@ class ModelSource:
         converted = scratch / f"converted-{distributed.rank()}"
         found = load(str(folder), device, self.trust_remote_code, self.allow_pickle, converted)
         return replace(found, name=self.name)
-
-
-REFIT_TOKENS = 16_000  # the least that block refits were measured with
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ def evaluate(
         check_no_tokenizer(tokenizer)
         module, tokenizer = _load_to_evaluate(model, device_name(device), trust_remote_code, allow_pickle)
     else:
-        _check_object(tokenizer, device, against is None, trust_remote_code, allow_pickle)
+        _check_object(tokenizer, device)
+        if against is None:
+            check_not_loaded(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     dense: Any = against
     if against is not None and not isinstance(against, nn.Module):
         dense = load_checkpoint(
@@ -122,17 +124,15 @@ def evaluate(
     return figures
 
 
-def _check_object(tokenizer: Any, device: Any, alone: bool, trust_remote_code: bool, allow_pickle: bool) -> None:
+def _check_object(tokenizer: Any, device: Any) -> None:
     """Check what is given with a model object.
 
     Raises:
-        SecateurError: no tokenizer, or what decides how models are loaded, and none is (`alone`).
+        SecateurError: no tokenizer, or a device, as the model is on one.
     """
     if tokenizer is None:
         raise SecateurError("‹tokenizer› is missing: a model object does not carry one")
     check_not_loaded(device=device)
-    if alone:
-        check_not_loaded(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
 
 
 def _check_can_record(models: Sequence[Any]) -> list[Path]:

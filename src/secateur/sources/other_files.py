@@ -79,7 +79,8 @@ def _is_copied(path: Path) -> bool:
 
 def _stays_inside(path: Path, source: Path) -> bool:
     """Whether a file lies in the model's folder, or in its part of the hub's cache, whose files are links."""
-    folder, places = real_path(source), [real_path(source)]
+    folder = real_path(source)
+    places = [folder]
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         places.append(folder.parent.parent / "blobs")
     return any(place in real_path(path).parents for place in places)
