@@ -9,6 +9,10 @@ from pathlib import Path
 
 from jaxtyping import config, install_import_hook
 
+# Before anything imports huggingface_hub: no test asks the real hub, or writes to the user's account.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_TOKEN_PATH": os.devnull}
+os.environ.pop("HF_TOKEN", None)
+
 # Before anything imports secateur: annotations become checks, in every module that names shapes. Checks of the others,
 # some of which see every operation of torch, would take a third of the suite's time.
 SOURCE = Path(__file__).parents[1] / "src"

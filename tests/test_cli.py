@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from commands import Command, command
-from models import TEXT, character_tokenizer, mixtral, save_checkpoint
+from models import TEXT, character_tokenizer, mixtral, save_checkpoint, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -683,12 +683,32 @@ def test_coverage_of_every_matrix(main, model, monkeypatch):
     assert "a rule leaves 'model.layers.0.mlp.down_proj' dense" in out, "in one line, of more than 80 letters"
 
 
+def test_a_dry_run_multiplies_one_block(tmp_path, monkeypatch):
+    """Where every timed step takes a second: the dense pass, and of each block its pruning and its replay."""
+    monkeypatch.setattr("secateur.pruning.dry_run._timed", lambda function: (function(), 1.0))
+    asked = {"calibration": tokens(8), "pattern": "2:4", "solver": "magnitude"}
+    for layers in (2, 6):
+        save_checkpoint(tmp_path / str(layers), num_hidden_layers=layers)
+        plain = secateur.dry_run(tmp_path / str(layers), **asked)
+        assert plain.seconds == pytest.approx(1 + 2 * layers)
+    refit, reordered = (
+        secateur.dry_run(tmp_path / "6", **asked, settings=each)
+        for each in ({"refit.epochs": 1}, {"permutation.rounds": 1})
+    )
+    block = sum(matrix.weights for matrix in plain.coverage.matrices) / 6
+    assert refit.memory_bytes > plain.memory_bytes > 0
+    assert refit.memory_bytes >= 30 * block, "the masters and Adam's moments of a block"
+    assert reordered.disk_bytes > 1.4 * plain.disk_bytes, "a copy of the weights in another order"
+
+
 def test_a_dry_run_checks_the_upload(main, model, text, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_any")  # without one it is not even tried
     arguments = ("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--push-to-hub")
     code, _, errors = main(*arguments)
     assert code == 2
+    assert "could not be reached" in " ".join(errors.split())
     assert main(*arguments, "--dry-run") == (2, "", errors)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_same_demo_is_replaced(main, model, text, tmp_path, monkeypatch):

@@ -460,6 +460,21 @@ def test_a_process_returns_what_its_function_does_or_says_why_it_did_not():
         run_in_own_process(os._exit, 9)
 
 
+@pytest.mark.usefixtures("cells_here")
+def test_tasks_run_for_the_seeds_named_and_add_up(settings, tmp_path, monkeypatch):
+    def run_tasks(_model, _tokenizer, tasks, *_others):
+        return {task: {"acc,none": 0.5} for task in tasks}
+
+    monkeypatch.setattr("secateur.comparison.compare.check_tasks", lambda *_: None)
+    monkeypatch.setattr("secateur.comparison.cell.run_tasks", run_tasks)
+    run = {"recipes": ["magnitude"], "patterns": ["50%"], "seeds": [0, 1], "out": tmp_path / "out"}
+    run |= {"say": lambda _: None}
+    cells = compare(replace(settings, tasks=("one",)), **run, tasks_for_seeds=[1]).cells
+    assert {key for key, cell in cells.items() if "tasks" in cell} == {"dense", "magnitude 50% 1"}
+    cells = compare(replace(settings, tasks=("two",)), **run).cells
+    assert cells["magnitude 50% 1"]["tasks_asked"] == ["one", "two"]
+
+
 def test_a_process_imports_no_file_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "multiprocessing.py").write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)

@@ -104,8 +104,8 @@ def run(line, main, monkeypatch):
         shutil.rmtree(out, ignore_errors=True)
         short = ["--calibration", "my-texts.jsonl", "--samples", "8", "--recipe", "fast"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        launch = [sys.executable, "-m", "torch.distributed.run", *arguments, *short]
-        done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, *short]
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return
     if arguments[0] == "push":

@@ -15,6 +15,7 @@ from models import FAMILIES, TEXT, character_tokenizer, save_checkpoint, tiny_mo
 from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.evaluation import speed
 from secateur.evaluation.speed import weight_files
 from secateur.packed import kernels
 from secateur.packed.files import read_headers
@@ -275,7 +276,7 @@ def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
-    _, packed = saved()
+    folder, packed = saved()
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"text": "the quick", "choices": [" a", " b"], "label": 0}) + "\n" for _ in range(4))
@@ -286,10 +287,12 @@ def test_lm_eval_takes_a_packed_folder(saved, tmp_path):
         "metric_list: [{metric: acc}]\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={packed}", tasks=["tiny"], task_manager=manager, device="cpu"
-    )
-    assert found["results"]["tiny"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    options = {"model": "hf", "tasks": ["tiny"], "task_manager": manager, "device": "cpu", "log_samples": True}
+    likelihoods = []
+    for model in (folder, packed):
+        found = lm_eval.simple_evaluate(model_args=f"pretrained={model}", **options)
+        likelihoods.append([float(each[0]) for each in found["samples"]["tiny"][0]["filtered_resps"]])
+    assert likelihoods[1] == pytest.approx(likelihoods[0], abs=0.05)
 
 
 def _packed_layers(model):
@@ -440,6 +443,28 @@ def test_bench_beyond_a_models_positions_says_so(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     with pytest.raises(secateur.SecateurError, match=r"IndexError: .* Does it have 66 positions\?"):
         secateur.bench(tmp_path / "model", prompt_tokens=33, new_tokens=33)
+
+
+def test_bench_tells_the_prompt_from_what_follows(tmp_path, monkeypatch):
+    """A prompt of 8 tokens takes 2 s with the first new token, each further token half a second."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(speed, "_generate_seconds", lambda _model, _prompt, new: 2.0 + 0.5 * (new - 1))
+    found = speed.measure_here(tmp_path / "model", 8, 16, 0)
+    assert (found.prefill_tokens_per_second, found.decode_tokens_per_second) == (4.0, 2.0)
+    monkeypatch.setattr(speed, "_generate_seconds", lambda *_: 1.0)
+    with pytest.raises(secateur.SecateurError, match="too few to measure"):
+        speed.measure_here(tmp_path / "model", 8, 16, 0)
+
+
+def test_what_a_packed_model_cannot_do_is_refused(saved, tmp_path):
+    _, packed = saved()
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed)
+    for option in ({"push_to_hub": True}, {"state_dict": model.state_dict()}, {"variant": "fp16"}):
+        with pytest.raises(secateur.SecateurError, match=f"can't be saved with {next(iter(option))}"):
+            model.save_pretrained(tmp_path / "again", **option)
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(secateur.SecateurError, match="can't stay on a disk"):
+        transformers.AutoModelForCausalLM.from_pretrained(packed, device_map={"model": "disk", "lm_head": "cpu"})
 
 
 def test_bench_measures_fresh_processes(saved, main, monkeypatch):

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import find_chain, quiet
+from helpers import damp, find_chain, problem, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import OneOfTwo, mixtral, save_checkpoint, tiny_model, tokens
@@ -16,15 +16,18 @@ from transformers import BertConfig, BertModel
 from zoo import tiny
 
 import secateur
+from secateur.numerics.hessian import Hessian
 from secateur.permutation import search
 from secateur.permutation.channels import ChannelOrder
 from secateur.permutation.discovery import in_fp32
+from secateur.permutation.order import can_copy, costs_of_zeros
 from secateur.permutation.search import find_order, kept_score
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import REORDERED, _reorder_channels, checked_dense_pass
 from secateur.recipe.declare import RecipeError
 from secateur.recipe.patterns import NM
 from secateur.recipe.recipe import Recipe
+from secateur.runtime.memory import MemoryBudget
 
 
 def best_of_all_orders(scores):
@@ -288,3 +291,16 @@ def test_a_bottleneck_inside_a_block_does_not_hide_the_residual_stream():
     expected, found = before(**batches[0]).logits, model(**batches[0]).logits
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_a_cost_is_that_of_a_single_removal_relative_to_the_output():
+    W, H = problem(6, 16)
+    expected = W.square() / damp(H).inverse().diagonal() / ((W @ H) * W).sum()
+    for scale in (1, 10):
+        assert torch.allclose(costs_of_zeros(scale * W, Hessian(H, tokens=1)), expected)
+
+
+def test_copies_for_a_trial_take_half_of_the_memory_at_most():
+    weights = [torch.nn.Parameter(torch.empty(10, 10))]
+    assert can_copy(weights, MemoryBudget(1600))
+    assert not can_copy(weights, MemoryBudget(1599))

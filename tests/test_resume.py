@@ -433,6 +433,9 @@ def test_an_allocation_is_kept_exactly(tmp_path):
                 assert all(torch.equal(kept.row_scales[name], scale) for name, scale in expected.row_scales.items())
 
 
+VERSIONS = ("secateur", "torch", "transformers", "safetensors")
+
+
 def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
@@ -442,10 +445,11 @@ def test_other_weights_threads_or_versions_refuse_to_go_on(source, tmp_path, mon
         with pytest.raises(ValueError, match=f"environment threads was .*, is {more}"):
             prune(source, out)
     identity = manifest.read_manifest(manifest.journal_of(out)).identity
-    older = identity | {"environment": identity["environment"] | {"torch": "0.1"}}
-    change_manifest(out, identity=older)
-    with pytest.raises(ValueError, match="environment torch was 0"):
-        prune(source, out)
+    for name in (*VERSIONS, "threads", "device", "forward_dtype", "processor"):
+        assert name in identity["environment"]
+        change_manifest(out, identity=identity | {"environment": identity["environment"] | {name: "other"}})
+        with pytest.raises(ValueError, match=f"environment {name} was other, is"):
+            prune(source, out)
     shutil.copytree(source, tmp_path / "changed")
     weights = load_file(tmp_path / "changed/model/model.safetensors")
     weights["model.norm.weight"][0] += 1
