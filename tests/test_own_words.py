@@ -73,7 +73,7 @@ def test_tokens_are_drawn_from_the_predictions_and_the_seed_fixes_them():
     assert (found - odds).abs().max() < 5 * (odds.max() / 4000).sqrt()
     entropy = -(odds * odds.log()).sum()  # which a temperature, top-k or top-p changes
     spread = ((odds * odds.log() ** 2).sum() - entropy**2).sqrt()
-    assert (-odds.log()[windows[:, 1]].mean() - entropy).abs() < 5 * spread / 4000**0.5
+    assert (-odds.log()[windows[:, 1]].mean() - entropy).abs() < 2.5 * spread / 4000**0.5
     assert torch.equal(written(model, tokenizer, start), written(model, tokenizer, start))
     assert not torch.equal(written(model, tokenizer, start), written(model, tokenizer, start, seed=1))
 
