@@ -111,6 +111,7 @@ def run(line, main, monkeypatch):
     if arguments[0] == "push":
         with Hub() as hub:
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
             monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
             monkeypatch.setenv("HF_TOKEN", TOKEN)
             code, out, errors = main(*arguments)
