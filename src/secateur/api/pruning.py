@@ -129,11 +129,8 @@ def prune(
             "trust_remote_code": trust_remote_code,
             "allow_pickle": allow_pickle,
         }
-        if unused := [name for name, value in given.items() if value]:
-            raise SecateurError(
-                f"{', '.join(f'‹{name}›' for name in unused)} can't be used with a model object, which is pruned in "
-                f"place: move it by model.to(device), save it by model.save_pretrained(DIR) and report.save(DIR)"
-            )
+        save = "save it by model.save_pretrained(DIR) and report.save(DIR)"
+        check_not_loaded(f"move it by model.to(device), {save}", **given)
         runs_on = model.device if isinstance(model, Checkpoint) else device_of(model)
         with distributed.process_group(torch.device(runs_on).type):
             return prune_in_memory(model, tokenizer, request)
@@ -342,8 +339,8 @@ def check_no_tokenizer(tokenizer: Any) -> None:
         raise SecateurError("‹tokenizer› is for a model object: a model by name brings its tokenizer")
 
 
-def check_not_loaded(**given: Any) -> None:
-    """Check that nothing is asked for which decides how a model is loaded, next to a model object.
+def check_not_loaded(instead: str = "move it by model.to(device)", /, **given: Any) -> None:
+    """Check that nothing is asked for, next to a model object, which is for a model that is loaded by name.
 
     Raises:
         SecateurError: something is.
@@ -351,7 +348,7 @@ def check_not_loaded(**given: Any) -> None:
     if unused := [name for name, value in given.items() if value]:
         raise SecateurError(
             f"{', '.join(f'‹{name}›' for name in unused)} can't be used with a model object, which is loaded already: "
-            f"move it by model.to(device)"
+            f"{instead}"
         )
 
 
