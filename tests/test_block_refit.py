@@ -205,7 +205,7 @@ def test_a_longer_text_gets_fewer_epochs(monkeypatch, most, epochs):
     measured = []
     mean = block_refit._Shared.mean
     monkeypatch.setattr(block_refit._Shared, "mean", lambda self, val: measured.append(1) or mean(self, val))
-    _, report = pruned(refit=REFIT | {"rate": 0.001, "most_tokens": most})
+    _, report = pruned(refit=REFIT | {"rate": 0.001, "max_tokens": most})
     assert len(measured) == sum(1 + epochs for _ in report.blocks)
 
 

@@ -384,7 +384,7 @@ def test_inspect_reports_a_broken_pattern(main, model, text, tmp_path):
 def test_what_inspect_has_no_use_for_is_refused(main, model):
     code, _, errors = main("inspect", model, "--include", "*mlp*", "--allow-pickle")
     assert code == 2
-    assert "--include, --allow-pickle runs the model, which only --coverage does" in errors.replace("\n", " ")
+    assert "--include, --allow-pickle: add --coverage, which runs the model" in errors.replace("\n", " ")
 
 
 @pytest.mark.parametrize("option", ["--recipes", "--patterns", "--seeds"])
@@ -645,7 +645,7 @@ BAD_REQUESTS = {
     ("--set", "target.kind=half"): "target.kind is 'half': it must be 'dense' or 'residual'",
     ("--set", "refine.max_swaps=0"): "refine.max_swaps is 0: it must be greater than or equal to 1",
     ("--set", "refti.rate=0.1"): "the recipe has no option 'refti'",
-    ("--set", "refit.raet=0.1"): "refit has no option 'raet': its options are epochs, most_tokens, rate",
+    ("--set", "refit.raet=0.1"): "refit has no option 'raet': its options are epochs, max_tokens, rate",
     ("--set", "allocation.rule=owl", "--pattern", "2:4"): "owl has no form for 2:4",
     ("--samples", "1"): "use more --samples",
     ("--set", "solver.tolerance=2"): "solver.tolerance is 2: it must be less than 1",

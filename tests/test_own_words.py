@@ -212,7 +212,7 @@ def test_prompts_of_any_length_are_padded_on_the_left():
 @pytest.mark.parametrize(
     ("source", "own_words", "message"),
     [
-        ("self", None, "no token that opens a text"),
+        ("self", None, "no BOS token"),
         ("self:{tmp}/empty.txt", None, "holds no prompt"),
         ("self:{tmp}/none.txt", None, "not a file, folder or data set"),
         ("self:{tmp}/long.jsonl", None, "long.jsonl, the chat that begins 'word .* tokens, and a sequence has 24"),

@@ -46,8 +46,8 @@ def _page() -> str:
 
 What you can rely on when a machine, a disk or a file fails. Each promise has a test that fails when it is broken.
 
-A run works in a folder next to OUT, `.OUT.secateur`, with finished blocks and a manifest. OUT changes once, at the end, by one
-rename. `secateur.json` in OUT records size and SHA-256 of every file, and its own.
+A run works in a folder next to OUT, `.OUT.secateur`, its journal: finished blocks and a manifest. OUT changes once, at the end, by one
+rename. `secateur.json` in OUT records size and SHA-256 of all files apart from `report.html`, and its own.
 
 {table(["promise", "held by (in tests/)"], rows)}
 

@@ -59,7 +59,7 @@ def short_line() -> str:
     """What the README says of the table; the page says the rest."""
     settings = measured()[0]["settings"]
     return (
-        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; "
+        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; SmolLM2-135M is the Instruct model; "
         f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}, "
         f"and Qwen at {todays_qwen()}. "
         f"{apart_line()} [How it was measured](docs/packed.md)."
@@ -216,7 +216,7 @@ dense = secateur.load("PACKED", dense=True)  # the ordinary model
 ```
 
 After `import secateur`, `pipeline`, `generate`, `lm_eval`'s `HFLM`, `device_map="cpu"`, `torch.compile` and `save_pretrained` (packed
-again) work as with any model. A state dict holds the dense weights, and one that is loaded is packed. `lm_eval`'s own command does not import secateur: use `secateur eval PACKED --tasks ...`. [The format](format.md) is open and small.
+again) work as with any model. `state_dict()` gives dense weights; `load_state_dict()` packs them. `lm_eval`'s own command does not import secateur: use `secateur eval PACKED --tasks ...`. [The format](format.md) is open and small.
 
 ## Whole models
 
@@ -230,11 +230,11 @@ again) work as with any model. A state dict holds the dense weights, and one tha
 
 {rounding_table()}
 
-SmolLM2-135M, by earlier versions of the recipes: compare only within this table. Little, in every way: the difference between two runs of pruning is larger than that of rounding. Rounding [while
+SmolLM2-135M, by earlier versions of the recipes: compare only within this table. Rounding costs little: two runs of pruning differ by more. Rounding [while
 pruning](how/round.md) changes layers less: on two matrices of SmolLM2 at 50% the error that it adds is {rounding_of_matrices()} of that of the nearest
 values. The third row has the masks of the first, so its divergence is that of rounding alone.
 
-In small batches, inputs are rounded too, to 16 bits with one scale for each token. Those that are more than 128 times the mean size
+With int8, small batches round inputs too, to 16 bits with one scale for each token. Those that are more than 128 times the mean size
 get a second scale, so that the others keep their digits. The table has no part of that: its texts run in large batches.
 
     python benchmarks/rounding.py --matrices MATRIX.npz ... --texts TEXT ... --calibration TEXT --out benchmarks/results/rounding.json

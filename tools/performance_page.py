@@ -178,8 +178,8 @@ def processes_table() -> str:
                 f"{run['largest_difference_of_a_layer_error']:.0e}",
             ]
         )
-    head = ["recipe", "processes", "tokens of each", "CPU seconds of the busiest", "of one alone", "wall seconds"]
-    return table([*head, "layer errors apart"], rows)
+    head = ["recipe", "processes", "tokens of each", "CPU seconds, busiest", "of 1 process", "wall seconds"]
+    return table([*head, "layer error change"], rows)
 
 
 def busy_table() -> str:
@@ -282,7 +282,7 @@ Their `fasterprune` on the same weights and Hessian, in the same run.
 ## On a GPU
 
 Not measured. `python tests/simulated_gpu/simulated_gpu.py` runs `tests/test_gpu.py` on a simulated GPU, which says nothing about
-time. The last columns of the table above do: each operation starts at least one kernel, and at each read of a single number
+time. The columns *operations* and *reads* above do: each operation starts at least one kernel, and at each read of a single number
 the CPU waits for the GPU. `python benchmarks/solvers.py --device cuda`, with `--sizes` too, and
 `python benchmarks/reference.py --device cuda` run the solvers there, and
 `python benchmarks/memory.py --cases llama-7b --device cuda` streams a random model of Llama-2-7B's shape through one.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from secateur.recipe.patterns import NM, Pattern, Unstructured, parse_pattern
     from secateur.recipe.recipe import CalibrationText, Recipe, Rule
     from secateur.recipe.solvers import ADMM, MRP, Magnitude, SparseGPT, Wanda
-    from secateur.recipe.steps import Allocation, BlockRefit, DenseTarget, SwapRefinement
+    from secateur.recipe.steps import Allocation, BlockRefit, ChannelPermutation, DenseTarget, SwapRefinement
     from secateur.reporting.report import Report
     from secateur.runtime.progress import ProgressBars
     from secateur.solvers import Solved
@@ -37,6 +37,7 @@ _HOME = {
     "Allocation": "secateur.recipe.steps",
     "BlockRefit": "secateur.recipe.steps",
     "CalibrationText": "secateur.recipe.recipe",
+    "ChannelPermutation": "secateur.recipe.steps",
     "DenseTarget": "secateur.recipe.steps",
     "NM": "secateur.recipe.patterns",
     "Pattern": "secateur.recipe.patterns",
@@ -74,6 +75,7 @@ __all__ = [
     "Allocation",
     "BlockRefit",
     "CalibrationText",
+    "ChannelPermutation",
     "DenseTarget",
     "KeepZerosCallback",
     "Magnitude",

@@ -61,7 +61,7 @@ class Request:
         recipe: what to do.
         texts: what to calibrate on: the recipe's source, or tensors.
         offload_dir: folder for hidden states.
-        progress: called with the stage, what is done, and the total; it takes the time.
+        progress: called with the stage, what is done, and the total; it also times the stages.
     """
 
     recipe: Recipe

@@ -49,7 +49,7 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
         SecateurError: as `api.prune` says.
     """
     if request.recipe.format == "packed":
-        raise SecateurError("‹format=packed› is for a model that is saved to a folder: save it, then use pack()")
+        raise SecateurError("‹settings.format=packed› needs a folder: save the model, then use pack()")
     started = time.perf_counter()
     if isinstance(model, Checkpoint):
         module, name, notices = model.model, model.name, model.notices

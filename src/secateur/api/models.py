@@ -60,14 +60,14 @@ def evaluate(
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Perplexity of a causal language model on a text, and what else is asked for.
+    """Perplexity of a causal language model on a text; KL divergence to a dense model; tasks.
 
     Args:
-        model: a model, or what names one.
+        model: a transformers model, or a folder, GGUF file or hub name.
         text: file or data set name; None is the shipped evaluation text.
         text_field: field or column that holds the text; None = found by the form of the records.
-        seq_len: tokens a window (default 1024); windows are disjoint and give seq_len - 1 targets each.
-        max_tokens: cap on the tokens that are read.
+        seq_len: tokens per window (default 1024); windows are disjoint and give seq_len - 1 targets each.
+        max_tokens: cap on tokens, in whole windows.
         tasks: lm-evaluation-harness tasks (extra `eval`).
         task_dir: folder of local YAML tasks.
         task_limit: number of documents of each task.
@@ -80,8 +80,8 @@ def evaluate(
         progress: called with (stage, done, total).
 
     Returns:
-        `perplexity`, `loss` (nats a token), `windows`, `seq_len`, `targets`, `text`; where asked for, `tasks` (task ->
-        metric -> value) and `against` (`perplexity`, `kl`, `top1_agreement`).
+        `perplexity`, `loss` (nats per token), `windows`, `seq_len`, `targets`, `text`; where asked for, `tasks` (task
+        -> metric -> value) and `against` (`perplexity`, `kl`, `top1_agreement`).
 
     Raises:
         SecateurError: anything wrong with the request, the model or the text.
@@ -168,6 +168,12 @@ def _load_to_evaluate(
 def inspect(folder: str | Path) -> Inspection:
     """Count the zeros in a checkpoint and check them against what its `secateur.json` records.
 
+    Args:
+        folder: of a checkpoint, packed or not.
+
+    Returns:
+        the zeros of each matrix, and every problem.
+
     Raises:
         SecateurError: no checkpoint folder, or damaged files.
     """
@@ -193,11 +199,14 @@ def load(
     """A causal language model, with packed weights where its folder has them and a kernel serves them.
 
     Args:
-        model: what names a model (see `secateur prune --help`), or a packed folder.
+        model: a folder, packed or not, GGUF file or hub name.
         dense: unpack every matrix: the ordinary model.
         dtype: of the model; the kernels serve bfloat16.
         device: where to put it; anything but `cpu` makes it dense.
         trust_remote_code: let the checkpoint's Python code run.
+
+    Returns:
+        the model, in evaluation mode.
 
     Raises:
         SecateurError: no model there, or damaged files.
@@ -281,6 +290,9 @@ def bench(
         record: add the figures to the report and the card of every pruned model's folder in the list.
         trust_remote_code: let the checkpoints' Python code run.
         progress: called with (stage, done, total).
+
+    Returns:
+        the figures of each model, in the order of `models`.
 
     Raises:
         SecateurError: no models, or one that can't be loaded or run.

@@ -74,16 +74,17 @@ def prune(
 ) -> Report:
     """Prune a model in one shot, without retraining.
 
-    A model object is pruned in place; save it by `model.save_pretrained(DIR)` and `report.save(DIR)`, next to its
-    tokenizer. A folder, GGUF file or hub name is loaded, pruned and saved to `out`. Ranks that torchrun started, or of
-    a process group that is initialised, each call it in the same way and share the work.
+    A model object is pruned in place; save it with `model.save_pretrained(DIR)` and `report.save(DIR)`, next to its
+    tokenizer. A folder, GGUF file or hub name is loaded, pruned and saved to `out`; `overwrite`, `resume`, `device`,
+    `max_shard_size`, `push_to_hub`, `trust_remote_code` and `allow_pickle` are for these alone. Under torchrun, or in a
+    process group, every rank makes the same call, and they share the work.
 
     Args:
-        model: a transformers model, or what names one (see `secateur prune --help`).
-        out: folder to save to, for a name.
+        model: a transformers model, or a folder, GGUF file or hub name.
+        out: folder to save to, for a model by name.
         recipe: a `Recipe`, its data, the name of a preset (`fast`, `balanced`, `best`) or of a recipe file. None is
             `balanced`, or the solver alone where one is named.
-        pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension).
+        pattern: `"50%"`, `0.5`, `"2:4"` (n nonzero of m along the input dimension); None = the recipe's, 50%.
         solver: `magnitude`, `wanda`, `sparsegpt`, `mrp`, `admm`, a plug-in's name, or options such as
             `{"name": "admm", "search_iterations": 12}`.
         settings: options of the recipe by dotted name, such as `{"refit.rate": 0.01}`; they win over the recipe.
@@ -104,11 +105,14 @@ def prune(
         max_memory: cap on Hessians, hidden states and temporaries, such as `8GB`: Hessians are then gathered in several
             passes, and solvers work in smaller chunks. Hidden states that need more than a quarter of it go to
             `offload_dir` (default: next to `out`; needed for a model object).
-        offload_dir: folder for hidden states, in files without a name; without `max_memory`, all of them.
+        offload_dir: folder for hidden states, in unlinked files; without `max_memory`, all of them.
         device: where to run: `cpu`, `cuda`, `cuda:1`, `mps`; None = CUDA where there is a GPU, else the CPU.
         trust_remote_code: let the checkpoint's Python code run.
         allow_pickle: also read .bin files, which can run code.
         progress: called with (stage, done, total).
+
+    Returns:
+        the report of the run.
 
     Raises:
         SecateurError: anything wrong with the request, the model or the texts. Most faults are found before the
@@ -129,7 +133,7 @@ def prune(
             "trust_remote_code": trust_remote_code,
             "allow_pickle": allow_pickle,
         }
-        save = "save it by model.save_pretrained(DIR) and report.save(DIR)"
+        save = "save it with model.save_pretrained(DIR) and report.save(DIR)"
         check_not_loaded(f"move it by model.to(device), {save}", **given)
         runs_on = model.device if isinstance(model, Checkpoint) else device_of(model)
         with distributed.process_group(torch.device(runs_on).type):
@@ -192,6 +196,9 @@ def dry_run(
         max_memory, offload_dir, device, overwrite, resume, max_shard_size: as for `prune`.
         trust_remote_code, allow_pickle, progress: as for `prune`.
 
+    Returns:
+        the estimates, the matrices that would be pruned, and notices.
+
     Raises:
         SecateurError: what a run would raise before the first block.
     """
@@ -235,6 +242,9 @@ def solve(
         refine: options of the exchanges after the solver, such as `{}` (up to 2048 columns on a CPU); None = no
             exchange.
 
+    Returns:
+        the pruned weights, the keep mask and the solver's figures.
+
     Raises:
         SecateurError: no tensors, shapes that do not fit, NaN or infinity, values too large for fp32, a pattern that
             does not divide C, an unknown option.
@@ -274,7 +284,7 @@ def coverage_of(
     """Every matrix of the model's layers: whether a run would prune it, leave it dense by a rule, or miss it.
 
     Args:
-        model: a transformers model, or what names one.
+        model: a transformers model, or a folder, GGUF file or hub name.
         calibration: as for `prune`; a few windows of a text are enough, and all that are taken.
         tokenizer: needed for a text with a model object.
         recipe: as for `prune`; its rules count.
@@ -282,6 +292,9 @@ def coverage_of(
         device: where to run a model by name.
         trust_remote_code: let the checkpoint's Python code run.
         allow_pickle: also read .bin files, which can run code.
+
+    Returns:
+        every matrix of the layers, with its state.
 
     Raises:
         SecateurError: anything wrong with the request, the model or the text.

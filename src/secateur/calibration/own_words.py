@@ -3,7 +3,7 @@
 A pruned model is to predict what the dense one predicts, so text of the dense model's making is of the right domain
 where no other text is: the model's own chats, or its own chains of thought (LLM-QAT, arXiv 2305.17888; RAC, ICLR 2026).
 
-Three kinds of prompts: none (the model begins with the token that opens a text), chats (it answers), and plain text (it
+Three kinds of prompts: none (the model begins with its BOS token), chats (it answers), and plain text (it
 goes on).
 """
 
@@ -70,7 +70,7 @@ class Prompts:
 
     @classmethod
     def none(cls, tokenizer: Any, length: int) -> Prompts:
-        """The token that opens a text, alone.
+        """The BOS token, alone.
 
         Raises:
             SecateurError: the tokenizer has none.
@@ -78,8 +78,7 @@ class Prompts:
         start = opening(tokenizer) or [each for each in (tokenizer.bos_token_id,) if each is not None]
         if not start:
             raise SecateurError(
-                "the tokenizer has no token that opens a text, which the model could begin with: give prompts, as "
-                "‹calibration=self:PROMPTS›"
+                "the tokenizer has no BOS token to start from: give prompts, as ‹calibration=self:PROMPTS›"
             )
         return cls([start], length)
 

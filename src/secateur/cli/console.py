@@ -225,6 +225,6 @@ def print_dry_run(found: DryRun) -> None:
         "calibration": f"{found.num_tokens:,} tokens in {found.num_batches} batches",
         "time": f"{duration(found.seconds)} (from one timed block of {found.num_blocks})",
         "memory": f"{found.memory_bytes / 1e9:.2f} GB of this process, besides the mapped files of the model",
-        "disk": f"{found.disk_bytes / 1e9:.2f} GB in OUT",
+        "disk": f"{found.disk_bytes / 1e9:.2f} GB at the peak",
     }
     show_table(("", "estimate"), list(rows.items()), show_header=False)

@@ -1,4 +1,4 @@
-"""The demonstration: SmolLM2-135M before and after pruning, by the same functions as the other commands."""
+"""The demonstration: SmolLM2-135M-Instruct before and after pruning, by the same functions as the other commands."""
 
 from __future__ import annotations
 

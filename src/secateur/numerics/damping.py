@@ -49,7 +49,7 @@ DEFAULT_DAMPING = Damping()
 def shrinkage_for(columns: int, tokens: int) -> float:
     """Share of the diagonal in a Hessian of few tokens: `C / (C + T / 2)`.
 
-    That is the mean of what T tokens say, and of 2 C tokens which say that the inputs are uncorrelated. Correlations
+    As if 2 C more tokens had been seen, whose inputs are uncorrelated. Correlations
     between many inputs are mostly chance when tokens are few, and what a solver makes of them is wrong on other text.
     Shrinkage of a covariance to its diagonal: Schafer and Strimmer 2005.
     """

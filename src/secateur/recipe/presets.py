@@ -38,7 +38,7 @@ def best(pattern: Pattern) -> dict[str, Any]:
     At n:m patterns there is no allocation: mixed patterns don't run on hardware made for one. The time goes to the
     search.
     """
-    refit = {"epochs": 4, "most_tokens": BEST_REFIT_TOKENS, "step_tokens": 1024, "val_fraction": 0.125}
+    refit = {"epochs": 4, "max_tokens": BEST_REFIT_TOKENS, "step_tokens": 1024, "val_fraction": 0.125}
     refit |= {"prediction_blocks": 1}
     found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}}
     if isinstance(pattern, NM):

@@ -63,8 +63,8 @@ class Rule:
     solver: Solver | None = Field(default=None, description="Solver of these matrices; empty = the recipe's.")
     dense: Switch | Literal["auto"] | None = Field(
         default=None,
-        description="true leaves them dense; false prunes what is dense by default, such as routers; auto leaves that "
-        "dense, and prunes the others.",
+        description="true leaves them dense; false prunes all, also those that are dense by default, such as routers; "
+        "auto prunes all but those.",
     )
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class Recipe:
         description="Share that entries of Hessians off the diagonal lose, below 1. auto = C / (C + T / 2) for C "
         "inputs and T tokens: correlations between many inputs are mostly chance when tokens are few.",
     )
-    target: DenseTarget | None = Field(default=None, description="Fit to the dense model; empty = to own outputs.")
+    target: DenseTarget | None = Field(default=None, description="Fit to the dense model's outputs; empty = off.")
     refine: SwapRefinement | None = Field(default=None, description="Exchanges to a 1-swap optimum after the solver.")
     refit: BlockRefit | None = Field(default=None, description="Refit of each block's kept weights.")
     allocation: Allocation | None = Field(default=None, description="Spread of zeros over matrices; empty = even.")
@@ -136,7 +136,7 @@ class Recipe:
         description="Exceptions for matrices by name, as {match: '*.mlp.*', pattern: '2:4'}; the last match wins.",
     )
     calibration: CalibrationText = Field(default=CalibrationText(), description="The text that the run looks at.")
-    seed: Whole = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw and of the refit.")
+    seed: Whole = Field(default=0, ge=0, le=MAX_SEED, description="Seed of sampling and refit.")
     format: Literal["dense", "packed"] = Field(
         default="dense",
         description="Weight files: dense, which everything loads. packed = smaller, and faster with secateur.",
@@ -148,7 +148,7 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Memory limit without the weights: 8GB. It holds for Hessians, hidden states and temporaries.",
+        description="Limit without the weights, such as 8GB. For Hessians, hidden states and temporaries.",
     )
 
     def __post_init__(self) -> None:

@@ -78,8 +78,8 @@ def _check_kind_of_pattern(made_for: Any, found: Recipe, changed: set[str]) -> N
     kept = [name for name in ("allocation", "refit") if getattr(found, name) is not None and name not in changed]
     if kept and not is_same:
         raise RecipeError(
-            f"the recipe was made for {made_for}, and its {' and '.join(kept)} should be another one for "
-            f"{found.pattern}: name the preset, or make the recipe anew (secateur recipe NAME --pattern "
+            f"the recipe was made for {made_for}, and its {' and '.join(kept)} do not suit "
+            f"{found.pattern}: name the preset, or make a new recipe (secateur recipe NAME --pattern "
             f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
             ("pattern",),
         )

@@ -38,7 +38,7 @@ class BlockRefit:
     """Hold the masks of a block and move its kept weights until its output matches the dense block's, by Adam."""
 
     epochs: Whole = Field(default=4, ge=0, description="Epochs over the calibration batches.")
-    most_tokens: Whole | None = Field(
+    max_tokens: Whole | None = Field(
         default=None,
         ge=1,
         description="Cap on the tokens of all epochs together: of a longer text there are fewer epochs, at least one.",
@@ -55,7 +55,7 @@ class BlockRefit:
         default=0.0625,
         gt=0,
         lt=1,
-        description="Validation share of the calibration batches; it decides which weights are kept.",
+        description="Validation share of the calibration batches; it decides which epoch is used.",
     )
     step_tokens: Whole = Field(
         default=512, ge=1, description="Tokens of a step, in whole sequences; a batch of your own tensors is one step."
@@ -74,10 +74,10 @@ class BlockRefit:
     )
 
     def over_tokens(self, tokens: int) -> BlockRefit:
-        """These options for a text of `tokens`: as many epochs as `most_tokens` allows, at least one."""
-        if self.most_tokens is None or self.epochs <= 1:
+        """These options for a text of `tokens`: as many epochs as `max_tokens` allows, at least one."""
+        if self.max_tokens is None or self.epochs <= 1:
             return self
-        return replace(self, epochs=max(1, min(self.epochs, self.most_tokens // tokens)))
+        return replace(self, epochs=max(1, min(self.epochs, self.max_tokens // tokens)))
 
     def at_width(self, channels: int) -> BlockRefit:
         """These options for hidden states of `channels`: above `WIDTH_OF_RATES` the rate falls in proportion.

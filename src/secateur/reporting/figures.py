@@ -72,7 +72,7 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class DepthReport:
-    """How far the hidden states behind a block are from the dense model's, on one batch.
+    """How far the hidden states after a block are from the dense model's, on one batch.
 
     Args:
         block: the block's path.

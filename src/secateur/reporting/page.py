@@ -247,7 +247,7 @@ def _side_by_side(first: Report, second: Report) -> list[tuple[str, str, str, st
     ]
     for name in ("relative_error", "cosine"):
         last = [getattr(run.depth[-1], name) if run.depth else None for run in (first, second)]
-        rows.append((f"{name.replace('_', ' ')} behind the last block", last[0], last[1], ".4f"))
+        rows.append((f"{name.replace('_', ' ')} after the last block", last[0], last[1], ".4f"))
     measured = [{each.what: each.perplexity for each in run.perplexities} for run in (first, second)]
     for what in sorted(measured[0].keys() | measured[1].keys()):
         name = f"perplexity on {file_name(what[0])} ({what[2]:,} tokens in windows of {what[1]:,})"

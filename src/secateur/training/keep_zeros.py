@@ -21,8 +21,8 @@ class keep_zeros:
             train(model)
 
     After each step of any torch optimizer, and at the end, the weights that were zero at the start are set to zero
-    again. So the context also serves what changes weights in another way, such as merging a LoRA. It is the projection
-    of projected gradient descent. Sparse matrices have at least 1% zeros, and not zeros alone: a LoRA begins with such.
+    again. So it also covers changes without an optimizer, such as merging a LoRA. It is the projection of projected
+    gradient descent. Sparse matrices have at least 1% zeros. All-zero matrices, such as a new LoRA's, don't count.
 
     Memory: a byte for each weight of the sparse matrices. Cost: one read and write of them a step.
     """
