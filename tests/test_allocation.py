@@ -134,9 +134,10 @@ def test_curve_is_the_loss_of_a_real_refit():
     hessian = Hessian(H, 1)
     found = loss_curves.loss_curve(W, hessian, sensitivity, [Unstructured(level) for level in GRID])
     scaled = W * sensitivity.sqrt()[:, None]
+    chosen_by = W * loss_curves.row_scale(sensitivity)[:, None]
 
     def lost(inverse_diagonal: torch.Tensor) -> float:
-        score = scaled.square() / inverse_diagonal
+        score = chosen_by.square() / inverse_diagonal
         keep = torch.ones_like(score, dtype=torch.bool)
         keep.view(-1)[score.flatten().argsort()[: round(0.5 * score.numel())]] = False
         D = refit_oracle(scaled, H, keep) - scaled
@@ -300,7 +301,7 @@ def test_measuring_changes_neither_the_model_nor_the_stream(rule):
 
 
 def test_row_scales_are_exact_powers_of_two():
-    scale = al._row_scale(torch.rand(100) * torch.logspace(-6, 6, 100))
+    scale = loss_curves.row_scale(torch.rand(100) * torch.logspace(-6, 6, 100))
     assert torch.equal(scale.log2(), scale.log2().round())
     W = torch.randn(100, 8)
     assert torch.equal((W * scale[:, None]) / scale[:, None], W)
@@ -344,6 +345,21 @@ def test_a_curve_of_many_rows_is_scaled_to_all_of_them():
     twice = loss_curves.loss_curve(W.repeat_interleave(2, 0), Hessian(H, 1), fisher.repeat_interleave(2), levels)
     assert twice.losses == pytest.approx([2 * each for each in once.losses])
     assert twice.weights == 2 * once.weights
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_curve_finds_the_few_rows_that_matter_wherever_they_are(seed):
+    """Fisher information is heavy-tailed: a few rows can hold most of what a curve is made of."""
+    generator = torch.Generator().manual_seed(seed)
+    W, H = problem(rows=1024, columns=48, seed=seed)
+    fisher = torch.randn(1024, generator=generator, dtype=torch.float64).mul(2).exp()
+    levels, hessian = [Unstructured(0.5)], Hessian(H, 1)
+    everywhere = torch.randperm(1024, generator=generator)
+    found = loss_curves.loss_curve(W, hessian, fisher, levels).losses
+    assert loss_curves.loss_curve(W[everywhere], hessian, fisher[everywhere], levels).losses == pytest.approx(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_curves, "SAMPLED_ROWS", 1024)
+        assert found == pytest.approx(loss_curves.loss_curve(W, hessian, fisher, levels).losses, rel=0.2)
 
 
 def test_no_matrix_loses_everything():

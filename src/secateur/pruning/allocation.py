@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from secateur.pruning.loss_curves import (
     loss_curve,
     minimise_loss,
     prices_of_zeros,
+    row_scale,
     sparsity_bounds,
 )
 from secateur.recipe.patterns import NM, Pattern, Unstructured
@@ -130,17 +130,8 @@ def _by_curves(
     prices = prices_of_zeros(curves, pattern)
     if isinstance(pattern, NM):
         return LayerPatterns(exchange_levels(curves, pattern, allocation.spread), prices=prices)
-    scales = {name: _row_scale(squares) for name, squares in fisher.items() if name in free}
+    scales = {name: row_scale(squares) for name, squares in fisher.items() if name in free}
     return LayerPatterns(minimise_loss(curves, pattern, allocation.spread), scales, prices)
-
-
-def _row_scale(fisher: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """Square root of the rows' Fisher information relative to its mean, as a power of two from 1/8 to 8.
-
-    Powers of two scale a row and back without rounding.
-    """
-    mean = fisher.mean().clamp_min(torch.finfo(fisher.dtype).tiny)
-    return (fisher / mean).sqrt().clamp(1 / 8, 8.0).log2().round().exp2()
 
 
 def _over_dense_blocks(
