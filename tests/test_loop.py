@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from helpers import dense_pass, find_blocks, quiet
-from models import FAMILIES, VOCABULARY, mixtral, tiny_model, tokens
+from models import FAMILIES, VOCABULARY, mixtral, randomised, tiny_model, tokens
 from torch import nn
 from torch.nn.utils import prune
 
@@ -507,6 +508,49 @@ def test_experts_with_few_tokens_borrow_those_of_all():
             D = layer.experts.get_parameter(name)[expert].detach().double() - W
             expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
             assert matrix.relative_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_experts_that_get_zeros_for_the_tokens_of_others_see_and_borrow_tokens_too():
+    """Llama 4 runs all tokens through every expert, times a score that is zero for tokens of others."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 12, "intermediate_size_mlp": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
+    config = transformers.Llama4TextConfig(num_local_experts=8, num_experts_per_tok=1, **sizes, **heads)
+    model, calibration = randomised(transformers.Llama4ForCausalLM(config)), [tokens()[0][:2]]
+    layer = model.model.layers[0].feed_forward
+    seen = {}
+    hook = layer.experts.register_forward_pre_hook(lambda _module, args: seen.update(args=args))
+    with torch.no_grad():
+        model(calibration[0])
+    hook.remove()
+    by_expert = seen["args"][0].view(8, -1, 32).double()
+    sent = by_expert.any(-1).sum(1).tolist()
+    assert 0 in sent, "an expert without a token"
+    assert max(sent) > 12, "and one with enough for its down projection"
+    dense = {name: layer.experts.get_parameter(name).detach().double() for name in ("gate_up_proj", "down_proj")}
+    report = secateur.prune(model, pattern="50%", solver="mrp", calibration=calibration)
+    assert "experts saw fewer calibration tokens than they have inputs" in report.notices[0]
+    matrices = {matrix.name: matrix for matrix in report.matrices}
+    for expert, count in enumerate(sent):
+        all_tokens, own = by_expert.sum(0), by_expert[expert][by_expert[expert].any(-1)]
+        for name in ("gate_up_proj", "down_proj"):
+            matrix, W = matrices[f"model.layers.0.feed_forward.experts.{name}[{expert}]"], dense[name][expert].T
+            everything, routed = (
+                X if name == "gate_up_proj" else _activations(X, dense["gate_up_proj"][expert])
+                for X in (all_tokens, own)
+            )
+            share = max(0.0, 1 - count / W.shape[1])
+            assert (matrix.tokens, matrix.borrowed) == (count, pytest.approx(share))
+            H = share * (everything.T @ everything) / len(everything)
+            H = H + (1 - share) * (routed.T @ routed) / max(1, count)
+            D = layer.experts.get_parameter(name)[expert].detach().double().T - W
+            expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
+            assert matrix.relative_error == pytest.approx(expected, rel=1e-3)
+
+
+def _activations(X, gate_up):
+    gate, up = (X @ gate_up).chunk(2, dim=-1)
+    return up * torch.nn.functional.silu(gate)
 
 
 def test_hessians_that_do_not_fit_are_observed_in_passes(monkeypatch):

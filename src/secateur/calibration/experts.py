@@ -45,36 +45,57 @@ def recorded_calls(owner: nn.Module) -> Iterator[list[Invocation]]:
         hook.remove()
 
 
-def run_all_tokens(owner: nn.Module, call: Invocation, matrix: Matrix, on_matmul: Callable[[WeightUse], None]) -> None:
+def run_all_tokens(
+    owner: nn.Module, call: Invocation, tokens: int, matrix: Matrix, on_matmul: Callable[[WeightUse], None]
+) -> None:
     """Repeat a call of fused experts with every token sent to one expert, and watch its matrix.
 
-    Fused experts take hidden states, the indices (T, K) of each token's experts, and their weights (T, K).
+    Args:
+        owner: the module of the experts.
+        call: what it was called with.
+        tokens: of the layer, padding included.
+        matrix: of the expert.
+        on_matmul: called for each product with the matrix.
 
     Raises:
-        UnsupportedModelError: the module takes other arguments.
+        UnsupportedModelError: the module takes other arguments than `_all_sent_to` knows.
     """
     bound = signature(owner.forward).bind(*call[0], **call[1])
     tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
-    index = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
-    weights = next(
-        (
-            name
-            for name, value in tensors.items()
-            if index is not None and value.is_floating_point() and value.shape == tensors[index].shape
-        ),
-        None,
-    )
-    if index is None or weights is None:
+    changed = _all_sent_to(matrix, tensors, tokens)
+    if changed is None:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
         raise UnsupportedModelError(
             f"{matrix.name} saw fewer calibration tokens than it has inputs, and {type(owner).__name__} takes no "
             f"indices and weights of experts that could send it more (it takes {shapes}): use more calibration text, "
             f"or leave it dense with ‹exclude='{matrix.name}'›"
         )
-    # The expert stands in the first place of each token, its neighbour in the others, so it sees each token once.
-    assert matrix.index is not None
-    routed = torch.full_like(tensors[index], (matrix.index + 1) % len(matrix.parameter))
-    routed[..., 0] = matrix.index
-    bound.arguments[index] = routed
+    bound.arguments.update(changed)
     with WeightWatcher([matrix], on_matmul):
         owner.forward(*bound.args, **bound.kwargs)
+
+
+def _all_sent_to(matrix: Matrix, tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor] | None:
+    """The arguments that send every token to the expert of a matrix; None = fused experts of another form.
+
+    Most take hidden states, the indices (T, K) of each token's experts, and their weights (T, K). Llama 4's take the
+    hidden states once for each expert, times the router's score: zero where a token is sent to others.
+    """
+    assert matrix.index is not None
+    experts = len(matrix.parameter)
+    index = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    if index is not None:
+        shape = tensors[index].shape
+        if not any(value.is_floating_point() and value.shape == shape for value in tensors.values()):
+            return None
+        # The expert stands in the first place of each token, its neighbour in the others, so it sees each token once.
+        sent = torch.full_like(tensors[index], (matrix.index + 1) % experts)
+        sent[..., 0] = matrix.index
+        return {index: sent}
+    name, stacked = next(iter(tensors.items()), ("", torch.empty(0)))
+    if len(tensors) != 1 or stacked.shape[:-1] != (experts * tokens,):
+        return None
+    by_expert = stacked.view(experts, tokens, -1)
+    sent = torch.zeros_like(by_expert)
+    sent[matrix.index] = by_expert.sum(0)
+    return {name: sent.view_as(stacked)}

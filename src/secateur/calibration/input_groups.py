@@ -119,7 +119,8 @@ def observed_block(block: Block, seen: Observations) -> ObservedBlock:
         if name in by_name:
             group = groups.setdefault(tuple(inputs), InputGroup(by_name[name]))
             group.members.append((by_name[name], input_dim[name]))
-    alone = [InputGroup(each, [(each, input_dim[each.name])]) for each in unused if each.name in input_dim]
+    never = [matrix for matrix in unused if matrix.name in input_dim and matrix.name not in seen.inputs]
+    alone = [InputGroup(matrix, [(matrix, input_dim[matrix.name])]) for matrix in never]
     return ObservedBlock(replace(block, matrices=kept, dense=block.dense | dense), [*groups.values(), *alone], missed)
 
 

@@ -149,8 +149,9 @@ class Stream:
             for index, hidden in enumerate(self.hidden):
                 with recorded_calls(owner) as calls:
                     self.calls[block.name][index].replay(block, hidden.clone())
+                tokens = hidden.shape[:-1].numel()
                 for group, call in product(owned, calls):
-                    run_all_tokens(owner, call, group.leader, self._adding(sums, index))
+                    run_all_tokens(owner, call, tokens, group.leader, self._adding(sums, index))
         sums.all_reduce(groups)
         for group in groups:
             if not sums.tokens(name := group.leader.name):
@@ -272,21 +273,22 @@ def _without_ones(sizes: Sequence[int]) -> list[int]:
 
 
 def real_tokens(use: WeightUse, real: Tensor | None) -> Tensor:
-    """A product's input as (tokens, C), without padded positions.
+    """A product's input as (tokens, C), without padded positions, and without zeros in place of other experts' tokens.
 
     Raises:
         UnsupportedModelError: there is padding, and which rows are of padded positions is not known: the product has
             other rows than the batch has positions, or those of an expert, in the order that the router sent them.
     """
     X, rows = use.inputs.reshape(-1, use.inputs.shape[-1]), use.inputs.shape[:-1]
-    if real is None:
-        return X
-    if rows == real.T.shape and real.shape[0] != real.shape[1]:  # (T, B, C), as Longformer's
-        real = real.T
-    is_in_order = _without_ones(rows) in (_without_ones(real.shape), [real.numel()])
-    if use.is_sent or not is_in_order:
-        raise UnsupportedModelError(
-            f"{use.matrix.name} was applied to rows {tuple(rows)} where the batch has positions {tuple(real.shape)}, "
-            f"so padded ones can't be told apart: pass sequences of equal length, without padding"
-        )
-    return X[real.reshape(-1)]
+    if real is not None:
+        if rows == real.T.shape and real.shape[0] != real.shape[1]:  # (T, B, C), as Longformer's
+            real = real.T
+        is_in_order = _without_ones(rows) in (_without_ones(real.shape), [real.numel()])
+        if use.is_sent or not is_in_order:
+            raise UnsupportedModelError(
+                f"{use.matrix.name} was applied to rows {tuple(rows)} where the batch has positions "
+                f"{tuple(real.shape)}, so padded ones can't be told apart: pass sequences of equal length, without "
+                f"padding"
+            )
+        X = X[real.reshape(-1)]
+    return X if use.item is None else X[X.any(-1)]  # Llama 4 multiplies the tokens of other experts by zero
