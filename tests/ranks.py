@@ -24,6 +24,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "owl": ("llama", {"solver": "wanda", "pattern": "60%", "settings": {"allocation.rule": "owl"}}),
     "experts": ("mixtral", {"solver": "mrp", "pattern": "50%", "settings": {"allocation.rule": "curve"}}),
     "another order": ("llama", {"solver": "mrp", "pattern": "2:4", "settings": {"permutation.rounds": 2}}),
+    "shared values": (
+        "gemma3n_text",
+        {"solver": "mrp", "pattern": "2:4", "settings": {"permutation.rounds": 2, "permutation.sequences": 1}},
+    ),
     "own words": ("llama", {"solver": "mrp", "pattern": "2:4", "calibration": "self", "samples": 4, "seq_len": 32}),
     "mamba": ("mamba", {"solver": "admm", "pattern": "2:4", "settings": {"refit.epochs": 1}}),
 }

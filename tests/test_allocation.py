@@ -19,7 +19,7 @@ from secateur.models.placement import InMemory
 from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.pruning import allocation as al
-from secateur.pruning import loss_curves
+from secateur.pruning import dry_run, loss_curves
 from secateur.pruning.context import DroppedBlocks, RunContext
 from secateur.pruning.dry_run import estimate
 from secateur.pruning.fisher import output_fisher_information
@@ -398,6 +398,42 @@ def test_a_dry_run_takes_gradients_of_all_its_sequences_where_experts_are_module
     asked = {"allocation.rule": "curve", "allocation.tokens": 1}
     assert estimated(model, batches, asked).seconds > 0
     assert secateur.prune(model, solver="mrp", settings=asked, calibration=tokens(64)).sparsity == pytest.approx(0.5)
+
+
+def test_a_dry_run_times_the_block_with_the_most_weights(monkeypatch):
+    """The first block of a mixture of experts is often an ordinary one, and much smaller."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 64, "num_hidden_layers": 3}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "v_head_dim": 16,
+    }
+    experts = {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    more = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "vocab_size": 128}
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**sizes, **heads, **experts, **more)
+    ).eval()
+    timed = []
+    monkeypatch.setattr(dry_run, "_seconds_of_block", lambda block, *_: timed.append(block.name) or (2.0, 3.0))
+    monkeypatch.setattr(dry_run, "_timed", lambda function: (function(), 0.0))
+    found = estimate(
+        model,
+        [{"input_ids": batch} for batch in tokens(8)],
+        RunContext(Recipe.from_dict({"pattern": "50%"}), quiet, DroppedBlocks(InMemory())),
+        2**30,
+    )
+    assert timed == ["model.layers.1"]
+    weights = [sum(each.numel() for each in layer.parameters()) for layer in model.model.layers]
+    assert found.seconds == pytest.approx(5.0 * sum(weights) / weights[1])
 
 
 @pytest.mark.parametrize("sparsity", [0.995, 1.0])

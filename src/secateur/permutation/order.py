@@ -85,8 +85,8 @@ class OrderSearch:
         # A router shows an expert only some tokens.
         sequences = sum(sizes) if self.dense.stream.routed else self.options.sequences
         stream = self.dense.stream.first(sizes, sequences)
-        # A later block may read this one's values, as Gemma 3n's do.
-        hands_on = chain.stub_outputs is None and stream.hands_on
+        # A later block may read this one's values, as Gemma 3n's do. Every rank has batches of the whole stream.
+        hands_on = chain.stub_outputs is None and self.dense.stream.hands_on
         heads = [] if hands_on else head_sizes_of(config_of(model))
         trial = run_dense_pass(
             model, chain, [self._few] * distributed.world_size(), no_progress, self.placement, stream.memory

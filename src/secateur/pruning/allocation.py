@@ -15,6 +15,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Stream
 from secateur.errors import errors_within
@@ -154,8 +155,9 @@ def _over_dense_blocks(
                 for group in stream.groups[block.name]
                 if any(matrix.name in wanted for matrix, _ in group.members)
             ]
+            outputs = HiddenStates(stream.memory, len(stream.hidden))
             for observed in observation_passes(groups, stream.memory.hessian_bytes):
-                hessians = stream.observe(block, observed)
+                hessians = stream.observe(block, observed, None if len(outputs) else outputs)
                 for group in observed:
                     hessian = hessians.pop(group.leader.name)
                     for matrix, input_dim in group.members:
@@ -163,7 +165,7 @@ def _over_dense_blocks(
                             with errors_within(matrix.name):
                                 W = matrix.weight(input_dim).float()
                                 measured[matrix.name] = measure(matrix.name, W, hessian)
-            stream.hidden = stream.outputs(block)
+            stream.hidden = outputs if groups else stream.outputs(block)
         context.progress("allocation", index + 1, len(blocks))
     found = distributed.all_gather_items(measured)
     return {each.name: found[each.name] for block in blocks for each in block.matrices if each.name in wanted}

@@ -96,25 +96,33 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         structure = find_block_chains(model, sample[0], context.recipe, context.store)
         check_steps(structure, context)
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
-        dense = max((found for found, _ in passes), key=lambda found: sum(bool(each.matrices) for each in found.blocks))
-        block = next(block for block in dense.blocks if block.matrices)
+        dense, block = _largest_block([found for found, _ in passes])
+        alike = sum(all_parameters(each.module) for each in structure.blocks) / all_parameters(block.module)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
-        allocation = _seconds_of_allocation(model, dense, block, sample, context, scale)
+        allocation = _seconds_of_allocation(model, dense, block, sample, context, scale, alike)
         aiming = _seconds_of_predictions(model, structure, dense, sample, context, scale)
-    num_blocks = len(structure.blocks)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     reordered = 0 if context.recipe.permutation is None else model_bytes  # a copy of the weights in another order
     dense_passes = scale * sum(seconds for _, seconds in passes)
     return DryRun(
         coverage_from(model, structure, [found for found, _ in passes]),
-        num_blocks,
+        len(structure.blocks),
         _num_tokens(batches),
         len(batches),
-        dense_passes + num_blocks * (solving + rest) + allocation + aiming,
-        num_blocks * solving,
+        dense_passes + alike * (solving + rest) + allocation + aiming,
+        alike * solving,
         _memory(model, structure, block, dense.stream, scale, context),
         model_bytes + min(shard_bytes, model_bytes) + reordered,
     )
+
+
+def _largest_block(passes: Sequence[DensePass]) -> tuple[DensePass, Block]:
+    """The block with the most weights to prune, which takes the most memory, and the dense pass of its chain.
+
+    The first block of a mixture of experts often has none.
+    """
+    found = [(dense, block) for dense in passes for block in dense.blocks if block.matrices]
+    return max(found, key=lambda each: sum(matrix.stored.numel() for matrix in each[1].matrices))
 
 
 def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -203,9 +211,18 @@ def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, co
 
 
 def _seconds_of_allocation(
-    model: nn.Module, dense: DensePass, block: Block, sample: Sequence[Batch], context: RunContext, scale: float
+    model: nn.Module,
+    dense: DensePass,
+    block: Block,
+    sample: Sequence[Batch],
+    context: RunContext,
+    scale: float,
+    alike: float,
 ) -> float:
-    """Seconds of an allocation, from one sequence, or all of the sample for routed experts, and from one block."""
+    """Seconds of an allocation, from one sequence, or all of the sample for routed experts, and from one block.
+
+    `alike` is the number of such blocks that take as long as all together.
+    """
     allocation = context.recipe.allocation
     free = matrices_without_pattern(dense.blocks, context.recipe)
     if allocation is None or allocation.rule == "owl" or not free:  # OWL takes a dense pass over a few sequences
@@ -232,7 +249,7 @@ def _seconds_of_allocation(
     asked = everything if tried > 1 else sequences_of(allocation.tokens, in_sample, stream.num_tokens)
     sequences = min(everything, asked)
     observed = everything if stream.routed else sequences
-    return sequences * backward / tried + len(dense.blocks) * (observed / in_sample * observing + curves)
+    return sequences * backward / tried + alike * (observed / in_sample * observing + curves)
 
 
 def _memory(

@@ -56,7 +56,7 @@ class BlockReport:
         name: the block's path.
         objective: what it minimised: `OUTPUT_ERROR`, or `PREDICTIONS` near the end of a model.
         val_loss_before, val_loss_after: that loss on the validation batches.
-        best_epoch: epoch whose weights are kept; 0 = as solved.
+        best_epoch: epoch whose weights are used, the last where a part of the way to its weights is; 0 = as solved.
         rate: learning rate of that epoch, or of the last attempt.
         seconds: of the refit.
     """

@@ -58,7 +58,7 @@ def sweep(
     """
     columns = W.shape[1]
     U = damped.U
-    search = GroupSearch(U, pattern) if isinstance(pattern, NM) else None
+    search = GroupSearch(U, pattern) if isinstance(pattern, NM) and "M" in (mask, compensation) else None
     Wt = W.T.clone(memory_format=torch.contiguous_format)  # .contiguous() would alias a W stored transposed
     keep = torch.ones_like(Wt, dtype=torch.bool)
     for i, j in _tiles(columns, tile, pattern):
