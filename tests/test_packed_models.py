@@ -380,7 +380,7 @@ def test_a_run_can_write_the_packed_format(pruned, tmp_path):
     again = secateur.prune(tmp_path / "model", tmp_path / "direct", settings={"format": "packed"}, resume=True,
                            calibration=tmp_path / "text.txt", **options)  # fmt: skip
     assert again.files == report.files
-    with pytest.raises(secateur.SecateurError, match="save it, then use pack"):
+    with pytest.raises(secateur.SecateurError, match="save the model, then use pack"):
         secateur.prune(tiny_model("llama"), calibration=tokens(), settings={"format": "packed"}, pattern="50%")
 
 
