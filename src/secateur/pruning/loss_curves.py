@@ -48,11 +48,12 @@ def loss_curve(
     fisher: Float[Tensor, " R"],
     levels: Sequence[Pattern],
 ) -> LossCurve:
-    """Loss `sum_r fisher_r (D H D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
+    """Loss `sum_r fisher_r (D Hs D^T)_rr` of a single-removal mask with the full-row refit, at several sparsities.
 
     Measured on at most 32 rows, each of which counts for those of similar Fisher information. For few rows a factor of
     H would take most of the time. So the scores come from a low-rank model of it, and the refit stops at an estimated
-    gap of 3%. The mask is chosen by scaled rows, as a solver does it.
+    gap of 3%. The mask is chosen by scaled rows, as a solver does it. Hs is the shrunk Hessian: by H, to which the rows
+    were fit, wide matrices seem to lose much less than they do on other text (docs/decisions.md).
 
     Args:
         W: the weights.
@@ -75,8 +76,15 @@ def loss_curve(
             keep = keep_all_but_lowest(score, level.num_pruned(*sample.shape))
         D = refit_by_gradients(sample, keep, Hd, model, tolerance=0.03, max_iterations=30)[0] - sample
         sparsities.append(level.sparsity)
-        losses.append(float(((D @ hessian.H) * D).sum()))
+        losses.append(_loss(D, hessian))
     return LossCurve(sparsities, losses, W.numel())
+
+
+def _loss(D: Float[Tensor, "S C"], hessian: Hessian) -> float:
+    """Sum over the rows of D of their loss by the shrunk, undamped Hessian."""
+    by_H = float(((D @ hessian.H) * D).sum())
+    by_diagonal = float((D.square() @ hessian.input_energy).sum())
+    return by_H + hessian.shrinkage * (by_diagonal - by_H)
 
 
 def _sampled_rows(fisher: Float[Tensor, " R"]) -> tuple[Int[Tensor, " S"], Float[Tensor, " S"]]:
