@@ -166,6 +166,36 @@ def test_a_curve_of_few_tokens_does_not_flatter_where_the_hessian_is_shrunk():
     assert 0.4 * real < fair < 1.2 * real
 
 
+@pytest.mark.parametrize(("columns", "num_tokens", "factors"), [(48, 48, 16), (96, 48, 16), (96, 48, 48), (48, 480, 4)])
+def test_a_curve_says_what_other_tokens_lose(columns, num_tokens, factors, monkeypatch):
+    """By the tokens that the rows are fit to, the loss of a wide matrix seems smaller than it is."""
+    from secateur.numerics.damping import shrinkage_for
+
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(factors, columns, generator=generator, dtype=torch.float64) / factors**0.5
+    W = torch.randn(24, columns, generator=generator, dtype=torch.float64)
+
+    def hessian_of(number):
+        of_factors = torch.randn(number, factors, generator=generator, dtype=torch.float64) @ shared
+        X = of_factors + torch.randn(number, columns, generator=generator, dtype=torch.float64)
+        return X.T @ X / number
+
+    changes, refit = [], loss_curves.refit_by_gradients
+
+    def watched(rows, *others, **options):
+        solved = refit(rows, *others, **options)
+        changes.append(solved[0] - rows)
+        return solved
+
+    monkeypatch.setattr(loss_curves, "refit_by_gradients", watched)
+    seen, others = hessian_of(num_tokens), hessian_of(20_000)
+    hessian = Hessian(seen, num_tokens, shrinkage=shrinkage_for(columns, num_tokens))
+    (found,) = loss_curves.loss_curve(W, hessian, torch.ones(24, dtype=torch.float64), [Unstructured(0.4)]).losses
+    real, by_seen = (float(((changes[0] @ H) * changes[0]).sum()) for H in (others, seen))
+    assert found == pytest.approx(real, rel=0.15)
+    assert by_seen < 0.95 * real
+
+
 def test_an_allocation_looks_at_its_tokens_in_whole_sequences():
     assert al.sequences_of(8192, sequences=32, num_tokens=32 * 512) == 16
     assert al.sequences_of(8192, sequences=128, num_tokens=128 * 2048) == 4
