@@ -61,7 +61,7 @@ def short_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; SmolLM2-135M is the Instruct model; "
         f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}, "
-        f"and Qwen at {todays_qwen()}. "
+        f"and a later `balanced` than the one here ended Qwen at {later_qwen()}. "
         f"{apart_line()} [How it was measured](docs/packed.md)."
     )
 
@@ -71,7 +71,7 @@ def pruned_line() -> str:
     return (
         f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
         f"{todays_smollm2()}. Qwen was pruned by an early recipe, to measure size and speed: "
-        f"today's `balanced` ends at {todays_qwen()}."
+        f"a later `balanced` ended at {later_qwen()}."
     )
 
 
@@ -80,7 +80,7 @@ def todays_smollm2() -> str:
     return f"{half:.2f} (50%) and {most:.2f} (70%)"
 
 
-def todays_qwen() -> str:
+def later_qwen() -> str:
     return f"{perplexity_of('qwen', 'balanced 50% 0'):.2f} (50%)"
 
 
