@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import secateur
+from secateur.calibration.experts import recorded_calls
 from secateur.calibration.stream import Stream
 from secateur.errors import UnsupportedModelError
 from secateur.numerics import damping
@@ -479,12 +480,9 @@ def test_experts_are_observed_whatever_implementation_the_model_has(implementati
 def test_experts_with_few_tokens_borrow_those_of_all():
     model, calibration = mixtral(num_local_experts=8, num_experts_per_tok=2), [tokens()[0][:1, :12]]
     layer = model.model.layers[0].mlp
-    seen = {}
-    hook = layer.experts.register_forward_pre_hook(lambda _module, args: seen.update(args=args))
-    with torch.no_grad():
+    with recorded_calls(layer.experts) as calls, torch.no_grad():
         model(calibration[0])
-    hook.remove()
-    hidden, index, _ = seen["args"]
+    hidden, index, _ = calls[0][0]
     dense = {name: layer.experts.get_parameter(name).detach().double() for name in ("gate_up_proj", "down_proj")}
     settings = {"shrinkage": "auto"}
     report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=calibration, settings=settings)
@@ -518,12 +516,9 @@ def test_experts_that_get_zeros_for_the_tokens_of_others_see_and_borrow_tokens_t
     config = transformers.Llama4TextConfig(num_local_experts=8, num_experts_per_tok=1, **sizes, **heads)
     model, calibration = randomised(transformers.Llama4ForCausalLM(config)), [tokens()[0][:2]]
     layer = model.model.layers[0].feed_forward
-    seen = {}
-    hook = layer.experts.register_forward_pre_hook(lambda _module, args: seen.update(args=args))
-    with torch.no_grad():
+    with recorded_calls(layer.experts) as calls, torch.no_grad():
         model(calibration[0])
-    hook.remove()
-    by_expert = seen["args"][0].view(8, -1, 32).double()
+    by_expert = calls[0][0][0].view(8, -1, 32).double()
     sent = by_expert.any(-1).sum(1).tolist()
     assert 0 in sent, "an expert without a token"
     assert max(sent) > 12, "and one with enough for its down projection"
