@@ -248,7 +248,7 @@ def test_a_solver_object_is_taken_as_it_is():
     model = tiny_model("llama")
     report = secateur.prune(model, pattern="50%", solver=Mine(scale=2.0), calibration=tokens())
     assert {matrix.solver for matrix in report.matrices} == {"mine"}
-    assert report.the_recipe.solver == Mine(scale=2.0)
+    assert report.recipe.solver == Mine(scale=2.0)
     one = secateur.prune(tiny_model("llama"), pattern="2:4", solver=secateur.MRP(mask="M"), calibration=tokens())
     other = secateur.prune(
         tiny_model("llama"), pattern="2:4", solver={"name": "mrp", "mask": "M"}, calibration=tokens()
@@ -262,7 +262,7 @@ def test_a_report_of_a_solver_that_is_not_installed_can_be_read(model, tmp_path)
     for name in ("inspect", "report"):
         done = command(name, tmp_path / "out")
         assert done.returncode == 0, done.stderr
-    recipe = Report.load(tmp_path / "out").the_recipe
+    recipe = Report.load(tmp_path / "out").recipe
     assert recipe.to_dict()["solver"] == {"name": "mine", "scale": 1.0}
 
 

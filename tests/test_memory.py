@@ -91,7 +91,7 @@ def test_a_cap_sends_hidden_states_to_the_folder_of_the_run_and_gathers_in_passe
     assert not (tmp_path / ".out.secateur").exists()
     ours, theirs = ([each.relative_error for each in report.matrices] for report in (capped, free))
     assert ours == pytest.approx(theirs, rel=1e-2)  # conjugate gradients stop for other rows together
-    assert capped.recipe["max_memory"] == "40KB"
+    assert capped.recipe.max_memory == "40KB"
 
 
 @pytest.mark.parametrize("solver", ["sparsegpt", "wanda"])

@@ -155,7 +155,7 @@ def test_a_saved_recipe_gives_the_same_bits(model, tmp_path):
         again = secateur.prune(model, out, recipe=tmp_path / "a" / name)
         assert weights(out) == weights(tmp_path / "a")
         assert again.recipe == report.recipe
-    assert Recipe.load(tmp_path / "a" / "recipe.yaml") == report.the_recipe
+    assert Recipe.load(tmp_path / "a" / "recipe.yaml") == report.recipe
     assert "# Epochs over the calibration batches" in (tmp_path / "a" / "recipe.yaml").read_text()
 
 

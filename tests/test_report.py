@@ -65,7 +65,7 @@ def a_report(blocks=32, name="model"):
     ]  # fmt: skip
     return Report(
         model=name,
-        recipe=secateur.Recipe.from_dict({"pattern": "50%", "solver": "mrp"}).to_dict(),
+        recipe=secateur.Recipe.from_dict({"pattern": "50%", "solver": "mrp"}),
         environment={"torch": "2", "threads": 2},
         calibration={"source": name, "samples": 8, "seq_len": 64, "sha256": "0"},
         matrices=matrices,

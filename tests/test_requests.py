@@ -169,7 +169,7 @@ def test_tensors_next_to_a_recipe_that_names_a_text():
         with pytest.raises(ValueError, match="says calibration.source: .*, and calibration holds tensors"):
             secateur.prune(model, settings=settings, calibration=tokens())
     report = secateur.prune(model, recipe="fast", calibration=tokens())
-    secateur.prune(model, recipe=report.the_recipe, calibration=tokens())
+    secateur.prune(model, recipe=report.recipe, calibration=tokens())
 
 
 def test_autocast_around_a_run_changes_nothing():

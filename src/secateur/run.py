@@ -205,7 +205,7 @@ def _prune(
     outcome = prune_model(model, data.batches, context)
     return Report(
         model=name,
-        recipe=request.recipe.to_dict(),
+        recipe=request.recipe,
         environment=where,
         calibration=data.origin,
         matrices=outcome.matrices,

@@ -67,7 +67,7 @@ def inspect_folder(folder: Path) -> Inspection:
     if report is not None:
         recorded = {matrix.name: asdict(matrix) for matrix in report.matrices}
         inspection.dense = {str(name): str(reason) for name, reason in report.dense.items()}
-        inspection.problems += _breaks_of_rules(report.the_recipe, recorded)
+        inspection.problems += _breaks_of_rules(report.recipe, recorded)
         inspection.problems += filter(None, (damage(folder, *file) for file in report.unedited_files.items()))
     otherwise = NOT_OURS if report is None else OUTSIDE
     in_files = {name.removesuffix(".weight") for name in shards}

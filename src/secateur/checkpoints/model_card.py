@@ -40,7 +40,7 @@ def facts_of_source(checkpoint: Checkpoint) -> dict[str, str]:
 
 def model_card(report: Report, title: str) -> str:
     """README.md of a pruned model: hub metadata, what was done, what was measured, how to use it."""
-    base, recipe = report.source.get("base_model"), report.the_recipe
+    base, recipe = report.source.get("base_model"), report.recipe
     is_gguf = report.model == DEMO_NAME or report.model.endswith(".gguf")
     what = one_line(base or Path(report.model).name or "a model")
     share = report.pruned_parameters / max(1, report.model_parameters)

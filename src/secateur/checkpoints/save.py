@@ -61,7 +61,7 @@ def write_checkpoint(
         SecateurError: a damaged journal.
     """
     model, folder, outcome = checkpoint.model, publisher.folder, read_outcome(publisher.manifest)
-    is_packed = report.the_recipe.format == "packed"
+    is_packed = report.recipe.format == "packed"
     if outcome is None:
         shards = _plan_shards(checkpoint, max_shard_size)
         outcome = {"report": report.to_dict(), "max_shard_size": max_shard_size, "shards": shards}
@@ -129,7 +129,7 @@ def _pack_files(folder: Path, report: Report) -> None:
     transposed = transposed_matrices(report)
     for path in sorted(folder.glob("model*.safetensors")):
         packed = path.with_name(path.name.replace("model", "packed", 1))
-        make = pack_int8_where_exact if report.the_recipe.values == "int8" else pack
+        make = pack_int8_where_exact if report.recipe.values == "int8" else pack
         write_weights(packed, entries_of(path, transposed, make), "zstd")
         path.unlink()
 

@@ -114,7 +114,7 @@ def print_report(report: Report) -> None:
         shape = f"{matrices[0].rows} x {matrices[0].columns}"
         seconds = sum(matrix.seconds for matrix in matrices)
         rows.append((kind, len(matrices), shape, f"{zeros:.2%}", f"{error:.5f}", f"{seconds:.1f}"))
-    title = f"{report.the_recipe.pattern} by {report.the_recipe.summary()}"
+    title = f"{report.recipe.pattern} by {report.recipe.summary()}"
     show_table(("matrix", "number", "shape", "zeros", "layer error", "seconds"), rows, title)
     share = report.pruned_parameters / max(1, report.model_parameters)
     of_layers = report.pruned_parameters / max(1, report.layer_parameters)

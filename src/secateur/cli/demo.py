@@ -98,7 +98,7 @@ def _is_same_demo(out: Path, recipe: Recipe) -> bool:
     if not (out / METADATA).is_file():
         return False
     report = read_metadata(out)
-    return report.model == DEMO_NAME and report.recipe == recipe.to_dict()
+    return report.model == DEMO_NAME and report.recipe == recipe
 
 
 def look_at(name: str, eval_tokens: int, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def _pruned(
     )
     peak = {"peak_memory": _peak_memory(reading["device"])} if is_new else {}
     return {
-        "recipe": report.recipe,
+        "recipe": report.recipe.to_dict(),
         "layer_error": report.mean_relative_error,
         "sparsity": report.sparsity,
         "seconds": report.seconds,

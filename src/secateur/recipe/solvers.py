@@ -164,7 +164,7 @@ def with_unknown_solvers(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "solver": known_or_not(recipe.get("solver")), **({"rules": rules} if rules else {})}
 
 
-_GIVEN: dict[str, type] = {}  # solvers whose objects were passed, so that a report of this process knows them
+_GIVEN: dict[str, type] = {}  # solvers whose objects were passed, so that a recipe of this process can be read again
 
 
 def _given(solver: Any) -> Any:

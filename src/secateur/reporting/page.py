@@ -36,9 +36,9 @@ def run_page(report: Report, folder: Path | None = None) -> str:
     files = None if folder is None else read_weight_files(folder, report.matrices)
     return render(
         "run.html.j2",
-        title=f"{report.model}, pruned to {report.the_recipe.pattern}",
+        title=f"{report.model}, pruned to {report.recipe.pattern}",
         report=report,
-        recipe=to_yaml(report.the_recipe),
+        recipe=to_yaml(report.recipe),
         headline=headline(report, files),
         perplexity=_perplexity_rows(report),
         speed=_speed_rows(report),
@@ -62,7 +62,7 @@ def two_runs_page(first: Report, second: Report, names: tuple[str, str]) -> str:
         second: the other.
         names: what to call them.
     """
-    texts = [to_yaml(run.the_recipe).splitlines() for run in (first, second)]
+    texts = [to_yaml(run.recipe).splitlines() for run in (first, second)]
     lines = difflib.unified_diff(texts[0], texts[1], names[0], names[1], lineterm="", n=1)
     return render(
         "two_runs.html.j2",
@@ -92,7 +92,7 @@ def headline(report: Report, files: WeightFiles | None) -> list[tuple[str, str, 
     found.append(_perplexity(report.perplexities))
     refit = ", before the block refit" if report.blocks else ""
     found.append((f"{report.mean_relative_error:.4f}", "mean layer error", f"relative, squared{refit}"))
-    found.append((duration(report.seconds), "of pruning", report.the_recipe.summary()))
+    found.append((duration(report.seconds), "of pruning", report.recipe.summary()))
     return found
 
 
@@ -131,7 +131,7 @@ def heat_maps(report: Report) -> list[HeatMap]:
         report.matrices,
         lambda each: each.sparsity,
         lambda value: f"{value:.0%}",
-        partial(reason, report.the_recipe, report.prices),
+        partial(reason, report.recipe, report.prices),
     )
     error = heat_map(
         "Layer error", report.matrices, lambda each: each.relative_error, _short,

@@ -37,7 +37,7 @@ def extremes(report: Report) -> list[str]:
     matrices = sorted(report.matrices, key=lambda matrix: matrix.sparsity)
     if not matrices or matrices[-1].sparsity - matrices[0].sparsity < 0.005:
         return ["Every matrix has the same share of zeros."]
-    shown, recipe = min(MOST_SHOWN, len(matrices) // 2), report.the_recipe
+    shown, recipe = min(MOST_SHOWN, len(matrices) // 2), report.recipe
     picked = [*reversed(matrices[-shown:]), *reversed(matrices[:shown])]
     return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(recipe, report.prices, each)}" for each in picked]
 

@@ -87,7 +87,7 @@ class Report:
 
     Args:
         model: what the model was called.
-        recipe: the whole recipe, as data.
+        recipe: the whole recipe.
         environment: versions, device, threads, processes.
         calibration: where the batches came from.
         matrices: figures of each pruned matrix.
@@ -109,7 +109,7 @@ class Report:
     """
 
     model: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     environment: dict[str, Any]
     calibration: dict[str, Any]
     matrices: list[MatrixReport] = field(default_factory=list)
@@ -149,11 +149,6 @@ class Report:
         """Mean relative layer error of the matrices, before any block refit."""
         return sum(matrix.relative_error for matrix in self.matrices) / max(1, len(self.matrices))
 
-    @property
-    def the_recipe(self) -> Recipe:
-        """The recipe as an object."""
-        return Recipe.from_dict(with_unknown_solvers(self.recipe))
-
     def __repr__(self) -> str:
         return (
             f"Report({self.model}: {len(self.matrices)} matrices, {self.sparsity:.2%} zeros, "
@@ -184,7 +179,7 @@ class Report:
 
         target = user_path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        _write_new(target / RECIPE_FILE, to_yaml(self.the_recipe))
+        _write_new(target / RECIPE_FILE, to_yaml(self.recipe))
         files = [path for path in target.iterdir() if path.is_file() and not path.is_symlink()]
         usual = (*CHECKPOINT_FILES, *OWN_CODE, *self.files)
         names = [path.name for path in files if is_plain_name(path.name)]
@@ -222,7 +217,8 @@ class Report:
             SecateurError, ValueError: data of another form.
         """
         found: dict[str, Any] = {**_SAVED.validate_python(data)}
-        return cls(**found.pop("summary"), files=read_records(found.pop("files")), **found)
+        recipe = Recipe.from_dict(with_unknown_solvers(found.pop("recipe")))
+        return cls(**found.pop("summary"), recipe=recipe, files=read_records(found.pop("files")), **found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the summary first."""
@@ -240,7 +236,7 @@ class Report:
                 "seconds": self.seconds,
                 "out": self.out,
             },
-            "recipe": self.recipe,
+            "recipe": self.recipe.to_dict(),
             "environment": self.environment,
             "source": self.source,
             "identity": self.identity,
@@ -280,9 +276,7 @@ def read_metadata(folder: Path) -> Report:
     if not is_sealed(data):
         raise SecateurError(f"{path} is damaged, or was changed: its content does not match its digest")
     try:
-        found = replace(Report.from_dict(data), out=str(folder))
-        _ = found.the_recipe
-        return found
+        return replace(Report.from_dict(data), out=str(folder))
     except SecateurError as error:
         raise error.within(str(path)) from error
     except ValidationError as error:
