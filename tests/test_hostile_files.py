@@ -288,8 +288,10 @@ def test_a_pickle_with_a_payload(main, model, tmp_path):
 PLUGINS = {
     "raises": "raise RuntimeError('no luck')",
     "exits": "import sys; sys.exit(0)",
-    "exits late": "import dataclasses, sys\n@dataclasses.dataclass\nclass Solver:\n def __call__(*_): sys.exit(0)",
-    "no call": "import dataclasses\n@dataclasses.dataclass\nclass Solver: pass",
+    "exits late": "import dataclasses, sys\n@dataclasses.dataclass\n"
+    "class Solver:\n name = 'odd'\n def __call__(*_): sys.exit(0)",
+    "other name": "import dataclasses\n@dataclasses.dataclass\nclass Solver: name = 'even'",
+    "no call": "import dataclasses\n@dataclasses.dataclass\nclass Solver: name = 'odd'",
     "no class": "Solver = 5",
 }
 

@@ -158,6 +158,7 @@ class Greedy:
     """A solver that takes as much memory as it may; a stand-in for a small GPU, since CPUs raise no such error."""
 
     needs_at_most: int = 1 << 20
+    name = "greedy"
 
     def __call__(self, W, hessian, pattern) -> Solved:
         if chunk_bytes(W.device) > self.needs_at_most:

@@ -282,14 +282,19 @@ def test_tensors_of_inference_mode_are_taken():
 
 def test_plugin_solver_is_found_by_its_entry_point(monkeypatch):
     class Point:
-        name = "ours"
+        name = "cheat"
 
         def load(self):
             return Cheat
 
     monkeypatch.setattr(ENTRY_POINTS, lambda group: [Point()] if group == "secateur.solvers" else [])
-    assert isinstance(read_solver("ours"), Cheat)
-    assert read_solver({"name": "ours", "how": "nan"}).how == "nan"
+    assert isinstance(read_solver("cheat"), Cheat)
+    assert read_solver({"name": "cheat", "how": "nan"}).how == "nan"
+    Point.name = "ours"
+    with pytest.raises(
+        ValueError, match="plug-in of solver ours has the `name` 'cheat': give the class the name of its"
+    ):
+        read_solver("ours")
 
 
 @pytest.mark.parametrize(
@@ -323,6 +328,7 @@ class Cheat:
     """Breaks the contract in the way it is told to."""
 
     how: str = ""
+    name = "cheat"
 
     def __call__(self, W, hessian, pattern):
         if self.how == "damping":

@@ -198,7 +198,6 @@ def _plugin_options(name: str, values: dict[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     if unknown := [key for key in values if key not in known]:
         raise RecipeError(_unknown(name, str(unknown[0]), known), (unknown[0],))
-    kind.name = name
     _check_plugin_values(name, kind, values)
     try:
         made = kind(**values)
@@ -222,6 +221,12 @@ def _plugin(name: str) -> Any:
         raise RecipeError(f"the plug-in of solver {name} can't be loaded: {reason}", ("name",)) from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise RecipeError(f"the plug-in of solver {name} is {kind!r}: it must be a dataclass with a call", ("name",))
+    own = getattr(kind, "name", None)
+    if own != name:
+        raise RecipeError(
+            f"the plug-in of solver {name} has the `name` {own!r}: give the class the name of its entry point",
+            ("name",),
+        )
     return kind
 
 
