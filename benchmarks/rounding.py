@@ -19,12 +19,12 @@ from common import arguments_of, write_result
 
 import secateur
 from secateur.numerics.hessian import Hessian, relative_error
+from secateur.numerics.rounding import round_to_int8
 from secateur.packed.layout import pack_int8, unpack
 from secateur.recipe.patterns import parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.solvers import MRP
 from secateur.solvers import solve_checked
-from secateur.solvers.rounding import round_to_int8
 
 CORNER = Path(__file__).parents[1] / "tests" / "golden" / "smollm2-l10-v_proj-corner.npz"
 

@@ -35,7 +35,7 @@ def curve(steepness, weights, scale=1.0):
 
 
 def total_zeros(patterns, curves):
-    return sum(pattern.num_pruned(1, curves[name].weights) for name, pattern in patterns.items())
+    return sum(pattern.num_pruned(1, curves[name].num_weights) for name, pattern in patterns.items())
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,10 +48,10 @@ def total_zeros(patterns, curves):
 def test_totals_are_exact_and_bounds_hold(shapes, sparsity, spread):
     curves = {str(index): curve(*shape) for index, shape in enumerate(shapes)}
     patterns = loss_curves.minimise_loss(curves, Unstructured(sparsity), spread)
-    everything = sum(each.weights for each in curves.values())
+    everything = sum(each.num_weights for each in curves.values())
     assert total_zeros(patterns, curves) == round(sparsity * everything)
     for name, pattern in patterns.items():
-        slack = (len(curves) + 1) / curves[name].weights  # whole weights
+        slack = (len(curves) + 1) / curves[name].num_weights  # whole weights
         assert sparsity - spread - slack <= pattern.sparsity <= sparsity + spread + slack
 
 
@@ -374,7 +374,7 @@ def test_a_curve_of_many_rows_is_scaled_to_all_of_them():
     once = loss_curves.loss_curve(W, Hessian(H, 1), fisher, levels)
     twice = loss_curves.loss_curve(W.repeat_interleave(2, 0), Hessian(H, 1), fisher.repeat_interleave(2), levels)
     assert twice.losses == pytest.approx([2 * each for each in once.losses])
-    assert twice.weights == 2 * once.weights
+    assert twice.num_weights == 2 * once.num_weights
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -183,7 +183,7 @@ def test_a_refit_that_goes_too_far_is_taken_back_part_of_the_way(monkeypatch):
     assert (first.best_epoch, first.rate) == (1, 0.06)
     name = report.matrices[0].name + ".weight"
     assert torch.equal(model.get_parameter(name) == 0, plain.get_parameter(name) == 0)
-    monkeypatch.setattr(block_refit, "SHARES", ())
+    monkeypatch.setattr(block_refit, "STEPS_BACK", ())
     _, report = pruned(pattern="50%", refit=too_far)
     assert report.blocks[0].best_epoch == 0
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import SecateurError
+from secateur.numerics import rounding
 from secateur.numerics.int8 import nearest_int8, scales_of
+from secateur.numerics.rounding import round_to_int8
 from secateur.packed.encoding import decode, is_encoded
 from secateur.packed.layout import pack_int8, unpack
 from secateur.pruning.block_refit import MaskedMasterWeights
 from secateur.recipe.recipe import Recipe
-from secateur.solvers import rounding
-from secateur.solvers.rounding import round_to_int8
 
 REFIT = {"epochs": 2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

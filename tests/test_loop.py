@@ -346,6 +346,68 @@ def test_an_expert_in_a_list_that_is_never_called_is_an_error_that_names_it():
         prune_model(Chain(Choosing), [{"input_ids": tokens()[0]}], context(NM(2, 4)))
 
 
+class TwoExperts(nn.Module):
+    """Modules as experts: the first gets 3 tokens of a sequence, the second all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden):
+        first, second = hidden[:, :3], hidden[:, 3:]
+        return hidden + torch.cat([self.experts[0](first), self.experts[1](second)], 1)
+
+
+def test_an_expert_that_is_a_module_keeps_the_hessian_of_its_few_tokens():
+    model, inputs = Chain(TwoExperts), []
+    batch = {"input_ids": tokens()[0][:1]}
+    hook = model.layers[0].experts[0].register_forward_hook(lambda _module, given, _output: inputs.append(given[0]))
+    with torch.no_grad():
+        model(batch["input_ids"])
+    hook.remove()
+    W, (X,) = model.layers[0].experts[0].weight.detach().double().clone(), inputs
+    outcome = prune_model(model, [batch], context(NM(2, 4)))
+    first, second, *_ = outcome.matrices
+    assert [first.tokens, second.tokens, first.borrowed] == [3, 21, 0]
+    lost = (model.layers[0].experts[0].weight.detach().double() - W) @ X[0].double().T
+    assert first.relative_error == pytest.approx(
+        float(lost.square().sum() / (W @ X[0].double().T).square().sum()), rel=1e-3
+    )
+    (notice,) = outcome.notices
+    assert "2 matrices saw fewer calibration tokens than they have inputs (layers.0.experts.0: 3 tokens, 8" in notice
+
+
+class ByKeyword(nn.Module):
+    """An MLP whose weights are stored transposed, and are given to methods of tensors by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, hidden):
+        rows = hidden.reshape(-1, 8)
+        mixed = rows.mm(mat2=self.up).relu().matmul(other=self.down)
+        return (mixed + torch.stack([rows, rows]).bmm(mat2=self.experts).sum(0)).view_as(hidden)
+
+
+class WithSubmodule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = ByKeyword()
+
+    def forward(self, hidden):
+        return hidden + self.mlp(hidden)
+
+
+def test_weights_that_products_take_by_keyword_are_seen():
+    outcome = prune_model(Chain(WithSubmodule), [{"input_ids": tokens()[0]}], context(NM(2, 4)))
+    names = {report.name for report in outcome.matrices if report.tokens == 48}
+    assert names == {
+        f"layers.{index}.mlp.{name}" for index in (0, 1) for name in ("up", "down", "experts[0]", "experts[1]")
+    }
+
+
 def test_weight_at_x_is_seen_and_other_uses_are_explained():
     model = Skipping()
     outcome = prune_model(

@@ -23,7 +23,7 @@ import secateur
 from secateur.calibration.dense_pass import run_dense_pass
 from secateur.models.head import body_gives, kl_divergence, takes_positions
 from secateur.models.placement import InMemory
-from secateur.pruning.predictions import SHARES, ModelEnd, PredictionDivergence
+from secateur.pruning.predictions import POSITION_STRIDE, ModelEnd, PredictionDivergence
 from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS
 
 REFIT = {"refit.epochs": 2, "refit.prediction_blocks": 1}
@@ -67,16 +67,16 @@ def test_loss_and_gradient_are_those_of_the_whole_model(family, number, logits, 
     weights = [matrix.parameter.requires_grad_(True) for matrix in block.matrices]
     with end.behind(block):
         objective = PredictionDivergence(block, stream, outputs, end)
-        steps = [objective(1) for _ in range(SHARES)]
-        found = torch.autograd.grad(sum(steps) / SHARES, weights)
+        steps = [objective(1) for _ in range(POSITION_STRIDE)]
+        found = torch.autograd.grad(sum(steps) / POSITION_STRIDE, weights)
         with torch.no_grad():
             whole = objective(1)
     expected = plain_divergence(model, batch, dense)
     assert expected.item() > 1e-3
     assert whole.item() == pytest.approx(expected.item(), rel=1e-4)  # logits are compared in fp32
-    assert sum(step.item() for step in steps) / SHARES == pytest.approx(whole.item(), rel=1e-5)
+    assert sum(step.item() for step in steps) / POSITION_STRIDE == pytest.approx(whole.item(), rel=1e-5)
     if takes_positions(model):
-        assert len({step.item() for step in steps}) == SHARES
+        assert len({step.item() for step in steps}) == POSITION_STRIDE
     for ours, theirs in zip(found, torch.autograd.grad(expected, weights), strict=True):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.calibration.batches import AUTO, BATCH_TOKENS, CalibrationBatches, Texts, calibration_batches
+from secateur.calibration.batches import AUTO, BATCH_TOKENS, CalibrationBatches, CalibrationSource, calibration_batches
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.errors import SecateurError
 from secateur.models.placement import WeightPlacement
@@ -65,7 +65,7 @@ class Request:
     """
 
     recipe: Recipe
-    texts: Texts
+    texts: CalibrationSource
     offload_dir: str | Path | None
     progress: StageClock
 
@@ -124,7 +124,7 @@ class Request:
         return replace(found, folder=journal) if found.limit is not None and found.folder is None else found
 
 
-def texts_of(recipe: Recipe, calibration: Texts) -> tuple[Recipe, Texts]:
+def texts_of(recipe: Recipe, calibration: CalibrationSource) -> tuple[Recipe, CalibrationSource]:
     """The recipe with what it is calibrated on, and the texts themselves.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibration.batches import CalibrationBatches, Texts
+from secateur.calibration.batches import CalibrationBatches, CalibrationSource
 from secateur.calibration.documents import text_place
 from secateur.calibration.own_words import can_write
 from secateur.checkpoints.load import Checkpoint, load_config_and_tokenizer
@@ -354,7 +354,7 @@ def _identity(
     }
 
 
-def _check_request(out: Path, model: str, texts: Texts, folder: Path) -> None:
+def _check_request(out: Path, model: str, texts: CalibrationSource, folder: Path) -> None:
     """Check that `out` can be written, and holds nothing that the run reads."""
     named = user_path(model)
     texts_at = text_place(texts) if isinstance(texts, str | Path) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.batches import Texts, calibration_batches
+from secateur.calibration.batches import CalibrationSource, calibration_batches
 from secateur.calibration.coverage import Coverage, measure_coverage
 from secateur.calibration.texts import max_positions
 from secateur.checkpoints.hub import check_can_push, push_folder
@@ -55,7 +55,7 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    calibration: Texts = None,
+    calibration: CalibrationSource = None,
     text_field: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -168,7 +168,7 @@ def dry_run(
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    calibration: Texts = None,
+    calibration: CalibrationSource = None,
     text_field: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -272,7 +272,7 @@ def solve(
 def coverage_of(
     model: nn.Module | str | Path,
     *,
-    calibration: Texts = None,
+    calibration: CalibrationSource = None,
     tokenizer: Any = None,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
@@ -325,7 +325,7 @@ def _request(
     settings: Mapping[str, Any] | None,
     include: Any,
     exclude: Any,
-    calibration: Texts,
+    calibration: CalibrationSource,
     shortcuts: dict[str, Any],
     offload_dir: Any,
     progress: Progress,

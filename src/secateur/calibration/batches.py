@@ -15,8 +15,8 @@ from torch import Tensor
 
 from secateur.calibration.documents import (
     check_is_name,
-    has_no_text,
     is_own_words,
+    is_self_alone,
     is_stream,
     name_of,
     read_documents,
@@ -37,7 +37,7 @@ OWN_WORDS_A_SAMPLE = 2  # sequences, where `is_severe`
 
 HALF = Unstructured(0.5)
 
-Texts = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
+CalibrationSource = str | Path | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class CalibrationBatches:
     """Batches of a run.
 
     Args:
-        batches: keyword inputs of the model; without those that it has still to write.
+        batches: keyword inputs of the model. While it has text to write, all drawn windows are one batch (or there is
+            none), which is not to be run: `with_written` cuts it.
         origin: where they came from: `source`, `samples`, `seq_len`, `seed`, `sha256` (of the prompts too, where the
             model writes its text).
         notices: what the user should know about them.
@@ -74,10 +75,10 @@ class CalibrationBatches:
 
 
 def calibration_batches(
-    source: Texts,
+    source: CalibrationSource,
     tokenizer: Any,
     config: Any,
-    text: CalibrationText,
+    options: CalibrationText,
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     can_write: bool = False,
@@ -90,8 +91,8 @@ def calibration_batches(
             text; `self` or `self:PROMPTS` for text that the model writes.
         tokenizer: of the model; not needed for tensors.
         config: of the model.
-        text: how many windows, and of how many tokens. Where the text holds fewer windows, all are taken, with a
-            notice.
+        options: how many windows, and of how many tokens; its `source` is not looked at. Where the text holds fewer
+            windows, all are taken, with a notice.
         seed: fixes which windows are drawn, and in which order.
         batch_tokens: tokens a batch, in whole windows, at least one.
         can_write: whether the model writes text, for `own_words: auto`.
@@ -102,7 +103,7 @@ def calibration_batches(
             prompts that leave no room for an answer.
     """
     if source is not None and not isinstance(source, str | Path):
-        _check_no_text_options(text)
+        _check_no_text_options(options)
         return _from_tensors(source, config)
     check_is_name(source)
     if source == OWN_BATCHES and not Path(OWN_BATCHES).exists():
@@ -114,82 +115,82 @@ def calibration_batches(
         raise SecateurError(
             "the model has no tokenizer, which a text needs: pass ‹tokenizer›, or token tensors as ‹calibration›"
         )
-    length = window_length(text.seq_len, DEFAULT_SEQ_LEN, config)
+    length = window_length(options.seq_len, DEFAULT_SEQ_LEN, config)
     if source is not None and is_own_words(source):
-        return _all_own_words(source, tokenizer, config, text, length, seed, batch_tokens)
-    drawn, notices = _draw(source, tokenizer, config, text, length, seed)
+        return _all_own_words(source, tokenizer, config, options, length, seed, batch_tokens)
+    drawn, notices = _draw(source, tokenizer, config, options, length, seed)
     origin = {"source": name_of(source), "samples": len(drawn), "seq_len": length, "seed": seed}
-    number = _own_words_on_top(text, length, can_write, pattern)
+    number = _own_words_on_top(options, length, can_write, pattern)
     if not number:
         batches = _batched(drawn, batch_tokens)
         return CalibrationBatches(batches, origin | {"sha256": _digest(batches)}, notices)
-    prompts = _prompts(source, tokenizer, config, text, length, seed)
+    prompts = _prompts(source, tokenizer, config, options, length, seed)
     to_write = OwnWords(prompts, number, seed, batch_tokens)
     batches = [{"input_ids": drawn}]
     origin |= {"samples": len(drawn) + number, "sha256": _digest([*batches, *_asked(to_write)])}
     return CalibrationBatches(batches, origin, notices, to_write)
 
 
-def _check_no_text_options(text: CalibrationText) -> None:
+def _check_no_text_options(options: CalibrationText) -> None:
     """Check that no option asks for what is done with a text only.
 
     Raises:
         SecateurError: one does.
     """
-    if text.own_words and text.own_words != AUTO:
+    if options.own_words and options.own_words != AUTO:
         raise SecateurError(
-            f"calibration.own_words={text.own_words} lets the model go on from a text, and ‹calibration› holds "
+            f"calibration.own_words={options.own_words} lets the model go on from a text, and ‹calibration› holds "
             f"tensors: name a text"
         )
     for name in ("samples", "seq_len", "text_field"):
-        if (value := getattr(text, name)) != getattr(CalibrationText(), name):
+        if (value := getattr(options, name)) != getattr(CalibrationText(), name):
             raise SecateurError(
                 f"‹{name}={value}› is for a text, and ‹calibration› holds tensors, of which all are taken: leave it "
                 f"out of the request, and of the recipe"
             )
 
 
-def _own_words_on_top(text: CalibrationText, length: int, can_write: bool, pattern: Pattern) -> int:
+def _own_words_on_top(options: CalibrationText, length: int, can_write: bool, pattern: Pattern) -> int:
     """Sequences that the model writes on top of those of a text."""
-    if text.own_words == AUTO:
-        wanted = text.samples * (OWN_WORDS_A_SAMPLE if is_severe(pattern) else 1)
+    if options.own_words == AUTO:
+        wanted = options.samples * (OWN_WORDS_A_SAMPLE if is_severe(pattern) else 1)
         return min(wanted, max(1, MOST_OWN_TOKENS // length)) if can_write else 0
-    return text.own_words or 0
+    return options.own_words or 0
 
 
 def _all_own_words(
-    source: str | Path, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int, batch_tokens: int
+    source: str | Path, tokenizer: Any, config: Any, options: CalibrationText, length: int, seed: int, batch_tokens: int
 ) -> CalibrationBatches:
     """What the model is to write, all of it.
 
     Raises:
         SecateurError: a number of sequences on top, of `self`.
     """
-    if text.own_words not in (None, AUTO):
+    if options.own_words not in (None, AUTO):
         raise SecateurError(
-            f"calibration.own_words={text.own_words} adds to a text, and ‹calibration=self› lets the model write every "
-            f"sequence: leave one of them out"
+            f"calibration.own_words={options.own_words} adds to a text, and ‹calibration=self› lets the model write "
+            f"every sequence: leave one of them out"
         )
-    if has_no_text(source):
+    if is_self_alone(source):
         prompts = Prompts.none(tokenizer, length)
     else:
-        prompts = _prompts(source, tokenizer, config, text, length, seed)
-    to_write = OwnWords(prompts, text.samples, seed, batch_tokens)
-    origin = {"source": name_of(source), "samples": text.samples, "seq_len": length, "seed": seed}
+        prompts = _prompts(source, tokenizer, config, options, length, seed)
+    to_write = OwnWords(prompts, options.samples, seed, batch_tokens)
+    origin = {"source": name_of(source), "samples": options.samples, "seq_len": length, "seed": seed}
     return CalibrationBatches([], origin | {"sha256": _digest(_asked(to_write))}, [], to_write)
 
 
 def _prompts(
-    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int
+    source: str | Path | None, tokenizer: Any, config: Any, options: CalibrationText, length: int, seed: int
 ) -> Prompts:
     """What the model goes on from, of a text."""
     place = text_of(source)
-    documents = read_documents(place, seed, text_field=text.text_field)
+    documents = read_documents(place, seed, text_field=options.text_field)
     if is_stream(place):
-        documents = islice(documents, text.samples)
+        documents = islice(documents, options.samples)
     else:
-        documents = sample_documents(documents, text.samples * length, seed)
-    is_asked_for = is_own_words(source) or text.own_words != AUTO
+        documents = sample_documents(documents, options.samples * length, seed)
+    is_asked_for = is_own_words(source) or options.own_words != AUTO
     prompts = Prompts.of(documents, tokenizer, length, name_of(place), strict=is_asked_for)
     check_ids(torch.tensor([token for each in prompts.ids for token in each]), config, is_row=False)
     return prompts
@@ -203,11 +204,11 @@ def _asked(to_write: OwnWords) -> list[Batch]:
 
 
 def _draw(
-    source: str | Path | None, tokenizer: Any, config: Any, text: CalibrationText, length: int, seed: int
+    source: str | Path | None, tokenizer: Any, config: Any, options: CalibrationText, length: int, seed: int
 ) -> tuple[Int[Tensor, "N T"], list[str]]:
     """Windows drawn from a text, and what the user should know."""
-    number = text.samples
-    wanted, documents = number * length, read_documents(source, seed, text_field=text.text_field)
+    number = options.samples
+    wanted, documents = number * length, read_documents(source, seed, text_field=options.text_field)
     if is_stream(source):
         ids = encode(documents, tokenizer, wanted)
     else:

@@ -151,7 +151,7 @@ def _run_blocks(
     for number, block in enumerate(blocks, 1):
         with placement.onload_block(block), uses.recording([block]):
             for index, call in enumerate(recorded.calls[block.name]):
-                uses.real = recorded.padding[index]
+                uses.real = recorded.real[index]
                 hidden[index] = call.replay(block, hidden[index].clone())
         progress("dense pass", number, len(blocks))
 
@@ -161,11 +161,11 @@ def _put_together(
 ) -> DensePass:
     observed = [observed_block(block, seen) for block in blocks]
     found = [each.block for each in observed]
-    num_tokens = sum(distributed.all_gather(_num_real_tokens(calls.hidden, calls.padding)))
+    num_tokens = sum(distributed.all_gather(_num_real_tokens(calls.hidden, calls.real)))
     stream = Stream(
         calls.hidden,
         calls.calls,
-        calls.padding,
+        calls.real,
         {each.block.name: each.groups for each in observed},
         routed_matrices(found, seen, num_tokens),
         memory=memory,
@@ -175,10 +175,10 @@ def _put_together(
     return DensePass(stream, found, {name: error for each in observed for name, error in each.missed.items()})
 
 
-def _num_real_tokens(hidden: Sequence[Tensor], padding: Sequence[Tensor | None]) -> int:
+def _num_real_tokens(hidden: Sequence[Tensor], real: Sequence[Tensor | None]) -> int:
     return sum(
-        (each.shape[:-1] if each.is_floating_point() else each.shape).numel() if real is None else int(real.sum())
-        for each, real in zip(hidden, padding, strict=True)
+        (each.shape[:-1] if each.is_floating_point() else each.shape).numel() if mask is None else int(mask.sum())
+        for each, mask in zip(hidden, real, strict=True)
     )
 
 
@@ -230,7 +230,7 @@ class _CallRecorder:
     def __init__(self, blocks: Sequence[Block], hidden: HiddenStates, hands_on: bool) -> None:
         self.blocks, self.hidden, self.hands_on = blocks, hidden, hands_on
         self.calls: dict[str, list[BlockCall]] = {block.name: [] for block in blocks}
-        self.padding: list[Tensor | None] = []
+        self.real: list[Tensor | None] = []
         self._pass = _Pass(None)
 
     @contextmanager
@@ -247,7 +247,7 @@ class _CallRecorder:
     def one_pass(self, real: Tensor | None) -> Iterator[None]:
         """Take what runs within this context for one forward pass of the model."""
         self._pass = _Pass(real)
-        self.padding.append(real)
+        self.real.append(real)
         yield
         calls = self._pass.num_calls
         if odd := [name for name in self.calls if calls[name] != 1]:

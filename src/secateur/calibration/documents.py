@@ -234,7 +234,7 @@ def is_own_words(source: str | Path | None) -> bool:
     return str(source) == OWN_WORDS or str(source).startswith(f"{OWN_WORDS}:")
 
 
-def has_no_text(source: str | Path | None) -> bool:
+def is_self_alone(source: str | Path | None) -> bool:
     """Whether a source is `self` alone: the model begins from nothing."""
     return str(source) == OWN_WORDS
 

@@ -1,4 +1,4 @@
-"""Experts that a router sends too few tokens: all tokens of the layer are run through them.
+"""Fused experts that a router sends too few tokens: all tokens of the layer are run through them.
 
 An expert with fewer tokens than inputs has a Hessian of low rank, and a mask chosen by it says nothing about most
 directions. Its Hessian is mixed with that of all the layer's tokens, as they would look inside that expert:

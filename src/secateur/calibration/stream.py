@@ -37,7 +37,7 @@ class Stream:
     Args:
         hidden: the pruned stream.
         calls: arguments of each block by batch, without hidden states.
-        padding: real tokens of each batch (B, T), True = real; None = all are.
+        real: which tokens of each batch are real (B, T), the others being padding; None = all are.
         groups: matrices of each block by input.
         routed: matrices that do not see every token (experts).
         dense: the same texts in the dense model, where something aims at it. It starts at the chain's first block (a
@@ -50,7 +50,7 @@ class Stream:
 
     hidden: MutableSequence[Tensor]
     calls: dict[str, list[BlockCall]]
-    padding: list[Tensor | None]
+    real: list[Tensor | None]
     groups: dict[str, list[InputGroup]]
     routed: frozenset[str] = frozenset()
     dense: MutableSequence[Tensor] | None = None
@@ -79,7 +79,7 @@ class Stream:
         return Stream(
             self.hidden[:count],
             calls,
-            self.padding[:count],
+            self.real[:count],
             self.groups,
             self.routed,
             memory=self.memory,
@@ -103,7 +103,8 @@ class Stream:
     ) -> dict[str, Hessian]:
         """Hessians by the name of each group's leader.
 
-        Those of experts with fewer tokens than inputs are mixed with all tokens' (`experts`).
+        Those of fused experts with fewer tokens than inputs are mixed with all tokens' (`experts`). An expert that is a
+        module can't be sent more tokens, so it keeps its own.
 
         Args:
             block: the block.
@@ -125,6 +126,7 @@ class Stream:
             group.leader.name: share
             for group in groups
             if group.leader.name in self.routed
+            and group.leader.index is not None
             and (share := borrowed_share(sums.tokens(group.leader.name), group.columns))
         }
         enough = [group for group in groups if short.get(group.leader.name) != 1.0]
@@ -136,7 +138,7 @@ class Stream:
         return hessians
 
     def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
-        """Hessians of experts as if every token were sent to them.
+        """Hessians of fused experts as if every token were sent to them.
 
         Raises:
             SecateurError: an expert that is in no product even then, such as one that pads a parameter.
@@ -155,16 +157,15 @@ class Stream:
         sums.all_reduce(groups)
         for group in groups:
             if not sums.tokens(name := group.leader.name):
-                if group.leader.index is None:  # a module that no token was sent to
-                    found = "the router sends no token of the calibration text to it now: use more text, or"
-                else:
-                    found = "it enters no product even when every token is sent to it, so nothing depends on it:"
-                raise SecateurError(f"{name}: {found} leave it dense with ‹exclude='{name}'›")
+                raise SecateurError(
+                    f"{name} enters no product even when every token is sent to it, so nothing depends on it: leave it "
+                    f"dense with ‹exclude='{name}'›"
+                )
         return finished_hessians(groups, sums.by_name, self.damping)
 
     def _adding(self, sums: _HessianSums, index: int) -> Callable[[WeightUse], None]:
         """Adds what a matrix takes of batch `index`, without padding."""
-        return lambda use: sums.add(use.matrix.name, real_tokens(use, self.padding[index]))
+        return lambda use: sums.add(use.matrix.name, real_tokens(use, self.real[index]))
 
     def replay_watched(
         self,
@@ -190,7 +191,7 @@ class Stream:
 
         def on_matmul(use: WeightUse) -> None:
             if use.matrix.name in leaders:
-                on_input(use.matrix.name, real_tokens(use, self.padding[index]))
+                on_input(use.matrix.name, real_tokens(use, self.real[index]))
 
         with WeightWatcher([group.leader for group in groups], on_matmul):
             return call.replay(block, hidden.clone())  # a block may change its input in place

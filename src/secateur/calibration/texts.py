@@ -25,8 +25,8 @@ PIECE = 1 << 21  # characters that are encoded at once: a tokenizer takes more t
 LEAST_CHARACTERS = 1 << 22  # of a text, which are always looked at
 CHARACTERS_A_TOKEN = 32  # that are looked at for each token that is wanted: eight times what a token has
 PARTS = 64  # that a document is cut into where it alone is longer than that
-COUNT_FROM_PADDING = (  # model types whose first token has the position behind the padding token's id
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+COUNT_FROM_PADDING = (  # model types whose first token has the position behind the padding token's id, where absolute
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 
@@ -187,8 +187,8 @@ def max_positions(config: Any) -> int | None:
     if not positions or positions < 0:  # XLNet's -1 means no limit
         return None
     kind = getattr(text_config, "model_type", None)
-    is_absolute_esm = kind == "esm" and text_config.position_embedding_type == "absolute"
-    counts_from_padding = kind in COUNT_FROM_PADDING or is_absolute_esm
+    is_absolute = getattr(text_config, "position_embedding_type", "absolute") == "absolute"
+    counts_from_padding = kind in COUNT_FROM_PADDING and is_absolute
     return positions - text_config.pad_token_id - 1 if counts_from_padding else positions
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.calibration.texts import encode_text
-from secateur.checkpoints.fused_experts import is_converted, load_mapped
+from secateur.checkpoints.converted_weights import is_converted, load_mapped
 from secateur.errors import SecateurError
 from secateur.runtime.environment import check_device
 from secateur.runtime.messages import first_line

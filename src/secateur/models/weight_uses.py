@@ -40,6 +40,9 @@ _OPERAND_NAMES: dict[Any, tuple[str, str]] = {
     torch.bmm: ("input", "mat2"),
     torch.addmm: ("mat1", "mat2"),
     torch.baddbmm: ("batch1", "batch2"),
+    Tensor.matmul: ("self", "other"),
+    Tensor.mm: ("self", "mat2"),
+    Tensor.bmm: ("self", "mat2"),
     Tensor.addmm: ("mat1", "mat2"),
     Tensor.baddbmm: ("batch1", "batch2"),
 }

@@ -54,7 +54,7 @@ class OrderSearch:
     """The search over a model's blocks, one after another.
 
     Args:
-        dense: the chain's dense pass.
+        dense_pass: of the chain.
         batches: of all ranks.
         patterns: of the matrices.
         pattern: for the residual stream, which all matrices share.
@@ -63,7 +63,7 @@ class OrderSearch:
         progress: called with the stage, what is done, and the total.
     """
 
-    dense: DensePass
+    dense_pass: DensePass
     batches: Sequence[Batch]
     patterns: Mapping[str, Pattern]
     pattern: NM
@@ -83,19 +83,19 @@ class OrderSearch:
         """
         sizes = [len(next(iter(batch.values()))) for batch in self.batches]
         # A router shows an expert only some tokens.
-        sequences = sum(sizes) if self.dense.stream.routed else self.options.sequences
-        stream = self.dense.stream.first(sizes, sequences)
+        sequences = sum(sizes) if self.dense_pass.stream.routed else self.options.sequences
+        stream = self.dense_pass.stream.first(sizes, sequences)
         # A later block may read this one's values, as Gemma 3n's do. Every rank has batches of the whole stream.
-        hands_on = chain.stub_outputs is None and self.dense.stream.hands_on
+        hands_on = chain.stub_outputs is None and self.dense_pass.stream.hands_on
         heads = [] if hands_on else head_sizes_of(config_of(model))
         trial = run_dense_pass(
             model, chain, [self._few] * distributed.world_size(), no_progress, self.placement, stream.memory
         ).stream
-        for number, block in enumerate(self.dense.blocks, 1):
+        for number, block in enumerate(self.dense_pass.blocks, 1):
             with self.placement.onload_block(block):
                 self._search_block(block, stream, trial, heads, seed)
                 stream.hidden, trial.hidden = stream.outputs(block), trial.outputs(block)
-            self.progress(STAGE, number, len(self.dense.blocks))
+            self.progress(STAGE, number, len(self.dense_pass.blocks))
         if self._residual and self._ends_follow(model, chain):
             self._search_residual(model, chain, seed)
         return distributed.broadcast_object(self.order)
@@ -150,7 +150,7 @@ class OrderSearch:
 
     @property
     def _num_matrices(self) -> int:
-        return sum(len(block.matrices) for block in self.dense.blocks)
+        return sum(len(block.matrices) for block in self.dense_pass.blocks)
 
     def _order_inner(
         self, layout: BlockLayout, channels: Channels, scores: Float[Tensor, "R C"], pattern: Pattern, seed: int
@@ -172,7 +172,7 @@ class OrderSearch:
         if chain.stub_outputs is None or self._residual is None or not has_head(model):
             return False
         outer = _outer_parameters(model, chain)
-        if not can_copy(outer.values(), self.dense.stream.memory):
+        if not can_copy(outer.values(), self.dense_pass.stream.memory):
             return False
         shapes = {name: parameter.shape for name, parameter in outer.items()}
         order = order_of([outer_channels(outer, self._residual[0].size)], shapes, SEED)

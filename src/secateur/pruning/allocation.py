@@ -37,7 +37,6 @@ from secateur.pruning.loss_curves import (
 from secateur.recipe.patterns import NM, Pattern, Unstructured
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe
-from secateur.recipe.steps import Allocation
 from secateur.runtime import distributed
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of its matrix's mean
@@ -85,15 +84,18 @@ def _allocated(
     assert allocation is not None
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     sequences = sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
-    if takes_all_sequences(blocks, stream):
+    if fisher_needs_all_sequences(blocks, stream):
         sequences = sum(sizes)
     # A router shows an expert only some tokens, and its Hessian needs as many as it has inputs.
     first = stream.first(sizes, sum(sizes) if stream.routed else sequences)
-    if allocation.rule == "owl":
-        return _by_outliers(blocks, first, free, allocation, context)
-    seed, memory = context.recipe.seed, stream.memory
-    fisher = output_fisher_information(model, blocks, batches, sequences, seed, context.store, memory, context.progress)
-    return _by_curves(blocks, first, free, fisher, allocation, context)
+    match allocation.rule:
+        case "owl":
+            return _by_outliers(blocks, first, free, context)
+        case "curve":
+            fisher = output_fisher_information(
+                model, blocks, batches, sequences, context.recipe.seed, context.store, stream.memory, context.progress
+            )
+            return _by_curves(blocks, first, free, fisher, context)
 
 
 def matrices_without_pattern(blocks: Sequence[Block], recipe: Recipe) -> set[str]:
@@ -102,8 +104,8 @@ def matrices_without_pattern(blocks: Sequence[Block], recipe: Recipe) -> set[str
     return {name for name in names if not matrix_recipe(recipe, name).own_pattern}
 
 
-def takes_all_sequences(blocks: Sequence[Block], stream: Stream) -> bool:
-    """Whether gradients take all sequences: only experts in one parameter may see no token, and then weigh nothing."""
+def fisher_needs_all_sequences(blocks: Sequence[Block], stream: Stream) -> bool:
+    """Whether gradients need all sequences: an expert that is a module must see a token, and a fused one need not."""
     return any(matrix.name in stream.routed and matrix.index is None for block in blocks for matrix in block.matrices)
 
 
@@ -117,11 +119,11 @@ def _by_curves(
     stream: Stream,
     free: set[str],
     fisher: dict[str, Tensor],
-    allocation: Allocation,
     context: RunContext,
 ) -> LayerPatterns:
     """Patterns that minimise the sum of measured losses."""
-    pattern = context.recipe.pattern
+    pattern, allocation = context.recipe.pattern, context.recipe.allocation
+    assert allocation is not None
     levels = curve_levels(pattern, allocation.spread)
 
     def measure(name: str, W: Tensor, hessian: Hessian) -> LossCurve:
@@ -173,7 +175,7 @@ def _over_dense_blocks(
 
 @dataclass(frozen=True)
 class _Outliers:
-    weights: int
+    num_weights: int
     share: float
 
 
@@ -182,11 +184,10 @@ def _count_outliers(_name: str, W: Float[Tensor, "R C"], hessian: Hessian) -> _O
     return _Outliers(W.numel(), float((score > OUTLIER * score.mean()).float().mean()))
 
 
-def _by_outliers(
-    blocks: Sequence[Block], stream: Stream, free: set[str], allocation: Allocation, context: RunContext
-) -> LayerPatterns:
+def _by_outliers(blocks: Sequence[Block], stream: Stream, free: set[str], context: RunContext) -> LayerPatterns:
     """OWL: a block's sparsity falls linearly with its share of outliers, over a range of twice the spread."""
-    pattern = context.recipe.pattern
+    pattern, allocation = context.recipe.pattern, context.recipe.allocation
+    assert allocation is not None
     assert isinstance(pattern, Unstructured), "checked by the recipe"
     measured = _over_dense_blocks(blocks, stream, free, _count_outliers, context)
     return LayerPatterns(owl_patterns(measured, _block_of(blocks), pattern, allocation.spread))
@@ -203,17 +204,17 @@ def owl_patterns(
     members: dict[str, list[str]] = {}
     for name in measured:
         members.setdefault(block_of[name], []).append(name)
-    total = sum(outliers.weights for outliers in measured.values())
+    num_weights = {name: outliers.num_weights for name, outliers in measured.items()}
     share = {
-        block: sum(measured[name].weights * measured[name].share for name in names)
-        / sum(measured[name].weights for name in names)
+        block: sum(num_weights[name] * measured[name].share for name in names)
+        / sum(num_weights[name] for name in names)
         for block, names in members.items()
     }
     width = max(share.values()) - min(share.values())
     scaled = {block: (share[block] - min(share.values())) / width if width else 0.0 for block in members}
-    mean = sum(scaled[block_of[name]] * measured[name].weights for name in measured) / total
+    mean = sum(scaled[block_of[name]] * number for name, number in num_weights.items()) / sum(num_weights.values())
     low, high = sparsity_bounds(pattern, spread)
     wanted = {
         name: min(high, max(low, pattern.sparsity - 2 * spread * (scaled[block_of[name]] - mean))) for name in measured
     }
-    return exact_patterns(wanted, measured, pattern, low, high)
+    return exact_patterns(wanted, num_weights, pattern, low, high)

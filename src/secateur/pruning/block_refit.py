@@ -35,13 +35,14 @@ from secateur.models.blocks import Block
 from secateur.numerics.int8 import coarser, nearest_int8
 from secateur.pruning.context import RunContext, StorageOf, keep_dtype
 from secateur.recipe.steps import BlockRefit
+from secateur.reporting.figures import OUTPUT_ERROR
 from secateur.runtime import distributed
 
 BETAS = (0.9, 0.95)
 ATTEMPTS, NEXT_RATE = 3, 0.25
 # Stop if the loss after epoch 1 exceeds this multiple of the best: a lower rate was then better.
 STOP_AFTER_FIRST = 1.05
-SHARES = (0.5, 0.25)  # of the way from the weights as solved to those of a last step that went too far
+STEPS_BACK = (0.5, 0.25)  # of the way from the weights as solved to those of a last step that went too far
 Int8Matrices = Sequence[tuple[Tensor, torch.dtype]]  # as (outputs, inputs), and the dtype that holds the rounded ones
 ADAM_EPS = 1e-16  # far below any gradient: steps must not depend on the scale of the hidden states
 
@@ -59,18 +60,17 @@ def check_batches(batches: int) -> None:
         )
 
 
-def refit_targets(pruned_outputs: HiddenStates, dense_outputs: HiddenStates, strength: float) -> HiddenStates:
+def refit_targets(on_pruned: HiddenStates, on_dense: HiddenStates, strength: float) -> HiddenStates:
     """Targets of a block's refit, batch by batch: `y = s y_d + (1 - s) f(x_p)`, f the block while it is dense.
 
     Args:
-        pruned_outputs: f(x_p), its outputs on the pruned stream. The targets take their place, for memory's sake.
-        dense_outputs: y_d, its outputs on the dense stream.
+        on_pruned: f(x_p), its outputs on the pruned stream. The targets take their place, for memory's sake.
+        on_dense: y_d, its outputs on the dense stream.
         strength: s.
     """
-    pairs = zip(dense_outputs, pruned_outputs, strict=True)
-    for index, (dense, pruned) in enumerate(pairs):
-        pruned_outputs[index] = pruned.float().lerp(dense.float(), strength).to(dense.dtype)
-    return pruned_outputs
+    for index, (pruned, dense) in enumerate(zip(on_pruned, on_dense, strict=True)):
+        on_pruned[index] = pruned.float().lerp(dense.float(), strength).to(dense.dtype)
+    return on_pruned
 
 
 def int8_matrices_of(block: Block, stream: Stream, context: RunContext) -> Int8Matrices:
@@ -100,7 +100,7 @@ def refit_block(
 
     Args:
         block: the block, pruned.
-        objective: what to minimise: `OutputError`, or `PredictionDivergence`.
+        objective: what to minimise.
         num_batches: of this rank.
         options: epochs, rate and the rest.
         seed: fixes the validation batches and the order of the others.
@@ -132,7 +132,7 @@ def refit_block(
             f"another dtype"
         )
     best = _Best(as_solved, before)
-    highest = rate = options.rate * objective.rate_share
+    highest = rate = options.rate * objective.rate_factor
     for rate in (highest * NEXT_RATE**attempt for attempt in range(ATTEMPTS)):
         best = _descend(weights, shared, train, val, options.epochs, rate, generator, best)
         if best.epoch > 0:
@@ -189,7 +189,7 @@ def _part_of_the_way(
 ) -> _Best:
     """The best weights between those as solved and those of a last step that went too far."""
     as_solved, last = best.weights, [master.clone() for master in weights.masters]
-    for share in SHARES:
+    for share in STEPS_BACK:
         weights.mix(as_solved, last, share)
         loss = objective.mean(val)
         if loss < best.loss:
@@ -210,13 +210,15 @@ class Objective(Protocol):
     """What a refit minimises.
 
     Attributes:
-        gradient_scale: brings the gradient of the block's output near 1, as the plain one underflows in fp16. Adam's
+        name: of the report.
+        loss_scale: brings the gradient of the block's output near 1, as the plain one underflows in fp16. Adam's
             steps do not depend on it.
-        rate_share: the part of the learning rate that it takes.
+        rate_factor: what it multiplies the learning rate by.
     """
 
-    gradient_scale: float
-    rate_share: float
+    name: str
+    loss_scale: float
+    rate_factor: float
 
     def __call__(self, index: int, /) -> Float[Tensor, ""]:
         """The loss on this rank's batch `index`."""
@@ -229,14 +231,15 @@ class OutputError:
     Each token counts the same whatever its norm, as it does for the next block's normalisation.
     """
 
-    gradient_scale: float
-    rate_share = 1.0
+    name = OUTPUT_ERROR
+    loss_scale: float
+    rate_factor = 1.0
 
     def __init__(self, block: Block, stream: Stream, targets: Sequence[Tensor]) -> None:
         """Compare a block's outputs with targets (`refit_targets`), batch by batch."""
         self.block, self.stream, self.targets = block, stream, targets
         norms = targets[0].float().norm(dim=-1)
-        self.gradient_scale = float(norms.mean()) * norms.numel()  # a gradient is of size `error / (|y|^2 T)`
+        self.loss_scale = float(norms.mean()) * norms.numel()  # a gradient is of size `error / (|y|^2 T)`
 
     def __call__(self, index: int) -> Float[Tensor, ""]:
         """The loss on this rank's batch `index`."""
@@ -244,7 +247,7 @@ class OutputError:
         output = call.replay(self.block, self.stream.hidden[index].clone()).float()
         target = self.targets[index].float()
         error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-        real = self.stream.padding[index]
+        real = self.stream.real[index]
         return error.mean() if real is None else error[real].mean()
 
 
@@ -253,7 +256,7 @@ class _Shared:
 
     def __init__(self, objective: Objective, num_batches: int) -> None:
         self.objective = objective
-        self.scale = distributed.broadcast_object(objective.gradient_scale)
+        self.scale = distributed.broadcast_object(objective.loss_scale)
         self.num_batches = sum(distributed.all_gather(num_batches))
 
     def owner(self, number: int) -> int:

@@ -31,7 +31,8 @@ class LayerPatterns:
     Args:
         patterns: by matrix name.
         row_scales: by matrix name (R); rows of other matrices are not scaled.
-        prices: what one more zero costs in a matrix, relative to the median matrix, where that was measured.
+        prices: what one more zero at the global sparsity costs in a matrix, relative to the median matrix, where that
+            was measured.
     """
 
     patterns: dict[str, Pattern]

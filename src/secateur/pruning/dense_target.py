@@ -114,7 +114,7 @@ def observe_moments(
         if outputs is not None:
             outputs.append(output)
         error = (dense_outputs[index].float() - output.float()).flatten(0, -2)
-        real = stream.padding[index]
+        real = stream.real[index]
         error = error if real is None else error[real.flatten()]
         for name, X in inputs.items():
             if name not in sums:
@@ -175,7 +175,7 @@ def write_gain(block: Block, stream: Stream, matrix: Matrix, input_dim: int) -> 
     finally:
         matrix.stored.copy_(original)
     change = (after.float() - before.float()).flatten(0, -2)
-    real = stream.padding[0]
+    real = stream.real[0]
     change = change if real is None else change[real.flatten()]
     product = torch.cat(products)
     if product.shape != change.shape or float(product.square().sum()) == 0:

@@ -49,7 +49,7 @@ class DepthMeter:
         if _is_part(block) and distributed.is_main():
             is_last = block.name in self.stream.calls
             hidden = self._replayed(block, self.stream.hidden[0]) if is_last else self.stream.hidden[0]
-            found = distance(block.name, hidden, self.dense, self.stream.padding[0])
+            found = distance(block.name, hidden, self.dense, self.stream.real[0])
         found = distributed.broadcast_object(found)
         return [] if found is None else [found]
 

@@ -22,7 +22,7 @@ from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
-from secateur.pruning.allocation import matrices_without_pattern, sequences_of, takes_all_sequences
+from secateur.pruning.allocation import fisher_needs_all_sequences, matrices_without_pattern, sequences_of
 from secateur.pruning.block_refit import (
     MaskedMasterWeights,
     Objective,
@@ -195,8 +195,8 @@ def _seconds_of_predictions(
         aimed = _seconds_of_gradients(block, PredictionDivergence(block, stream, outputs, end), stream, context)
         plain = _seconds_of_gradients(block, OutputError(block, stream, outputs), stream, context)
     epochs = refit.over_tokens(round(scale * stream.num_tokens)).epochs
-    looking = min(refit.prediction_blocks, len(structure.blocks))
-    return scale * looking * epochs * max(0.0, aimed - plain)
+    blocks = min(refit.prediction_blocks, len(structure.blocks))
+    return scale * blocks * epochs * max(0.0, aimed - plain)
 
 
 def _seconds_of_gradients(block: Block, objective: Objective, stream: Stream, context: RunContext) -> float:
@@ -225,10 +225,10 @@ def _seconds_of_allocation(
     """
     allocation = context.recipe.allocation
     free = matrices_without_pattern(dense.blocks, context.recipe)
-    if allocation is None or allocation.rule == "owl" or not free:  # OWL takes a dense pass over a few sequences
+    if allocation is None or allocation.rule != "curve" or not free:  # OWL takes a dense pass over a few sequences
         return 0.0
     stream, in_sample = dense.stream, sum(len(next(iter(batch.values()))) for batch in sample)
-    tried = in_sample if takes_all_sequences(dense.blocks, stream) else 1
+    tried = in_sample if fisher_needs_all_sequences(dense.blocks, stream) else 1
     fisher, backward = _timed(
         lambda: output_fisher_information(model, dense.blocks, sample, tried, 0, context.store, context.memory)
     )

@@ -2,7 +2,7 @@
 
 Inputs inside a block are those of the block before its own pruning (SparseGPT's protocol). With `true_sequential` the
 block is observed again after each group of matrices that share an input, and where the Hessians of all its matrices do
-not fit into memory together (many experts), after as many as do.
+not fit into memory together (many experts), for as many as do, each time with its dense weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from secateur.pruning.predictions import ModelEnd, PredictionDivergence
 from secateur.recipe.patterns import NM
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe
-from secateur.reporting.figures import OUTPUT_ERROR, PREDICTIONS, BlockFigures, BlockReport, DepthReport, MatrixReport
+from secateur.reporting.figures import BlockFigures, BlockReport, DepthReport, MatrixReport
+from secateur.reporting.reasons import few_tokens
 from secateur.runtime import distributed
 from secateur.solvers.swaps import check_columns
 
@@ -104,13 +105,13 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         check_steps(structure, context)
         outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure))
         first, *later = structure.chains
-        dense = checked_dense_pass(model, first, batches, context)
+        dense_pass = checked_dense_pass(model, first, batches, context)
         # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
         for chain in later:
             checked_dense_pass(model, chain, batches, context)
         if context.recipe.permutation is not None:
             if not context.store.is_reordered:
-                _reorder_channels(model, first, dense, batches, context)
+                _reorder_channels(model, first, dense_pass, batches, context)
             outcome.notices.append(REORDERED if context.store.is_reordered else "no channels could be reordered")
         end = end_of(model, structure.chains, batches, context)
         if end is None and _aims_at_predictions(context.recipe):
@@ -121,12 +122,12 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         done, total = 0, len(structure.blocks)
         for chain in structure.chains:
             if chain is not first:
-                dense = checked_dense_pass(model, chain, batches, context)
-            patterns = allocate(model, dense.blocks, dense.stream, batches, context)
+                dense_pass = checked_dense_pass(model, chain, batches, context)
+            patterns = allocate(model, dense_pass.blocks, dense_pass.stream, batches, context)
             outcome.prices |= patterns.prices
-            _prune_chain(dense, patterns, (done, total), outcome, context, end)
+            _prune_chain(dense_pass, patterns, (done, total), outcome, context, end)
             done += len(chain.blocks)
-    outcome.notices += _few_tokens(outcome.matrices)
+    outcome.notices += few_tokens(outcome.matrices)
     return outcome
 
 
@@ -142,20 +143,22 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
 
 
 def _reorder_channels(
-    model: nn.Module, chain: BlockChain, dense: DensePass, batches: Sequence[Batch], context: RunContext
+    model: nn.Module, chain: BlockChain, dense_pass: DensePass, batches: Sequence[Batch], context: RunContext
 ) -> None:
     """Put the channels of the first chain, and the hidden states in front of it, in an order that suits n:m."""
     recipe = context.recipe
     assert recipe.permutation is not None
     assert isinstance(recipe.pattern, NM), "checked by the recipe"
-    matrices = [matrix.name for block in dense.blocks for matrix in block.matrices]
+    matrices = [matrix.name for block in dense_pass.blocks for matrix in block.matrices]
     patterns = {name: matrix_recipe(recipe, name).pattern for name in matrices}
-    search = OrderSearch(dense, batches, patterns, recipe.pattern, recipe.permutation, context.store, context.progress)
+    search = OrderSearch(
+        dense_pass, batches, patterns, recipe.pattern, recipe.permutation, context.store, context.progress
+    )
     order = search.run(model, chain, recipe.seed)
     if not order.indices:
         return
     context.store.reorder(model, order)
-    hidden = dense.stream.hidden
+    hidden = dense_pass.stream.hidden
     for index in range(len(hidden)):
         hidden[index] = order.of_hidden(hidden[index])
 
@@ -175,7 +178,7 @@ def end_of(
 
 
 def _prune_chain(
-    dense: DensePass,
+    dense_pass: DensePass,
     patterns: LayerPatterns,
     place: tuple[int, int],
     outcome: Outcome,
@@ -185,25 +188,25 @@ def _prune_chain(
     """Prune a chain block by block, each on what the pruned ones before it give.
 
     Args:
-        dense: the chain's dense pass.
+        dense_pass: of the chain.
         patterns: of its matrices.
         place: blocks of the chains before this one, and of all chains.
         outcome: takes the figures.
         context: of the run.
         end: what lies behind the last blocks, where their refit looks at the predictions.
     """
-    stream, (done, total) = dense.stream, place
+    stream, (done, total) = dense_pass.stream, place
     if context.recipe.refit is not None:
         refit = context.recipe.refit.over_tokens(stream.num_tokens)
         context = replace(context, recipe=replace(context.recipe, refit=refit))
     recipe = context.recipe
-    looking = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
+    num_prediction_blocks = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
     if recipe.refit is not None or recipe.target is not None:
         assert isinstance(stream.hidden, HiddenStates)
         stream.dense = stream.hidden.copy()
     context.workspace.limit = context.memory.chunk_bytes
     meter = DepthMeter(stream)
-    for number, block in enumerate(dense.blocks, done):
+    for number, block in enumerate(dense_pass.blocks, done):
         # A few models draw random numbers in evaluation (hashes of an attention): the same, resumed or not.
         torch.manual_seed(recipe.seed + number)
         with context.store.onload_block(block):
@@ -212,8 +215,8 @@ def _prune_chain(
             figures = context.store.reuse(block)
             stage = "prune" if figures is None else "replay"  # of what an earlier process pruned, which is faster
             if figures is None:
-                seed, behind = recipe.seed + number, end if number >= total - looking else None
-                figures = _prune_and_refit(block, stream, dense_outputs, patterns, seed, context, behind)
+                seed, own_end = recipe.seed + number, end if number >= total - num_prediction_blocks else None
+                figures = _prune_and_refit(block, stream, dense_outputs, patterns, seed, context, own_end)
                 context.store.commit(block, figures)
         context.workspace.limit = figures.chunk
         outcome.matrices += figures.matrices
@@ -221,7 +224,7 @@ def _prune_chain(
         outcome.dense |= block.dense
         torch.manual_seed(recipe.seed + number)
         with context.store.onload_block(block):
-            if block is not dense.blocks[-1]:
+            if block is not dense_pass.blocks[-1]:
                 stream.advance(block)
                 stream.dense = dense_outputs
             outcome.depth += meter.measure(block)
@@ -250,13 +253,12 @@ def _prune_and_refit(
         if end is not None:
             objective: Objective = PredictionDivergence(block, stream, dense_outputs, end)
         else:
-            between = dense_outputs if outputs is None else refit_targets(outputs, dense_outputs, refit.strength)
-            objective = OutputError(block, stream, between)
+            targets = dense_outputs if outputs is None else refit_targets(outputs, dense_outputs, refit.strength)
+            objective = OutputError(block, stream, targets)
         int8 = int8_matrices_of(block, stream, context)
         options = refit.at_width(dense_outputs[0].shape[-1])
         figures = refit_block(block, objective, len(stream.hidden), options, seed, context.storage_of, int8)
-    name = OUTPUT_ERROR if end is None else PREDICTIONS
-    report = BlockReport(name=block.name, objective=name, seconds=time.perf_counter() - started, **figures)
+    report = BlockReport(name=block.name, objective=objective.name, seconds=time.perf_counter() - started, **figures)
     return BlockFigures(matrices, report, context.workspace.limit)
 
 
@@ -364,18 +366,6 @@ def _notices(structure: ModelStructure) -> list[str]:
         f"dense model"
         for chain in structure.chains
         if chain.whole
-    ]
-
-
-def _few_tokens(matrices: Sequence[MatrixReport]) -> list[str]:
-    short = [matrix for matrix in matrices if matrix.borrowed]
-    if not short:
-        return []
-    worst = min(short, key=lambda matrix: matrix.tokens)
-    return [
-        f"{len(short)} matrices of experts saw fewer calibration tokens than they have inputs ({worst.name}: "
-        f"{worst.tokens} tokens, {worst.columns} inputs), so their Hessians were mixed with those of all the "
-        f"layer's tokens: more calibration text would help"
     ]
 
 

@@ -6,9 +6,8 @@ Shape legend: R output rows, S sampled rows, C input columns, L levels of sparsi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,12 +33,12 @@ class LossCurve:
     Args:
         sparsities: in rising order.
         losses: at each.
-        weights: of the matrix.
+        num_weights: of the matrix.
     """
 
     sparsities: list[float]
     losses: list[float]
-    weights: int
+    num_weights: int
 
 
 def loss_curve(
@@ -108,7 +107,7 @@ def row_scale(fisher: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
 
 
 def curve_levels(pattern: Pattern, spread: float) -> list[Pattern]:
-    """Patterns at which a curve is measured, in order of sparsity, over the range that a matrix may get."""
+    """Patterns at which a curve is measured, in order of sparsity: over the allowed range, and for n:m every n."""
     if isinstance(pattern, NM):
         return [NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)]
     low, high = sparsity_bounds(pattern, spread)
@@ -123,7 +122,7 @@ def minimise_loss(curves: dict[str, LossCurve], pattern: Pattern, spread: float)
     sparsity where loss minus price x zeros is least.
     """
     names = list(curves)
-    weights = torch.tensor([curves[name].weights for name in names], dtype=torch.float64)
+    weights = torch.tensor([curves[name].num_weights for name in names], dtype=torch.float64)
     low, high = sparsity_bounds(pattern, spread)
     levels = torch.linspace(low, high, FINE_STEPS, dtype=torch.float64)
     losses = torch.stack([_interpolated(curves[name], levels) for name in names])
@@ -136,7 +135,8 @@ def minimise_loss(curves: dict[str, LossCurve], pattern: Pattern, spread: float)
         price = (cheap + dear) / 2
         too_few = float((at(price) * weights).sum() / weights.sum()) < pattern.sparsity
         cheap, dear = (price, dear) if too_few else (cheap, price)
-    return exact_patterns(dict(zip(names, at(dear).tolist(), strict=True)), curves, pattern, low, high)
+    wanted = dict(zip(names, at(dear).tolist(), strict=True))
+    return exact_patterns(wanted, {name: curves[name].num_weights for name in names}, pattern, low, high)
 
 
 def prices_of_zeros(curves: dict[str, LossCurve], pattern: Pattern) -> dict[str, float]:
@@ -146,7 +146,7 @@ def prices_of_zeros(curves: dict[str, LossCurve], pattern: Pattern) -> dict[str,
     """
     step = 0.01
     around = torch.tensor([pattern.sparsity - step, pattern.sparsity + step], dtype=torch.float64)
-    rises = {name: _interpolated(curve, around).diff() / curve.weights for name, curve in curves.items()}
+    rises = {name: _interpolated(curve, around).diff() / curve.num_weights for name, curve in curves.items()}
     median = float(torch.cat(list(rises.values())).median())
     return {name: float(rise) / median for name, rise in rises.items()} if median > 0 else {}
 
@@ -166,21 +166,20 @@ def _interpolated(curve: LossCurve, levels: Float[Tensor, " L"]) -> Float[Tensor
 
 
 def exact_patterns(
-    wanted: dict[str, float], curves: dict[str, Any], pattern: Pattern, low: float, high: float
+    wanted: Mapping[str, float], num_weights: Mapping[str, int], pattern: Pattern, low: float, high: float
 ) -> dict[str, Pattern]:
     """Patterns near the wanted sparsities, within the bounds, whose zeros add up to the global number exactly."""
-    weights = {name: curves[name].weights for name in wanted}
-    zeros = {name: round(wanted[name] * weights[name]) for name in wanted}
-    missing = round(pattern.sparsity * sum(weights.values())) - sum(zeros.values())
+    zeros = {name: round(wanted[name] * num_weights[name]) for name in wanted}
+    missing = round(pattern.sparsity * sum(num_weights[name] for name in wanted)) - sum(zeros.values())
     # Rounded outward: else the bounds of many small matrices leave no room for the total.
-    bound = {name: math.ceil(high * n) if missing > 0 else math.floor(low * n) for name, n in weights.items()}
+    bound = {name: math.ceil(high * n) if missing > 0 else math.floor(low * n) for name, n in num_weights.items()}
     room = {name: bound[name] - zeros[name] for name in wanted}
     total = sum(room.values())
     for name in wanted:  # each takes its share of the room, the last ones what is left over
         step = round(missing * room[name] / total) if total else 0
         zeros[name] += step
         missing, total = missing - step, total - room[name]
-    return {name: Unstructured(zeros[name] / weights[name]) for name in wanted}
+    return {name: Unstructured(zeros[name] / num_weights[name]) for name in wanted}
 
 
 def exchange_levels(curves: dict[str, LossCurve], pattern: NM, spread: float) -> dict[str, Pattern]:
@@ -189,7 +188,7 @@ def exchange_levels(curves: dict[str, LossCurve], pattern: NM, spread: float) ->
     kept = dict.fromkeys(curves, pattern.n)
     by_size: dict[int, list[str]] = {}
     for name, curve in curves.items():
-        by_size.setdefault(curve.weights, []).append(name)
+        by_size.setdefault(curve.num_weights, []).append(name)
 
     def change(name: str, step: int) -> float:
         n = kept[name] + step

@@ -17,6 +17,7 @@ from secateur.errors import SecateurError, errors_within
 from secateur.models.matrices import Matrix
 from secateur.numerics.hessian import Hessian, relative_error
 from secateur.numerics.int8 import coarser
+from secateur.numerics.rounding import round_to_int8
 from secateur.pruning.context import RunContext
 from secateur.pruning.dense_target import Moments, dense_target_weights
 from secateur.recipe.patterns import Pattern
@@ -24,7 +25,6 @@ from secateur.recipe.rules import matrix_recipe
 from secateur.reporting.figures import MatrixReport
 from secateur.runtime.chunking import max_chunk_bytes
 from secateur.solvers import Solved, solve_checked
-from secateur.solvers.rounding import round_to_int8
 from secateur.solvers.swaps import refine_by_swaps
 
 
@@ -71,6 +71,8 @@ def prune_matrix(
             f"(‹settings.damping›)"
         )
     view.copy_(saved)
+    error = relative_error(saved.float(), W, hessian.H)
+    target_error = None if target is None else relative_error(saved.float(), wanted, hessian.H)
     return MatrixReport(
         name=matrix.name,
         rows=W.shape[0],
@@ -78,8 +80,8 @@ def prune_matrix(
         input_dim=input_dim,
         pattern=str(pattern),
         zeros=int((saved == 0).sum()),  # with those that the model had before
-        relative_error=relative_error(saved.float(), W, hessian.H),
-        target_error=None if target is None else relative_error(saved.float(), wanted, hessian.H),
+        relative_error=error,
+        target_error=target_error,
         seconds=time.perf_counter() - started,
         tokens=hessian.tokens,
         borrowed=hessian.borrowed,

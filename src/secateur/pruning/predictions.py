@@ -35,9 +35,10 @@ from secateur.models.head import (
 )
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
+from secateur.reporting.figures import PREDICTIONS
 from secateur.runtime import distributed
 
-SHARES = 4  # of a batch's positions, taken in turn by the epochs of a refit
+POSITION_STRIDE = 4  # a step looks at every fourth position of a batch, and each epoch at others
 
 
 @dataclass(eq=False)
@@ -176,8 +177,9 @@ class PredictionDivergence:
     vocabulary costs more than the block. The loss without a gradient, which decides, looks at all.
     """
 
-    gradient_scale: float
-    rate_share = 1 / 16  # larger steps made the divergence on validation text rise (SmolLM2, 16k tokens)
+    name = PREDICTIONS
+    loss_scale: float
+    rate_factor = 1 / 16  # larger steps made the divergence on validation text rise (SmolLM2, 16k tokens)
 
     def __init__(self, block: Block, stream: Stream, dense_outputs: HiddenStates, end: ModelEnd) -> None:
         """Keep the dense model's last hidden states.
@@ -198,14 +200,14 @@ class PredictionDivergence:
                 stream.memory,
                 len(dense_outputs),
             )
-        self.gradient_scale = float(self.dense[0].shape[:-1].numel())  # the loss is a mean over tokens
+        self.loss_scale = float(self.dense[0].shape[:-1].numel())  # the loss is a mean over tokens
 
     def __call__(self, index: int) -> Float[Tensor, ""]:
         """The loss on this rank's batch `index`."""
         output = self.stream.calls[self.block.name][index].replay(self.block, self.stream.hidden[index].clone())
         body_output = self.end.body_output(self.block, output, index)
         share = self._share(index)
-        value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.padding[index], share)
+        value, gradient = self.end.divergence(body_output, self.dense[index], index, self.stream.real[index], share)
         hidden = body_output.last_hidden_state
         surrogate = (hidden.float() * gradient.float()).sum()  # its gradient is known; its value is not wanted
         return value + surrogate - surrogate.detach()
@@ -216,4 +218,4 @@ class PredictionDivergence:
             return ALL
         number = index * distributed.world_size() + distributed.rank()
         visits = self.visits[index] = self.visits.get(index, 0) + 1
-        return slice((number + visits) % SHARES, None, SHARES)
+        return slice((number + visits) % POSITION_STRIDE, None, POSITION_STRIDE)

@@ -42,7 +42,7 @@ def run_page(report: Report, folder: Path | None = None) -> str:
         headline=headline(report, files),
         perplexity=_perplexity_rows(report),
         speed=_speed_rows(report),
-        maps=heat_maps(report),
+        maps=[zeros_map(report), error_map(report)] if report.matrices else [],
         extremes=extremes(report),
         depth=depth_chart([("", report)]),
         refit=refit_chart(report),
@@ -64,12 +64,13 @@ def two_runs_page(first: Report, second: Report, names: tuple[str, str]) -> str:
     """
     texts = [to_yaml(run.recipe).splitlines() for run in (first, second)]
     lines = difflib.unified_diff(texts[0], texts[1], names[0], names[1], lineterm="", n=1)
+    errors = [(name, error_map(run)) for name, run in zip(names, (first, second), strict=True) if run.matrices]
     return render(
         "two_runs.html.j2",
         title=f"{names[0]} and {names[1]}",
         names=names,
         rows=_side_by_side(first, second),
-        maps=[*_difference_map(first, second), *_error_maps(names[0], first), *_error_maps(names[1], second)],
+        maps=[*_difference_map(first, second), *errors],
         depth=depth_chart([(names[0], first), (names[1], second)]),
         changes=[line for line in lines if not line.startswith("@@")],
     )
@@ -77,7 +78,8 @@ def two_runs_page(first: Report, second: Report, names: tuple[str, str]) -> str:
 
 def notebook_form(report: Report) -> str:
     """Headline and heat map, for a notebook's output cell."""
-    return render("notebook.html.j2", report=report, headline=headline(report, None), maps=heat_maps(report)[:1])
+    maps = [zeros_map(report)] if report.matrices else []
+    return render("notebook.html.j2", report=report, headline=headline(report, None), maps=maps)
 
 
 def headline(report: Report, files: WeightFiles | None) -> list[tuple[str, str, str]]:
@@ -122,26 +124,23 @@ def _ratio(value: float, reference: float) -> str:
     return f"{value / reference:.2f}x" if reference else ""
 
 
-def heat_maps(report: Report) -> list[HeatMap]:
-    """Zeros and layer error of every block and kind of matrix."""
-    if not report.matrices:
-        return []
-    zeros = heat_map(
+def zeros_map(report: Report) -> HeatMap:
+    """Share of zeros by block and kind of matrix, with its reason."""
+    return heat_map(
         "Zeros",
         report.matrices,
         lambda each: each.sparsity,
         lambda value: f"{value:.0%}",
         partial(reason, report.recipe, report.prices),
     )
-    error = heat_map(
+
+
+def error_map(report: Report) -> HeatMap:
+    """Layer error by block and kind of matrix."""
+    return heat_map(
         "Layer error", report.matrices, lambda each: each.relative_error, _short,
         lambda each: f"{each.sparsity:.1%} zeros",
     )  # fmt: skip
-    return [zeros, error]
-
-
-def _error_maps(name: str, report: Report) -> list[tuple[str, HeatMap]]:
-    return [(name, each) for each in heat_maps(report)[1:]]
 
 
 def _difference_map(first: Report, second: Report) -> list[tuple[str, HeatMap]]:

@@ -1,8 +1,8 @@
-"""Why a matrix got the pattern that it has, in words."""
+"""Sentences on the matrices of a run: why each got the pattern that it has, and which saw few tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
@@ -26,7 +26,10 @@ def reason(recipe: Recipe, prices: Mapping[str, float], matrix: MatrixReport) ->
         return f"The rule for {', '.join(rule.match) if rule else matrix.name} says {own.pattern}."
     price = prices.get(matrix.name)
     if price is not None:
-        return f"One more zero here costs the model's output {_times(price)} the median matrix."
+        return (
+            f"At {recipe.pattern} in every matrix, one more zero here would cost the model's predictions "
+            f"{_times(price)} one in the median matrix."
+        )
     if recipe.allocation is not None:
         return f"The {recipe.allocation.rule} allocation gave it {matrix.sparsity:.1%}."
     return "Every matrix gets the recipe's pattern."
@@ -40,6 +43,24 @@ def extremes(report: Report) -> list[str]:
     shown, recipe = min(MOST_SHOWN, len(matrices) // 2), report.recipe
     picked = [*reversed(matrices[-shown:]), *reversed(matrices[:shown])]
     return [f"{each.name} has {each.sparsity:.1%} zeros. {reason(recipe, report.prices, each)}" for each in picked]
+
+
+def few_tokens(matrices: Sequence[MatrixReport]) -> list[str]:
+    """Sentences on matrices that saw fewer tokens than they have inputs."""
+    mixed = [matrix for matrix in matrices if matrix.borrowed]
+    others = [matrix for matrix in matrices if not matrix.borrowed and matrix.tokens < matrix.columns]
+    notices: list[str] = []
+    for short, kind, effect in (
+        (mixed, "matrices of experts", ", so their Hessians were mixed with those of all the layer's tokens"),
+        (others, "matrices", ""),
+    ):
+        if short:
+            worst = min(short, key=lambda matrix: matrix.tokens / matrix.columns)
+            notices.append(
+                f"{len(short)} {kind} saw fewer calibration tokens than they have inputs ({worst.name}: "
+                f"{worst.tokens} tokens, {worst.columns} inputs){effect}: more calibration text would help"
+            )
+    return notices
 
 
 def _times(price: float) -> str:

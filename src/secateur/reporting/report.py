@@ -93,7 +93,8 @@ class Report:
         matrices: figures of each pruned matrix.
         blocks: figures of each refit block.
         depth: distance from the dense model behind each block.
-        prices: what one more zero costs in a matrix, relative to the median matrix, where an allocation measured it.
+        prices: what one more zero at the global sparsity costs in a matrix, relative to the median matrix, where an
+            allocation measured it.
         stages: time and memory of each stage; of the last process, where the run was resumed.
         perplexities: measured of the finished model, by text.
         speeds: measured of the finished model, with those that it was compared with; the first is the reference.
