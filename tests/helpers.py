@@ -106,3 +106,17 @@ def dense_pass(model: Any, batches: list[Tensor], **options: Any) -> DensePass:
 
 def quiet(*_: object) -> None:
     """Show no progress."""
+
+
+class Killed(BaseException):
+    """Stands for a process that was killed."""
+
+
+def kill_at(stage: str, number: int) -> Any:
+    """A progress callback that stops the run after a step of a stage."""
+
+    def progress(now: str, done: int, _total: int) -> None:
+        if (now, done) == (stage, number):
+            raise Killed
+
+    return progress

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import dense_pass, find_blocks, problem, quiet
+from helpers import dense_pass, find_blocks, problem, quiet, refit_oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import OneOfTwo, mixtral, tiny_model, tokens
@@ -16,10 +16,11 @@ from models import OneOfTwo, mixtral, tiny_model, tokens
 import secateur
 from secateur.calibration.stream import Stream
 from secateur.models.placement import InMemory
+from secateur.numerics.damping import Damping, inverse_diagonal_of_model, shrinkage_for
 from secateur.numerics.hessian import Hessian
 from secateur.numerics.masks import is_met
 from secateur.pruning import allocation as al
-from secateur.pruning import dry_run, loss_curves
+from secateur.pruning import dry_run, loop, loss_curves
 from secateur.pruning.context import DroppedBlocks, RunContext
 from secateur.pruning.dry_run import estimate
 from secateur.pruning.fisher import output_fisher_information
@@ -124,11 +125,6 @@ def test_curve_is_the_loss_of_a_real_refit():
 
     The mask is by the low-rank model's scores: little worse than by the inverse Hessian's.
     """
-    from helpers import problem, refit_oracle
-
-    from secateur.numerics.damping import inverse_diagonal_of_model
-    from secateur.numerics.hessian import Hessian
-
     W, H = problem(rows=24, columns=48)
     sensitivity = torch.linspace(0.1, 2.0, 24, dtype=torch.float64)
     hessian = Hessian(H, 1)
@@ -151,9 +147,6 @@ def test_curve_is_the_loss_of_a_real_refit():
 
 def test_a_curve_of_few_tokens_does_not_flatter_where_the_hessian_is_shrunk():
     """24 kept weights of 48 fit 24 tokens exactly: without shrinkage the matrix seems to lose nothing."""
-    from secateur.numerics.damping import shrinkage_for
-    from secateur.numerics.hessian import Hessian
-
     generator = torch.Generator().manual_seed(0)
     X, W = (torch.randn(24, 48, generator=generator, dtype=torch.float64) for _ in range(2))
     fisher, levels = torch.ones(24, dtype=torch.float64), [Unstructured(0.4)]
@@ -169,8 +162,6 @@ def test_a_curve_of_few_tokens_does_not_flatter_where_the_hessian_is_shrunk():
 @pytest.mark.parametrize(("columns", "num_tokens", "factors"), [(48, 48, 16), (96, 48, 16), (96, 48, 48), (48, 480, 4)])
 def test_a_curve_says_what_other_tokens_lose(columns, num_tokens, factors, monkeypatch):
     """By the tokens that the rows are fit to, the loss of a wide matrix seems smaller than it is."""
-    from secateur.numerics.damping import shrinkage_for
-
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(factors, columns, generator=generator, dtype=torch.float64) / factors**0.5
     W = torch.randn(24, columns, generator=generator, dtype=torch.float64)
@@ -204,10 +195,6 @@ def test_an_allocation_looks_at_its_tokens_in_whole_sequences():
 
 
 def test_a_curve_costs_nothing_where_dead_inputs_do():
-    from helpers import problem
-
-    from secateur.numerics.hessian import Hessian
-
     W, H = problem(rows=24, columns=48)
     H[:24] = 0
     H[:, :24] = 0
@@ -397,12 +384,33 @@ def test_no_matrix_loses_everything():
     assert loss_curves.sparsity_bounds(Unstructured(0.99), 0.3)[1] == 0.99
 
 
-def test_hessians_of_an_allocation_look_at_its_tokens_alone(monkeypatch):
+def test_an_allocation_asks_for_the_sequences_that_hold_its_tokens(monkeypatch):
     looked = []
     first = Stream.first
     monkeypatch.setattr(Stream, "first", lambda *a: looked.append(a[2]) or first(*a))
     prune(settings={"allocation.tokens": 100})
     assert looked == [5]  # sequences of 24 tokens, of 8
+
+
+def test_the_first_sequences_of_a_stream_are_whole_batches_with_its_damping():
+    stream = dense_pass(tiny_model("llama"), tokens(8), damping=Damping(0.07, "auto")).stream
+    first = stream.first([2, 2, 2, 2], 4)
+    assert (len(first.hidden), first.damping) == (2, Damping(0.07, "auto"))
+    assert len(stream.first([2, 2, 2, 2], 5).hidden) == 3
+
+
+def test_row_scales_reach_the_solver(monkeypatch):
+    taken, real = {}, loop.prune_matrix
+    monkeypatch.setattr(loop, "prune_matrix", lambda *a: taken.update({a[0].name: a[5]}) or real(*a))
+    prune(settings={"allocation.rule": "curve"})
+    assert all(scale is not None for scale in taken.values())
+    assert any(len(scale.unique()) > 1 for scale in taken.values())
+
+
+def test_an_outlier_is_one_by_its_input_too():
+    H = torch.eye(100)
+    H[7, 7] = 100.0
+    assert al._count_outliers("", torch.ones(2, 100), Hessian(H, 1)).share == pytest.approx(0.01)
 
 
 def estimated(model, batches, settings):

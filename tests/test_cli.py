@@ -191,6 +191,8 @@ def test_shards_and_options_reach_the_run(main, model, text, tmp_path):
     report = json.loads(stdout)
     assert report["recipe"]["solver"]["block"] == 16
     assert report["recipe"]["true_sequential"]
+    figures = report["matrices"][0]["figures"]
+    assert (figures["damping"], figures["mask"]) == ([0.05], "M")
     assert report["summary"]["sparsity"] == 0.75
     assert report["dense"] == {
         f"model.layers.{index}.mlp.down_proj": "a rule leaves '*.down_proj' dense" for index in (0, 1)

@@ -105,6 +105,36 @@ def test_moments_of_both_streams_equal_those_of_plain_hooks():
     assert torch.allclose(moments.error, E.T @ Xp / len(Xp), atol=1e-5)
 
 
+def test_dense_inputs_are_those_of_the_dense_block_though_a_part_of_it_is_pruned():
+    """Groups of a block are observed one after another: here o_proj, when q, k and v have lost half of their inputs."""
+    blocks, stream = prepared("llama")
+    block = blocks[0]
+    by_leader = {group.leader.name.removeprefix(f"{block.name}."): group for group in stream.groups[block.name]}
+    seen: list[torch.Tensor] = []
+    hook = block.module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        originals, dense_outputs = DenseWeights(block), stream.outputs(block, of_dense=True)
+        Xd, _ = torch.cat(seen), seen.clear()
+        for matrix, _ in by_leader["self_attn.q_proj"].members:
+            matrix.stored[:, ::2] = 0
+        stream.outputs(block)
+        Xp = torch.cat(seen)
+        hook.remove()
+        group, target = by_leader["self_attn.o_proj"], DenseTarget(kind="residual")
+        moments = observe_moments(block, stream, [group], dense_outputs, originals, target)
+    assert torch.allclose(moments[group.leader.name].drift, (Xd - Xp).T @ Xp / len(Xp), atol=1e-5)
+    assert moments[group.leader.name].drift.abs().max() > 1e-3
+
+
+def test_a_residual_target_moves_the_matrices_that_write_into_the_residual_stream():
+    settings = {"target.kind": "residual", "target.strength": 1.0}
+    report = secateur.prune(tiny_model("llama"), solver="mrp", calibration=tokens(8), settings=settings)
+    writes = {each.name.rsplit(".", 1)[1] for each in report.matrices if each.figures.get("write_gain") is not None}
+    assert writes == {"o_proj", "down_proj"}
+    moved = [each for each in report.matrices if ".1." in each.name]
+    assert all(each.target_error < each.relative_error for each in moved)
+
+
 @pytest.mark.parametrize("target", ["dense", "residual"])
 def test_full_strength_brings_outputs_nearer_to_the_dense_model(target):
     """On the calibration tokens themselves, where a target must help if it is right."""

@@ -18,10 +18,12 @@ from secateur.errors import SecateurError
 from secateur.numerics import rounding
 from secateur.numerics.int8 import nearest_int8, scales_of
 from secateur.numerics.rounding import round_to_int8
+from secateur.packed import kernels
 from secateur.packed.encoding import decode, is_encoded
 from secateur.packed.layout import pack_int8, unpack
 from secateur.pruning.block_refit import MaskedMasterWeights
 from secateur.recipe.recipe import Recipe
+from secateur.runtime.chunking import max_chunk_bytes
 
 REFIT = {"epochs": 2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +91,14 @@ def test_packing_finds_the_same_numbers_again(dtype, transposed, size):
         assert same_bits(unpack(pack_int8(saved, transposed)), saved)
 
 
+def test_tiles_and_chunks_of_rows_change_no_rounding(monkeypatch):
+    W, keep, H = case(3)
+    whole = round_to_int8(W, keep, H, torch.float32)
+    monkeypatch.setattr(rounding, "TILE", 7)
+    with max_chunk_bytes(rounding.COPIES * 4 * 40 * 4):  # four rows
+        assert torch.equal(round_to_int8(W, keep, H, torch.float32), whole)
+
+
 def same_bits(one, other):
     return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
 
@@ -118,6 +128,10 @@ def test_a_packed_run_holds_the_numbers_of_the_dense_run(tmp_path, family, dtype
     for name, each in packed.items():
         assert each.values.dtype == torch.int8
         assert same_bits(unpack(each), dense[name]), name
+    if kernels.level() != "none" and (family, dtype) == ("llama", torch.bfloat16):
+        with torch.no_grad():
+            one, other = (secateur.load(tmp_path / form)(tokens()[0]).logits for form in ("dense", "packed"))
+        assert torch.allclose(one, other, rtol=0.05, atol=0.02)
     assert not secateur.inspect(tmp_path / "packed").problems
     assert re.search("int8 values", (tmp_path / "packed" / "README.md").read_text())
 

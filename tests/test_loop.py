@@ -28,6 +28,7 @@ from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.recipe import Recipe, Rule
 from secateur.recipe.steps import BlockRefit
 from secateur.runtime import memory
+from secateur.solvers import swaps
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -514,6 +515,32 @@ def test_a_matrix_with_a_second_input_shares_no_hessian():
     model = Chain(SharedInput)
     reports = prune_model(model, [{"input_ids": tokens()[0]}], context(NM(2, 4))).matrices
     assert [report.tokens for report in reports] == [96, 48, 96, 48]
+
+
+@pytest.mark.parametrize("more", [{}, {"allocation.rule": "curve"}])  # without row scales, and with them
+def test_a_run_refines_its_masks(more):
+    errors = []
+    for settings in (more, more | {"refine": {}}):
+        report = secateur.prune(tiny_model("llama"), solver="wanda", calibration=tokens(32), settings=settings)
+        errors.append(report.matrices[0].relative_error)
+    assert all("rows_at_optimum" in each.figures for each in report.matrices)
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_run_that_would_refine_too_wide_a_matrix_is_refused_before_any_change(monkeypatch):
+    monkeypatch.setitem(swaps.MAX_COLUMNS, "cpu", 32)
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"down_proj: swap refinement of 64 input columns .* limited to 32"):
+        secateur.prune(model, solver="wanda", calibration=tokens(), settings={"refine": {}})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_damping_and_shrinkage_of_a_recipe_reach_the_solver():
+    settings = {"damping": 0.05, "shrinkage": 0.25}
+    report = secateur.prune(tiny_model("llama"), solver="mrp", calibration=tokens(8), settings=settings)
+    assert {tuple(each.figures["damping"]) for each in report.matrices} == {(0.05,)}
+    assert {each.figures["shrinkage"] for each in report.matrices} == {0.25}
 
 
 def test_fused_experts_are_solved_one_by_one_with_their_own_tokens():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import quiet
+from helpers import Killed, kill_at, quiet
 from models import character_tokenizer, save_checkpoint, tiny_model
 from safetensors.torch import load_file
 
@@ -400,15 +400,10 @@ def test_a_resumed_run_takes_the_text_that_it_kept(tmp_path, monkeypatch, at, nu
     save_checkpoint(tmp_path / "dense")
     secateur.prune(tmp_path / "dense", tmp_path / "whole", calibration="self", **SETTINGS)
 
-    class Killed(BaseException):
-        pass
-
-    def kill(stage, done, _total):
-        if (stage, done) == (at, number):
-            raise Killed
-
     with pytest.raises(Killed):
-        secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", progress=kill, **SETTINGS)
+        secateur.prune(
+            tmp_path / "dense", tmp_path / "out", calibration="self", progress=kill_at(at, number), **SETTINGS
+        )
     assert (tmp_path / ".out.secateur" / OWN_WORDS_FILE).exists()
     monkeypatch.setattr("secateur.calibration.own_words.write_windows", None)
     report = secateur.prune(tmp_path / "dense", tmp_path / "out", calibration="self", resume=True, **SETTINGS)

@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.models.semi_structured import is_two_four
 from secateur.packed import kernels
 from secateur.packed import linear as packed_linear
-from secateur.packed.layout import pack, pack_int8
+from secateur.packed.layout import pack, pack_int8, unpack
 from secateur.packed.linear import PackedLinear
 
 needs_kernels = pytest.mark.skipif(kernels.level() == "none", reason="the kernels were not built, or need AVX2")
@@ -164,6 +164,17 @@ def test_a_pickled_layer_is_dense_where_there_are_no_kernels(monkeypatch):
         assert layer.is_packed == (level != "none")
         assert torch.equal(layer.packed.masks if layer.is_packed else layer.weight,
                            packed.packed.masks if layer.is_packed else linear.weight)  # fmt: skip
+
+
+@needs_kernels
+def test_int8_layers_multiply_and_have_gradients():
+    torch.manual_seed(0)
+    packed = pack_int8(torch.randn(48, 32).bfloat16() * (torch.rand(48, 32) < 0.5))
+    layer, dense, x = PackedLinear(packed, None), unpack(packed), torch.randn(3, 32).bfloat16()
+    assert torch.allclose(layer(x), x @ dense.T, rtol=0.02, atol=0.02)
+    found = x.clone().requires_grad_()
+    layer(found).sum().backward()
+    assert torch.allclose(found.grad, torch.ones(3, 48).bfloat16() @ dense, rtol=0.02, atol=0.02)
 
 
 @needs_kernels

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import damp, find_chain, problem, quiet
+from helpers import Killed, damp, find_chain, kill_at, problem, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import OneOfTwo, mixtral, save_checkpoint, tiny_model, tokens
@@ -20,7 +20,7 @@ from secateur.numerics.hessian import Hessian
 from secateur.permutation import search
 from secateur.permutation.channels import ChannelOrder
 from secateur.permutation.discovery import in_fp32
-from secateur.permutation.order import can_copy, costs_of_zeros
+from secateur.permutation.order import _some_rows, can_copy, costs_of_zeros
 from secateur.permutation.search import find_order, kept_score
 from secateur.pruning.context import RunContext
 from secateur.pruning.loop import REORDERED, _reorder_channels, checked_dense_pass
@@ -114,19 +114,14 @@ def test_channels_that_later_blocks_read_too_stay(family):
     assert not all(torch.equal(*pair) for pair in pairs)
 
 
+def test_sampled_rows_stand_for_all():
+    scores = torch.arange(8.0)[:, None].expand(8, 3)
+    found = _some_rows(scores, 4)
+    assert torch.equal(found[:, 0], 2 * torch.tensor([0.0, 2.0, 5.0, 7.0]))
+    assert torch.equal(_some_rows(scores, 99), scores)
+
+
 SETTINGS = {"pattern": "2:4", "solver": "mrp", "calibration": tokens(32), "settings": {"permutation.rounds": 5}}
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(stage, number):
-    def progress(now, done, _total):
-        if (now, done) == (stage, number):
-            raise Killed
-
-    return progress
 
 
 def test_a_run_from_files_gives_the_bits_of_one_in_memory(tmp_path):

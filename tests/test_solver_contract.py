@@ -158,12 +158,21 @@ def test_full_row_is_optimal_for_its_mask(name, pattern):
     ids=case_id,
 )
 def test_the_first_block_is_compensated_jointly(name, pattern):
-    """Of a matrix of two blocks, the first is removed at once: its kept weights and all to its right are free."""
+    """Of a matrix of two blocks, the first is removed at once: its kept weights and all to its right are free.
+
+    Then the second is, with the first as it is.
+    """
     W, H = problem(12, 64)
     solved = solve(name, W, H, pattern)
     keep = solved.keep.clone()
     keep[:, 32:] = True
     assert torch.allclose(solved.weight[:, :32], refit_oracle(W, H, keep)[:, :32], rtol=1e-6, atol=1e-8)
+    Hd = damp(H)
+    for w, new, kept in zip(W, solved.weight, solved.keep, strict=True):
+        K = 32 + kept[32:].nonzero()[:, 0]
+        still_to_remove = torch.cat([w[:32] - new[:32], w[32:]])
+        expected = torch.linalg.solve(Hd[K][:, K], (still_to_remove @ Hd)[K])
+        assert torch.allclose(new[K], expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(4, 8)], ids=case_id)
