@@ -37,7 +37,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 def read_tensor(content: bytes) -> np.ndarray:
     """The dense tensor in the bytes of a packed one."""
     fields = HEADER.unpack_from(content)
-    _, version, dtype, stored_as, coding, transposed, ndim, _, *sizes, kept, stored, crc32, _ = fields
+    _, version, dtype, stored_as, coding, transposed, ndim, _, *sizes, kept, stored, crc32, header_crc32 = fields
+    assert zlib.crc32(content[:60]) == header_crc32
     assert version == 1
     body = content[HEADER.size : HEADER.size + stored]
     assert zlib.crc32(body) == crc32

@@ -786,6 +786,26 @@ def test_loss_in_chunks_equals_the_loss_at_once(monkeypatch, text):
     assert "forward" not in vars(model.base_model)
 
 
+def test_the_demo_advises_to_pack_only_what_it_packed(main, model, text, tmp_path, monkeypatch):
+    from secateur.cli import demo
+    from secateur.reporting.figures import Speed
+
+    def bench(models, progress=None):
+        return [Speed(str(each), 100, 100, 1.0, 1.0, 1.0 + number, 2) for number, each in enumerate(models)]
+
+    figures = {"perplexity": 1.0, "targets": 9, "continuation": ""}
+    monkeypatch.setattr(demo, "bench", bench)
+    for pattern, is_packed in (("10%", False), ("50%", True)):
+        out = tmp_path / pattern
+        report = secateur.prune(
+            model, out, pattern=pattern, solver="magnitude", calibration=text, samples=4, seq_len=32
+        )
+        monkeypatch.setattr(demo, "run_demo", lambda *_, made=report: ({"dense": figures, "pruned": figures}, made))
+        code, shown, errors = main("demo", "--out", out)
+        assert code == 0, errors
+        assert ("smaller and faster: secateur pack" in shown) == is_packed
+
+
 def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
     from secateur.sources import demo_model as assets
 

@@ -473,6 +473,8 @@ def test_tasks_run_for_the_seeds_named_and_add_up(settings, tmp_path, monkeypatc
     assert {key for key, cell in cells.items() if "tasks" in cell} == {"dense", "magnitude 50% 1"}
     cells = compare(replace(settings, tasks=("two",)), **run).cells
     assert cells["magnitude 50% 1"]["tasks_asked"] == ["one", "two"]
+    with pytest.raises(SecateurError, match="task_seeds has 7, which is none of seeds"):
+        compare(replace(settings, tasks=("two",)), **run, tasks_for_seeds=[1, 7])
 
 
 def test_a_process_imports_no_file_of_the_current_folder(tmp_path, monkeypatch):

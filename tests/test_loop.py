@@ -11,6 +11,7 @@ from helpers import dense_pass, find_blocks, quiet
 from models import FAMILIES, VOCABULARY, mixtral, randomised, tiny_model, tokens
 from torch import nn
 from torch.nn.utils import prune
+from zoo import tiny
 
 import secateur
 from secateur.calibration.experts import recorded_calls
@@ -407,6 +408,19 @@ def test_weights_that_products_take_by_keyword_are_seen():
     assert names == {
         f"layers.{index}.mlp.{name}" for index in (0, 1) for name in ("up", "down", "experts[0]", "experts[1]")
     }
+
+
+def test_a_model_that_changes_its_weights_in_a_forward_pass_is_refused():
+    """RWKV divides those of deep blocks, and a saved copy would be divided again when it is loaded."""
+    model = tiny("rwkv")
+    model.config.rescale_every = 6
+    with pytest.raises(UnsupportedModelError, match=r"changes its weights \(rwkv.blocks.0.*rescale_every=0"):
+        secateur.prune(model, solver="magnitude", calibration=tokens())
+
+
+def test_an_output_without_gradients_is_refused_by_the_curve_allocation():
+    with pytest.raises(UnsupportedModelError, match="no gradient .* the curve allocation needs: use recipe='fast'"):
+        secateur.prune(tiny("reformer"), solver="mrp", calibration=tokens(), settings={"allocation.rule": "curve"})
 
 
 def test_weight_at_x_is_seen_and_other_uses_are_explained():

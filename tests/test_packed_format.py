@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import SecateurError
 from secateur.packed import kernels, layout
-from secateur.packed.encoding import HEADER, MAGIC, decode, encode, read_header
+from secateur.packed.encoding import HEADER, MAGIC, decode, encode, read_header, sealed_header
 from secateur.packed.files import Entry, write_weights
 from secateur.packed.layout import PackedTensor, check, is_worth_packing, pack, pack_int8, unpack
 from secateur.packed.mapped import drop_pages
@@ -288,25 +288,38 @@ def with_fields(encoded, **changes):
         "kept",
         "stored",
         "crc32",
-        "end",
+        "own_crc32",
     ]
     content = encoded.numpy().tobytes()
     fields = dict(zip(names, HEADER.unpack(content[: HEADER.size]), strict=True)) | changes
-    return torch.frombuffer(bytearray(HEADER.pack(*fields.values()) + content[HEADER.size :]), dtype=torch.uint8)
+    *others, _ = fields.values()
+    header = HEADER.pack(*fields.values()) if "own_crc32" in changes else sealed_header(others)
+    return torch.frombuffer(bytearray(header + content[HEADER.size :]), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
 @pytest.mark.parametrize(
     "changes",
     [{"version": 2}, {"magic": b"SOMEBODY"}, {"dtype": 9}, {"values": 3}, {"coding": 7}, {"transposed": 2}, {"ndim": 4},
-     {"ndim": 1}, {"zero": 1}, {"end": 1}, {"d0": 0}, {"d0": 2**63}, {"d0": 48}, {"d1": 10**6}, {"d2": 3}, {"kept": 0},
-     {"kept": 2**60}, {"stored": 2**63}, {"stored": 0}, {"crc32": 1}],
+     {"ndim": 1}, {"zero": 1}, {"own_crc32": 1}, {"d0": 0}, {"d0": 2**63}, {"d0": 48}, {"d1": 10**6}, {"d2": 3},
+     {"kept": 0}, {"kept": 2**60}, {"stored": 2**63}, {"stored": 0}, {"crc32": 1}],
     ids=str,
 )  # fmt: skip
 def test_damaged_headers_are_refused(compression, changes):
     encoded = joined(encode(pack(sparse((64, 64), 0.5)), compression))
     with pytest.raises(SecateurError):
         decode(with_fields(encoded, **changes))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_no_flipped_bit_of_a_header_is_taken(compression):
+    """A square matrix with another orientation would look as good."""
+    encoded = joined(encode(pack(sparse((64, 64), 0.5)), compression))
+    for bit in range(8 * HEADER.size):
+        flipped = encoded.clone()
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(SecateurError):
+            decode(flipped)
 
 
 def test_wrong_contents_under_a_right_checksum_are_refused():
@@ -328,7 +341,7 @@ def test_wrong_contents_under_a_right_checksum_are_refused():
 
 def test_a_small_file_takes_little_memory():
     """A header can't claim more than twice the coded bytes."""
-    huge = HEADER.pack(MAGIC, 1, 1, 1, 1, 0, 2, 0, 2**20, 2**20, 0, 0, 64, 0, 0)
+    huge = sealed_header((MAGIC, 1, 1, 1, 1, 0, 2, 0, 2**20, 2**20, 0, 0, 64, 0))
     with pytest.raises(SecateurError, match="can't hold the shape"):
         read_header(huge, 128)
     empty = torch.zeros(512, 512, dtype=torch.bfloat16)

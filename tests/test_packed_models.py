@@ -13,6 +13,7 @@ import torch
 import transformers
 from models import FAMILIES, TEXT, character_tokenizer, save_checkpoint, tiny_model, tokens
 from safetensors.torch import load_file, save_file
+from zoo import tiny
 
 import secateur
 from secateur.evaluation import speed
@@ -105,6 +106,43 @@ def test_every_family_packs_unpacks_loads_and_saves_again(saved, tmp_path, famil
     model.save_pretrained(tmp_path / "again")
     secateur.unpack(tmp_path / "again", tmp_path / "unpacked-again")
     assert_same_weights(weights_of(tmp_path / "unpacked-again"), weights_of(folder))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["zamba2", "rwkv", "blt"])
+def test_tied_layers_and_models_that_initialise_by_shapes_are_loaded(tmp_path, family):
+    """Zamba's layers share matrices; RWKV and BLT look at the shape of a weight that was read, to initialise it."""
+    without_half(tiny(family).to(torch.bfloat16)).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    secateur.pack(tmp_path / "model", tmp_path / "packed")
+    model, dense = secateur.load(tmp_path / "packed"), secateur.load(tmp_path / "packed", dense=True)
+    assert any(isinstance(each, PackedLinear) for each in model.modules())
+    assert all(each.dtype != torch.uint8 for each in model.parameters())
+    assert_same_weights(dict(model.state_dict()), dict(dense.state_dict()))
+
+
+def test_an_index_that_names_another_folder_is_refused(saved, tmp_path):
+    _, packed = saved(max_shard_size="20KB")
+    (tmp_path / "elsewhere").mkdir()
+    index = packed / "packed.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for name in {*content["weight_map"].values()}:
+        (packed / name).rename(tmp_path / "elsewhere" / name)
+    content["weight_map"] = {name: f"../elsewhere/{file}" for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(secateur.SecateurError, match="names files of another folder"):
+        transformers.AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_a_packed_model_in_another_dtype_is_saved_in_it(saved, tmp_path):
+    _, packed = saved()
+    model = secateur.load(packed).to(torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + 1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.dtype == torch.float32
+    assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 
 
 def test_a_full_disk_leaves_the_weights_that_were_there(saved, monkeypatch):

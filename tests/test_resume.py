@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 from commands import Command, command
-from models import TEXT, character_tokenizer, save_checkpoint
+from helpers import Killed, kill_at
+from models import TEXT, character_tokenizer, save_checkpoint, tokens
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import tiny
@@ -29,6 +30,7 @@ from secateur.checkpoints.save import write_checkpoint
 from secateur.pruning import loop
 from secateur.pruning.context import LayerPatterns
 from secateur.recipe.patterns import NM, Unstructured
+from secateur.reporting.report import Report
 from secateur.resume import block_store, folder, manifest, publish
 from secateur.resume.kept import kept_patterns
 from secateur.storage import held_folder
@@ -600,6 +602,20 @@ def test_ctrl_c_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 130
     assert "2 finished blocks are in" in capsys.readouterr().err
+
+
+def test_figures_recorded_with_the_source_are_no_change_of_it(tmp_path):
+    """`eval --record` on a pruned model that a stopped run prunes further."""
+    save_checkpoint(tmp_path / "model")
+    options = {"calibration": tokens(4), "solver": "magnitude"}
+    secateur.prune(tmp_path / "model", tmp_path / "half", **options)
+    with pytest.raises(Killed):
+        secateur.prune(tmp_path / "half", tmp_path / "more", pattern="70%", progress=kill_at("prune", 1), **options)
+    report = Report.load(tmp_path / "half")
+    report.notices.append("another")
+    report.save(tmp_path / "half")
+    resumed = secateur.prune(tmp_path / "half", tmp_path / "more", pattern="70%", resume=True, **options)
+    assert resumed.sparsity == pytest.approx(0.7, abs=0.01)
 
 
 def test_nothing_is_left_of_a_run_that_finished_no_block(source, tmp_path):

@@ -80,6 +80,13 @@ def test_a_task_that_is_mended_is_known(tmp_path, monkeypatch):
     check_tasks(["foxes"], "~/own", None)
 
 
+@pytest.mark.parametrize("options", [{"task_limit": 5}, {"task_dir": "anywhere"}])
+def test_options_of_tasks_without_a_task_are_refused(options):
+    (name,) = options
+    with pytest.raises(secateur.SecateurError, match=f"{name} is for tasks, and none is named"):
+        secateur.evaluate(None, **options)
+
+
 def test_figures_equal_the_harness_called_by_hand(task_dir):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

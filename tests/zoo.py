@@ -84,6 +84,7 @@ ROWS: dict[str, dict[str, Any]] = {
                  "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4},
     "roc_bert": {"shape_vocab_size": 128, "pronunciation_vocab_size": 128, "shape_embed_dim": 16,
                  "pronunciation_embed_dim": 16},
+    "rwkv": {"rescale_every": 0},  # else the forward pass changes weights, which is refused
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 5, "layers_block_type": ["linear_attention", "hybrid"] * 2 + ["linear_attention"],
               "attention_hidden_size": 64, "attention_head_dim": 16},

@@ -125,14 +125,14 @@ def edit_tree(tree: Any, edits: list[tuple[int, Any]]) -> bytes:
 
 
 def repair_packed(content: bytes) -> bytes:
-    """Put the right checksum and size into every packed tensor of a file that still has a header."""
-    from secateur.packed.encoding import HEADER, MAGIC
+    """Put the right checksums into every packed tensor of a file that still has a header."""
+    from secateur.packed.encoding import HEADER, MAGIC, sealed_header
 
     found, at = bytearray(content), content.find(MAGIC)
     while at >= 0 and at + HEADER.size <= len(found):
-        *fields, stored, _, end = HEADER.unpack_from(found, at)
+        *fields, stored, _, _ = HEADER.unpack_from(found, at)
         body = found[at + HEADER.size : at + HEADER.size + stored]
-        HEADER.pack_into(found, at, *fields, stored, zlib.crc32(body), end)
+        found[at : at + HEADER.size] = sealed_header((*fields, stored, zlib.crc32(body)))
         at = content.find(MAGIC, at + 8)
     return bytes(found)
 

@@ -322,7 +322,7 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M-Instruct (93 MB, once), and compare quality, size, memory and speed with the dense model."""
     _use_threads(threads)
-    from secateur.cli.demo import dense_against_packed, run_demo
+    from secateur.cli.demo import PACKED, dense_against_packed, run_demo
 
     asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}
     with progress_shown() as progress:
@@ -339,9 +339,11 @@ def demo(
         f"the pruned model is in {out}: AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
     print_speeds(speeds)
-    dense, packed = (each.decode_tokens_per_second for each in speeds)
-    gain = "smaller and faster" if packed > dense else "smaller, and not faster on this CPU (see `secateur env`)"
-    show(f"{gain}: secateur pack {quote(f'{out}')} {quote(f'{out}-packed')}")
+    dense, pruned = speeds
+    if pruned.model == PACKED:
+        is_faster = pruned.decode_tokens_per_second > dense.decode_tokens_per_second
+        gain = "smaller and faster" if is_faster else "smaller, and not faster on this CPU (see `secateur env`)"
+        show(f"{gain}: secateur pack {quote(f'{out}')} {quote(f'{out}-packed')}")
 
 
 for command in (

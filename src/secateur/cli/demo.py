@@ -31,6 +31,7 @@ from secateur.storage.paths import real_path, user_path
 PROMPT = "Photosynthesis is the process by which"
 NEW_TOKENS = 40
 LEAST_TO_PACK = 0.2  # share of zeros
+PACKED = "pruned and packed"
 DEFAULT_TOKENS = {"samples": 32, "seq_len": 512}
 
 
@@ -69,7 +70,7 @@ def dense_against_packed(out: Path, report: Report, progress: Progress) -> list[
     What has too few zeros to be packed, or is packed already, is measured as it is.
     """
     with TemporaryDirectory() as scratch:
-        ours, name = Path(scratch) / "packed", "pruned and packed"
+        ours, name = Path(scratch) / "packed", PACKED
         if is_packed(out) or report.sparsity < LEAST_TO_PACK:
             ours, name = out, "pruned"
         else:

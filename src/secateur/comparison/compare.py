@@ -85,6 +85,7 @@ def compare(
         )
     out, peer_python = real_path(user_path(out)), None if peer_python is None else user_path(peer_python)
     check_outside_model(out, settings.model)
+    _check_task_seeds(tasks_for_seeds or (), seeds)
     wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
     run = partial(_in_own_process, peer_python=peer_python, watched=watched)
@@ -105,6 +106,11 @@ def compare(
     if failed:
         raise failed[0]
     return _open(out, settings)
+
+
+def _check_task_seeds(tasks_for_seeds: Sequence[int], seeds: Sequence[int]) -> None:
+    if unknown := {*tasks_for_seeds} - {*seeds}:
+        raise SecateurError(f"‹task_seeds› has {min(unknown)}, which is none of ‹seeds› ({', '.join(map(str, seeds))})")
 
 
 def _run_missing(

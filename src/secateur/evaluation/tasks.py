@@ -59,9 +59,12 @@ def check_tasks(tasks: Sequence[str], task_dir: str | Path | None, limit: int | 
     """Check what `run_tasks` is asked for, before any work.
 
     Raises:
-        SecateurError: the extra is missing, a task is unknown, or the limit or the folder is wrong.
+        SecateurError: the extra is missing, a task is unknown, or the limit or the folder is wrong or for no task.
     """
     if not tasks:
+        for name, value in (("task_dir", task_dir), ("task_limit", limit)):
+            if value is not None:
+                raise SecateurError(f"‹{name}› is for ‹tasks›, and none is named")
         return
     if limit is not None and limit < 1:
         raise SecateurError(f"‹task_limit› is {limit}; it must be at least 1")

@@ -270,7 +270,11 @@ def _first_sequence(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def _watch(
     model: nn.Module, lists: dict[str, Layers], inputs: dict[str, Tensor], placement: WeightPlacement
 ) -> tuple[_Trace, CallSample]:
-    """Run one sequence and watch the elements of the lists."""
+    """Run one sequence and watch the elements of the lists.
+
+    Raises:
+        UnsupportedModelError: the forward pass changes a weight, which would be saved as changed.
+    """
     trace = _Trace(oddity=_same_module(lists.values()))
     every = {path: Block(path, layer) for layers in lists.values() for path, layer in layers.items()}
     with placement.onload_model(body_of(model)), ExitStack() as hooks:
@@ -279,8 +283,20 @@ def _watch(
             for path in layers:
                 for hook in _hooks(trace, name, every[path]):
                     hooks.callback(hook.remove)
+        versions = {name: _version(each) for name, each in model.named_parameters()}
         run_without_cache(model, body_of(model), **on_device_of(model, inputs))
+        changed = [name for name, each in model.named_parameters() if _version(each) != versions[name]]
+    if changed:
+        raise UnsupportedModelError(
+            f"a forward pass of the model changes its weights ({changed[0]}), and they would be saved like that: turn "
+            f"it off in the model's config (RWKV's: rescale_every=0)"
+        )
     return trace, sample
+
+
+def _version(parameter: nn.Parameter) -> int:
+    """How often a parameter was written in place; parameters of inference mode don't count it."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _stubs(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,11 +131,17 @@ def _with_header(packed: PackedTensor, coding: int, pieces: list[memoryview | by
     for piece in pieces:
         crc32 = zlib.crc32(piece, crc32)
     dimensions = (*packed.shape, *[0] * (3 - len(packed.shape)))
-    header = HEADER.pack(
+    fields = (
         MAGIC, VERSION, CODES[packed.dtype], CODES[packed.values.dtype], coding, packed.transposed, len(packed.shape),
-        0, *dimensions, packed.kept, stored, crc32, 0,
+        0, *dimensions, packed.kept, stored, crc32,
     )  # fmt: skip
-    return [header, *pieces, bytes(aligned(stored) - stored)]
+    return [sealed_header(fields), *pieces, bytes(aligned(stored) - stored)]
+
+
+def sealed_header(fields: Sequence[Any]) -> bytes:
+    """A header of all its fields but the last, which is a checksum of the bytes before it."""
+    content = HEADER.pack(*fields, 0)
+    return content[:-4] + zlib.crc32(content[:-4]).to_bytes(4, "little")
 
 
 def is_encoded(tensor: Tensor) -> bool:
@@ -155,14 +162,16 @@ def read_header(start: bytes, size: int) -> Header:
     if len(start) < HEADER.size:
         raise SecateurError("it is too short for a packed tensor")
     fields = HEADER.unpack(start[: HEADER.size])
-    magic, version, dtype, values, coding, transposed, ndim, zero, *dimensions, kept, stored, crc32, end = fields
+    magic, version, dtype, values, coding, transposed, ndim, zero, *dimensions, kept, stored, crc32, own_crc32 = fields
     if magic != MAGIC:
         raise SecateurError("it does not begin as a packed tensor does")
     if version != VERSION:
         raise SecateurError(f"it has version {version} of the format; this secateur reads version {VERSION}: upgrade")
+    if zlib.crc32(start[: HEADER.size - 4]) != own_crc32:
+        raise SecateurError("its header does not match its checksum")
     shape = tuple(dimensions[:ndim])
     is_known = dtype in DTYPES and values in (dtype, INT8) and coding in (PLAIN, ZSTD) and transposed in (0, 1)
-    if not is_known or ndim not in (2, 3) or zero or end or any(dimensions[ndim:]):
+    if not is_known or ndim not in (2, 3) or zero or any(dimensions[ndim:]):
         raise SecateurError("its header is damaged")
     if not all(0 < size < MAX_DIMENSION for size in shape) or kept > math.prod(shape):
         raise SecateurError(f"its header is damaged: {kept:,} values in the shape {shape}")

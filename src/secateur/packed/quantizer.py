@@ -8,6 +8,8 @@ all where a device map names anything but the CPU.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,12 @@ class PackedQuantizer(HfQuantizer):
         """Give each layer that a kernel will serve a weight of encoded bytes.
 
         Raises:
-            SecateurError: a matrix of another shape than the model's, a device map with a disk, or files of several
-                folders.
+            SecateurError: a matrix of another shape than the model's, a device map with a disk, or files of another
+                folder.
         """
         self._layers: dict[str, nn.Module] = {}
         _check_no_disk(device_map)
-        if len({Path(path).parent for path in checkpoint_files or []}) > 1:
-            raise SecateurError(f"the index of the packed weights names files of several folders: {checkpoint_files}")
+        _check_one_folder(model, checkpoint_files or [])
         headers = {name: found for path in checkpoint_files or [] for name, found in read_headers(path).items()}
         by_target = _by_target(model, headers)
         why_dense = _why_dense(self._dtype, device_map)
@@ -105,16 +106,18 @@ class PackedQuantizer(HfQuantizer):
             if not self.quantization_config.dequantize:
                 say(f"secateur: the packed model is unpacked to a dense one: {why_dense}")
             return model
-        modules = dict(model.named_modules())
+        modules, tied = dict(model.named_modules()), model.all_tied_weights_keys
+        shared = {*tied, *tied.values()}  # one parameter of several layers
         for target, (header, size) in by_target.items():
             name = target.removesuffix(".weight")
             module = modules.get(name)
             kind = Conv1D if header.transposed else nn.Linear
-            if _is_served(header) and name != target and type(module) is kind:
+            if _is_served(header) and name != target and type(module) is kind and target not in shared:
                 _check_shape(target, header, module.weight)
                 self._layers[name] = module
                 empty = torch.empty(size, dtype=torch.uint8, device="meta")
                 module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+        _mark_as_initialised(model, self._layers.values())
         if unserved := len(headers) - len(self._layers):
             say(f"secateur: {unserved} of {len(headers)} packed matrices are unpacked: no kernel serves them")
         return model
@@ -217,6 +220,31 @@ def _by_target(model: Any, headers: dict[str, tuple[Header, int]]) -> dict[str, 
     own, prefix = model.state_dict(), model.base_model_prefix
     targets = {key: rename_source_key(key, renamings, converters, prefix, own) for key in headers}
     return {target: headers[key] for key, (target, pattern) in targets.items() if pattern is None}
+
+
+def _mark_as_initialised(model: Any, layers: Iterable[nn.Module]) -> None:
+    """Keep transformers from initialising layers of encoded bytes, and modules that hold nothing else.
+
+    It overwrites no weight that was read, but RWKV and BLT look at the shapes of all of them while it does so.
+    """
+    marked = {layer for layer in layers if layer.bias is None}
+    for module in model.modules():
+        children = [each for each in module.children() if any(True for _ in each.parameters())]
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if module in marked or (children and not own and marked.issuperset(children)):
+            module._is_hf_initialized = True
+
+
+def _check_one_folder(model: Any, files: Sequence[str]) -> None:
+    """Check that all files of weights are in the model's folder.
+
+    Raises:
+        SecateurError: an index names files elsewhere.
+    """
+    folders = {Path(os.path.abspath(path)).parent for path in files}  # noqa: PTH100 - a hub's cache is links
+    place = Path(os.path.abspath(model.config.name_or_path))  # noqa: PTH100
+    if len(folders) > 1 or (place.is_dir() and not all(folder.is_relative_to(place) for folder in folders)):
+        raise SecateurError(f"the index of the packed weights names files of another folder: {list(files)}")
 
 
 def _check_no_disk(device_map: Any) -> None:

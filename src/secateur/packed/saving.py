@@ -76,7 +76,7 @@ def save_packed(
 
 def _write_configs(model: Any, folder: Path, is_sharded: bool) -> None:
     model.config.quantization_config.sharded = is_sharded
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.calibration.dense_pass import unlabelled
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import (
     Block,
     BlockCall,
@@ -211,6 +211,11 @@ def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generato
         own = logits if real is None else logits[real[positions]]
         _likelihood_of_draw(own, generator).backward()
         tokens += len(own)
+    if not hidden.requires_grad:
+        raise UnsupportedModelError(
+            "the model's output has no gradient with respect to its last block, which the curve allocation needs: use "
+            "‹recipe=fast›, or ‹settings.allocation=none›"
+        )
     hidden.backward(leaf.grad)
     return tokens
 

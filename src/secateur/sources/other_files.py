@@ -20,8 +20,9 @@ NOT_COPIED = REWRITTEN | {RECIPE_FILE, REPORT_FILE}
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint that decide what the model computes, by name."""
-    return [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()]
+    """Files of a checkpoint that decide what the model computes, by name. The report of a run does not."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.is_file()]
+    return [path for path in files if path.name != METADATA]
 
 
 def copy_other_files(source: Path, target: Path) -> None:
