@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from zoo import tiny
 
 import secateur
+from secateur.calibration import experts
 from secateur.calibration.experts import recorded_calls
 from secateur.calibration.stream import Stream
 from secateur.errors import UnsupportedModelError
@@ -377,6 +378,27 @@ def test_an_expert_that_is_a_module_keeps_the_hessian_of_its_few_tokens():
     )
     (notice,) = outcome.notices
     assert "2 matrices saw fewer calibration tokens than they have inputs (layers.0.experts.0: 3 tokens, 8" in notice
+
+
+def test_fused_experts_of_an_unknown_form_keep_the_hessian_of_their_few_tokens(monkeypatch):
+    monkeypatch.setattr(experts, "_all_sent_to", lambda *_: None)
+    model, calibration = mixtral(num_local_experts=8, num_experts_per_tok=2), [tokens()[0]]
+    layer = model.model.layers[0].mlp
+    with recorded_calls(layer.experts) as calls, torch.no_grad():
+        model(calibration[0])
+    hidden, index, _ = calls[0][0]
+    X, W = hidden.double(), layer.experts.gate_up_proj.detach().double().clone()
+    counts = [int((index == expert).sum()) for expert in range(8)]
+    assert 0 < min(counts) < 32
+    report = secateur.prune(model, pattern="2:4", solver="mrp", calibration=calibration)
+    assert "matrices saw fewer calibration tokens than they have inputs" in report.notices[0]
+    expert = counts.index(min(counts))
+    matrix = {each.name: each for each in report.matrices}[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
+    assert (matrix.tokens, matrix.borrowed) == (min(counts), 0)
+    X = X[(index == expert).any(-1)]
+    lost = (layer.experts.gate_up_proj[expert].detach().double() - W[expert]) @ X.T
+    expected = float(lost.square().sum() / (W[expert] @ X.T).square().sum())
+    assert matrix.relative_error == pytest.approx(expected, rel=1e-3)
 
 
 class ByKeyword(nn.Module):

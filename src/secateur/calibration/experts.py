@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import UnsupportedModelError
 from secateur.models.matrices import Matrix
 from secateur.models.weight_uses import WeightUse, WeightWatcher
 
@@ -47,8 +46,10 @@ def recorded_calls(owner: nn.Module) -> Iterator[list[Invocation]]:
 
 def run_all_tokens(
     owner: nn.Module, call: Invocation, tokens: int, matrix: Matrix, on_matmul: Callable[[WeightUse], None]
-) -> None:
+) -> bool:
     """Repeat a call of fused experts with every token sent to one expert, and watch its matrix.
+
+    Returns False, and does nothing, where the module takes other arguments than `_all_sent_to` knows.
 
     Args:
         owner: the module of the experts.
@@ -56,23 +57,16 @@ def run_all_tokens(
         tokens: of the layer, padding included.
         matrix: of the expert.
         on_matmul: called for each product with the matrix.
-
-    Raises:
-        UnsupportedModelError: the module takes other arguments than `_all_sent_to` knows.
     """
     bound = signature(owner.forward).bind(*call[0], **call[1])
     tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
     changed = _all_sent_to(matrix, tensors, tokens)
     if changed is None:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
-        raise UnsupportedModelError(
-            f"{matrix.name} saw fewer calibration tokens than it has inputs, and {type(owner).__name__} takes no "
-            f"indices and weights of experts that could send it more (it takes {shapes}): use more calibration text, "
-            f"or leave it dense with ‹exclude='{matrix.name}'›"
-        )
+        return False
     bound.arguments.update(changed)
     with WeightWatcher([matrix], on_matmul):
         owner.forward(*bound.args, **bound.kwargs)
+    return True
 
 
 def _all_sent_to(matrix: Matrix, tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor] | None:

@@ -103,8 +103,8 @@ class Stream:
     ) -> dict[str, Hessian]:
         """Hessians by the name of each group's leader.
 
-        Those of fused experts with fewer tokens than inputs are mixed with all tokens' (`experts`). An expert that is a
-        module can't be sent more tokens, so it keeps its own.
+        Those of fused experts with fewer tokens than inputs are mixed with all tokens' (`experts`). Experts that can't
+        be sent more tokens (modules, and unknown forms of fused ones) keep theirs.
 
         Args:
             block: the block.
@@ -129,22 +129,24 @@ class Stream:
             and group.leader.index is not None
             and (share := borrowed_share(sums.tokens(group.leader.name), group.columns))
         }
-        enough = [group for group in groups if short.get(group.leader.name) != 1.0]
-        hessians = finished_hessians(enough, sums.by_name, self.damping)
+        everything: dict[str, Hessian] = {}
         if short:
             everything = self._observe_all_tokens(block, [group for group in groups if group.leader.name in short])
-            for name, whole in everything.items():
-                hessians[name] = _mixed(hessians.get(name), whole, short[name], self.damping)
+        with_own = [group for group in groups if short.get(name := group.leader.name) != 1.0 or name not in everything]
+        hessians = finished_hessians(with_own, sums.by_name, self.damping)
+        for name, whole in everything.items():
+            hessians[name] = _mixed(hessians.get(name), whole, short[name], self.damping)
         return hessians
 
     def _observe_all_tokens(self, block: Block, groups: Sequence[InputGroup]) -> dict[str, Hessian]:
-        """Hessians of fused experts as if every token were sent to them.
+        """Hessians of fused experts as if every token were sent to them; of those that it can be sent to.
 
         Raises:
             SecateurError: an expert that is in no product even then, such as one that pads a parameter.
         """
         sums = _HessianSums()
         by_owner: dict[nn.Module, list[InputGroup]] = {}
+        unsent: set[str] = set()
         for group in groups:
             by_owner.setdefault(owner_of(block.module, group.leader), []).append(group)
         for owner, owned in by_owner.items():
@@ -153,7 +155,10 @@ class Stream:
                     self.calls[block.name][index].replay(block, hidden.clone())
                 tokens = hidden.shape[:-1].numel()
                 for group, call in product(owned, calls):
-                    run_all_tokens(owner, call, tokens, group.leader, self._adding(sums, index))
+                    if not run_all_tokens(owner, call, tokens, group.leader, self._adding(sums, index)):
+                        unsent.add(group.leader.name)
+        unsent = set().union(*distributed.all_gather(unsent))
+        groups = [group for group in groups if group.leader.name not in unsent]
         sums.all_reduce(groups)
         for group in groups:
             if not sums.tokens(name := group.leader.name):
