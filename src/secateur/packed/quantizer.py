@@ -8,7 +8,6 @@ all where a device map names anything but the CPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -241,9 +240,10 @@ def _check_one_folder(model: Any, files: Sequence[str]) -> None:
     Raises:
         SecateurError: an index names files elsewhere.
     """
-    folders = {Path(os.path.abspath(path)).parent for path in files}  # noqa: PTH100 - a hub's cache is links
-    place = Path(os.path.abspath(model.config.name_or_path))  # noqa: PTH100
-    if len(folders) > 1 or (place.is_dir() and not all(folder.is_relative_to(place) for folder in folders)):
+    paths, place = [Path(path) for path in files], Path(model.config.name_or_path)
+    # Names alone are compared: the files of a hub's cache are links that leave it.
+    inside = all(path.is_relative_to(place) and ".." not in path.relative_to(place).parts for path in paths)
+    if len({path.parent for path in paths}) > 1 or (place.is_dir() and not inside):
         raise SecateurError(f"the index of the packed weights names files of another folder: {list(files)}")
 
 
