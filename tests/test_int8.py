@@ -130,8 +130,12 @@ def test_a_packed_run_holds_the_numbers_of_the_dense_run(tmp_path, family, dtype
         assert same_bits(unpack(each), dense[name]), name
     if kernels.level() != "none" and (family, dtype) == ("llama", torch.bfloat16):
         with torch.no_grad():
-            one, other = (secateur.load(tmp_path / form)(tokens()[0]).logits for form in ("dense", "packed"))
-        assert torch.allclose(one, other, rtol=0.05, atol=0.02)
+            exact = secateur.load(tmp_path / "dense").float()(tokens()[0]).logits
+            errors = {
+                form: float((secateur.load(tmp_path / form)(tokens()[0]).logits - exact).norm() / exact.norm())
+                for form in ("dense", "packed")
+            }
+        assert errors["packed"] < 1.5 * errors["dense"] < 0.03  # rounding in bfloat16 is all that differs
     assert not secateur.inspect(tmp_path / "packed").problems
     assert re.search("int8 values", (tmp_path / "packed" / "README.md").read_text())
 
