@@ -86,7 +86,7 @@ On a GPU: not measured (`--device cuda` runs it there).
 
 Relative layer error over that of the SparseGPT authors' code. `reference sparsegpt_mask_refit` is that mask with all kept
 weights refit by direct solves; `reference alps` the ALPS authors' code. Measured before the masks of `mrp` and the start of `admm`
-[changed](decisions.md#what-changed-in-the-presets).
+[changed](decisions.md#a-joint-mask-search-for-balanced).
 
 {golden_table()}
 
