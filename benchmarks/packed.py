@@ -1,12 +1,12 @@
 """Dense against packed models: size, memory, speed and perplexity.
 
-    python benchmarks/packed.py --name N --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out JSON
+    python benchmarks/packed.py --name N --dense MODEL --half PRUNED50 --most PRUNED70 --recipe R --text TEXT --out JSON
 
-Packs the two pruned models to scratch folders, and measures every model by `secateur bench` and `secateur eval`. Run it
-on a quiet machine. The dense int8 model is torchao's, the dense int4 one optimum-quanto's (`pip install torchao
-optimum-quanto`); without them, or with `--fewer`, they are left out.
-Every model is measured `--rounds` times in turn; the fastest counts. The JSON keeps models of other names. Without
-`--half` and `--most` only the dense int8 model is added, with the dense one of the same run to compare it with.
+Packs the pruned models, one or two, to scratch folders, and measures every model by `secateur bench` and
+`secateur eval`. Run it on a quiet machine. The dense int8 model is torchao's, the dense int4 one optimum-quanto's
+(`pip install torchao optimum-quanto`); without them they are left out.
+Every model is measured `--rounds` times in turn; the fastest counts. `--recipe` says what the models were pruned by.
+The JSON keeps models of other names.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PROMPT, NEW = 128, 64
 def main() -> None:
     """Measure the models of one name."""
     args = arguments_of(
-        __doc__, "text", name="", dense="", half="", most="", rounds=2, threads=2, max_tokens=8192, fewer=False
+        __doc__, "text", name="", dense="", half="", most="", recipe="", rounds=2, threads=2, max_tokens=8192
     )
     earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
-    results, others = earlier.get("models", {}), earlier.get("perplexity_alone", {})
+    results, others, recipes = (earlier.get(key, {}) for key in ("models", "perplexity_alone", "recipes"))
     with tempfile.TemporaryDirectory() as scratch:
         folders = variants(args, Path(scratch))
         perplexities = {name: perplexity(folder, args) for name, folder in folders.items()}
@@ -41,37 +41,34 @@ def main() -> None:
             for name, folder in folders.items():
                 speeds[name] += secateur.bench([folder], prompt_tokens=PROMPT, new_tokens=NEW, threads=args.threads)
                 print(name, speeds[name][-1], flush=True)
-        if not args.fewer and (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
+        if (int4 := perplexity_of_int4(folders["dense bf16"], args)) is not None:
             others[args.name] = {"dense int4 (optimum-quanto)": int4}
-        rows = {
+        results[args.name] = {
             name: fastest(found).to_dict() | {"model": name, "perplexity": perplexities[name]}
             for name, found in speeds.items()
         }
-        if not args.half:
-            dense = rows.pop("dense bf16")
-            rows = results[args.name] | {name: row | {"against": dense} for name, row in rows.items()}
-        results[args.name] = rows
+        recipes[args.name] = args.recipe
         settings = {
             "prompt_tokens": PROMPT,
             "new_tokens": NEW,
             "text": Path(args.text).name,
             "max_tokens": args.max_tokens,
         }
-        write_result(args.out, {"models": results, "settings": settings, "perplexity_alone": others})
+        found = {"models": results, "recipes": recipes, "settings": settings, "perplexity_alone": others}
+        write_result(args.out, found)
 
 
 def variants(args: Any, scratch: Path) -> dict[str, Path]:
     """Every model to measure, by its name."""
     dense = resolve(args.dense)
     found = {"dense bf16": dense}
-    if not args.fewer and (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
+    if (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
         found["dense int8 (torchao)"] = int8
-    for share, folder in (("50%", args.half), ("70%", args.most)) if args.half else ():
-        for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")):
-            if not args.fewer or name != "packed 70%, int8":
-                found[name] = scratch / name
-                options: Any = {"values": values}
-                secateur.pack(folder, found[name], **options)
+    for share, folder in (("50%", args.half), ("70%", args.most)):
+        for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")) if folder else ():
+            found[name] = scratch / name
+            options: Any = {"values": values}
+            secateur.pack(folder, found[name], **options)
     return found
 
 

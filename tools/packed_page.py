@@ -17,12 +17,12 @@ def models_table() -> str:
     """Every model's variants: size, memory, speed, perplexity, with ratios to the dense one."""
     rows = []
     for model, variants in [pair for found in measured() for pair in found["models"].items()]:
+        dense = variants["dense bf16"]
         for name in sorted(variants, key=lambda name: not name.startswith("dense")):
             found = variants[name]
-            dense = found.get("against", variants["dense bf16"])
             rows.append(
                 [
-                    f"{model}, {name}{' *' if 'against' in found else ''}",
+                    f"{model}, {name}",
                     size_cell(found, dense, "file_bytes"),
                     size_cell(found, dense, "memory_bytes"),
                     speed_cell(found, dense, "prefill_tokens_per_second"),
@@ -51,8 +51,8 @@ def measured_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({tokens}). {pruned_line()} {apart_line()}"
-    ).rstrip()
+        f"{settings['text']} ({tokens}). {pruned_line()} On another machine the same command for SmolLM2 ended at {elsewhere()}."
+    )
 
 
 def short_line() -> str:
@@ -60,39 +60,27 @@ def short_line() -> str:
     settings = measured()[0]["settings"]
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; SmolLM2-135M is the Instruct model; "
-        f"perplexity on {settings['text']}. The pruned models are of earlier recipes: today's `balanced` ends SmolLM2 at {todays_smollm2()}, "
-        f"and a later `balanced` than the one here ended Qwen at {later_qwen()}. "
-        f"{apart_line()} [How it was measured](docs/packed.md)."
+        f"perplexity on {settings['text']}. {pruned_line()} [How it was measured](docs/packed.md)."
     )
 
 
 def pruned_line() -> str:
-    """How the models were pruned, and what today's recipe gives."""
+    """How the models were pruned."""
+    recipes = {model: recipe for found in measured() for model, recipe in found["recipes"].items()}
     return (
-        f"SmolLM2 was pruned by an earlier `balanced` on 32 x 512 tokens of wikitext2-valid.txt: today's ends at "
-        f"{todays_smollm2()}. Qwen was pruned by an early recipe, to measure size and speed: "
-        f"a later `balanced` ended at {later_qwen()}."
+        f"SmolLM2 was pruned by `{recipes['SmolLM2-135M']}` on 32 x 512 tokens of wikitext2-valid.txt, and Qwen by "
+        f"`{recipes['Qwen2.5-Coder-1.5B']}` on as many of half prose and half code."
     )
 
 
-def todays_smollm2() -> str:
+def elsewhere() -> str:
+    """Perplexities of SmolLM2 by the same recipe, from the comparison."""
     half, most = (perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%"))
     return f"{half:.2f} (50%) and {most:.2f} (70%)"
 
 
-def later_qwen() -> str:
-    return f"{perplexity_of('qwen', 'balanced 50% 0'):.2f} (50%)"
-
-
 def perplexity_of(comparison: str, cell: str) -> float:
     return read_result(f"compare/{comparison}/compare")["cells"][cell]["perplexity"]["wikitext2-test.txt"]
-
-
-def apart_line() -> str:
-    """What the star of some rows means: their ratios are to another dense row than the one in the table."""
-    rows = [each for found in measured() for variants in found["models"].values() for each in variants.values()]
-    starred = any("against" in each for each in rows)
-    return "\\* Measured in another run: the ratios are to the dense model of that run." if starred else ""
 
 
 def int4_line() -> str:
@@ -224,7 +212,7 @@ again) work as with any model. `state_dict()` gives dense weights; `load_state_d
 
 {measured_line()} {int4_line()}
 
-    python benchmarks/packed.py --name NAME --dense MODEL --half PRUNED50 --most PRUNED70 --text TEXT --out benchmarks/results/packed.json
+    python benchmarks/packed.py --name NAME --dense MODEL --half PRUNED50 --most PRUNED70 --recipe RECIPE --text TEXT --out benchmarks/results/packed.json
 
 ## What 8 bits cost
 

@@ -102,8 +102,6 @@ First iteration within each gap of the optimal loss (float64, against direct sol
 
 ## The demo
 
-Measured with an earlier `balanced`; today's ends at 30.4 (an [exploration](decisions.md)).
-
 {demo_lines()}
 
     secateur demo --json > benchmarks/results/demo.json
