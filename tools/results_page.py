@@ -85,8 +85,7 @@ On a GPU: not measured (`--device cuda` runs it there).
 ## Layer error on real matrices
 
 Relative layer error over that of the SparseGPT authors' code. `reference sparsegpt_mask_refit` is that mask with all kept
-weights refit by direct solves; `reference alps` the ALPS authors' code. Measured before the masks of `mrp` and the start of `admm`
-[changed](decisions.md#a-joint-mask-search-for-balanced).
+weights refit by direct solves; `reference alps` the ALPS authors' code.
 
 {golden_table()}
 
