@@ -13,7 +13,8 @@ ALONE = "best+calibration.own_words=0+shrinkage=0"
 FOLDERS = {
     "tokens-4k": ALONE,
     "tokens-16k": ALONE,
-    "protocol": ALONE.replace("+shrinkage", "+refit.epochs=1+shrinkage"),
+    "tokens-64k": ALONE,
+    "protocol-512": ALONE.replace("+shrinkage", "+refit.epochs=1+shrinkage"),
 }
 PATTERN = "50%"
 TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
@@ -56,8 +57,9 @@ def tokens_part() -> str:
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
-SmolLM2 at {PATTERN}, by the number of calibration tokens: [4k](#tokens-4k), [16k](#tokens-16k), [262k](#protocol). `best` made four epochs of
-its refit over 4k and 16k tokens, and one over 262k (today it makes two). Here it has the text alone, without what the model would write on top.
+SmolLM2 at {PATTERN}, by the number of calibration tokens in sequences of 512: [4k](#tokens-4k), [16k](#tokens-16k), [64k](#tokens-64k), [262k](#protocol-512).
+`best` made one epoch of its refit over 262k tokens (today it makes two), and four over fewer. Here it has the text alone, without what the model would write on top.
+In sequences of 2048, the same 262k tokens gain less ([decisions](decisions.md#more-text)).
 
 ![accuracy against tokens](tokens.svg)
 
