@@ -231,7 +231,7 @@ def readme_line() -> str:
     return (
         f"{MODELS[s['model']]}, calibrated on {tokens_of(s)} of wikitext2-valid.txt; perplexity on {TEXT}, "
         f"one seed, or two where a spread is given; "
-        f"seconds at 50%, on 2 threads. All seconds, and `best` except 2:4 on {tokens_of(s)}, are from before the masks [changed](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
+        f"seconds at 50%, on 2 threads. All seconds, and `best` on more text, are from before the masks [changed](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
         f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
     )
 
