@@ -54,8 +54,8 @@ def main() -> None:
             "text": Path(args.text).name,
             "max_tokens": args.max_tokens,
         }
-        found = {"models": results, "recipes": recipes, "settings": settings, "perplexity_alone": others}
-        write_result(args.out, found)
+        figures = {"models": results, "recipes": recipes, "perplexity_alone": others}
+        write_result(args.out, figures | {"settings": settings})
 
 
 def variants(args: Any, scratch: Path) -> dict[str, Path]:
@@ -64,11 +64,12 @@ def variants(args: Any, scratch: Path) -> dict[str, Path]:
     found = {"dense bf16": dense}
     if (int8 := dense_int8(dense, scratch / "dense-int8")) is not None:
         found["dense int8 (torchao)"] = int8
-    for share, folder in (("50%", args.half), ("70%", args.most)):
-        for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")) if folder else ():
+    pruned = {"50%": args.half, "70%": args.most}
+    for share in [share for share, folder in pruned.items() if folder]:
+        for name, values in ((f"packed {share}", "same"), (f"packed {share}, int8", "int8")):
             found[name] = scratch / name
             options: Any = {"values": values}
-            secateur.pack(folder, found[name], **options)
+            secateur.pack(pruned[share], found[name], **options)
     return found
 
 

@@ -137,9 +137,8 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 def test_smaller_chunks_give_the_same_solution(monkeypatch):
     W, H = problem(rows=1000, columns=48, dtype=torch.float32)
-    assert (
-        MIN_CHUNK_BYTES // 4 // 49 < len(W) < DEFAULT["cpu"] // 4 // 49
-    )  # elements a row's preconditioner takes: 7 x 7
+    rows_at_once = MIN_CHUNK_BYTES // 4 // 49  # elements a row's preconditioner takes: 7 x 7
+    assert rows_at_once < len(W) < DEFAULT["cpu"] // 4 // 49
     rows = []
 
     def refit(weights, *others, **options):
@@ -153,7 +152,7 @@ def test_smaller_chunks_give_the_same_solution(monkeypatch):
         assert chunk_bytes(CPU) == MIN_CHUNK_BYTES < DEFAULT["cpu"]
         chunked = secateur.solve(W, H, "50%", {"name": "mrp", "tolerance": 1e-6})
     assert sum(rows[1:]) == len(W)
-    assert max(rows[1:]) == MIN_CHUNK_BYTES // 4 // 49
+    assert max(rows[1:]) == rows_at_once
     assert torch.equal(whole.keep, chunked.keep)
     assert float((whole.weight - chunked.weight).norm() / whole.weight.norm()) < 1e-3
 
