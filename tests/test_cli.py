@@ -806,6 +806,11 @@ def test_the_demo_advises_to_pack_only_what_it_packed(main, model, text, tmp_pat
         assert ("smaller and faster: secateur pack" in shown) == is_packed
 
 
+def test_the_demo_names_its_own_flag(main, tmp_path):
+    code, _, errors = main("demo", "--out", tmp_path / "out", "--eval-tokens", 0)
+    assert (code, "--eval-tokens is 0" in errors) == (2, True)
+
+
 def test_demo_asset_is_checked_and_offline_is_explained(monkeypatch, tmp_path):
     from secateur.sources import demo_model as assets
 

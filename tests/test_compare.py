@@ -477,6 +477,20 @@ def test_tasks_run_for_the_seeds_named_and_add_up(settings, tmp_path, monkeypatc
         compare(replace(settings, tasks=("two",)), **run, tasks_for_seeds=[1, 7])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ({"tasks_for_seeds": [0]}, {}, "task_seeds is for tasks, which are not named"),
+        ({"peer_python": "python"}, {}, "recipes names none of them"),
+        ({}, {"text_field": "body"}, "text_field is 'body', and no text here has fields"),
+    ],
+)
+def test_an_argument_that_nothing_uses_is_refused(settings, tmp_path, arguments, changes, message):
+    with pytest.raises(SecateurError, match=message):
+        compare(replace(settings, **changes), ["magnitude"], ["50%"], [0], tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_imports_no_file_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "multiprocessing.py").write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)

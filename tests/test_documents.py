@@ -108,6 +108,15 @@ def test_a_damaged_table_is_named(tmp_path):
         list(read_documents(tmp_path / "a.parquet", text_field="text"))
 
 
+def test_plain_text_has_no_field(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    for source in (tmp_path / "a.txt", None):
+        with pytest.raises(SecateurError, match="text_field is 'body', and .* is plain text"):
+            list(read_documents(source, text_field="body"))
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}')
+    assert list(read_documents(tmp_path, text_field="body")) == ["one", "two"]
+
+
 def test_a_field_of_json_lines(tmp_path):
     lines = '{"body": "one", "text": "other"}\n{"body": "two", "text": "other"}\n'
     assert documents(tmp_path / "a.jsonl", lines, text_field="body") == ["one", "two"]

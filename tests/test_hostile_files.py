@@ -282,6 +282,8 @@ def test_a_pickle_with_a_payload(main, model, tmp_path):
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
     refused(main, "eval", model, "--allow-pickle")
+    refused(main, "bench", model)
+    refused(main, "bench", model, "--allow-pickle")
     assert not (tmp_path / "ran").exists()
 
 

@@ -494,6 +494,28 @@ def test_bench_tells_the_prompt_from_what_follows(tmp_path, monkeypatch):
         speed.measure_here(tmp_path / "model", 8, 16, 0)
 
 
+@pytest.mark.usefixtures("measured_here")
+def test_bench_loads_a_pickle_where_it_is_asked_to(tmp_path):
+    model, numbers = tiny_model("llama"), {"prompt_tokens": 4, "new_tokens": 16}
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(secateur.SecateurError, match="can run code: allow_pickle loads them"):
+        secateur.bench(tmp_path / "model", **numbers)
+    (speed,) = secateur.bench(tmp_path / "model", **numbers, allow_pickle=True)
+    assert speed.file_bytes == (tmp_path / "model" / "pytorch_model.bin").stat().st_size
+
+
+def test_bench_hands_on_the_error_of_its_process(monkeypatch):
+    def too_few(*_):
+        raise secateur.SecateurError("raise ‹new_tokens›")
+
+    monkeypatch.setattr(speed, "measure_here", too_few)
+    monkeypatch.setattr(sys, "argv", ["speed", "model", "8", "1", "0"])
+    with pytest.raises(SystemExit, match="^raise ‹new_tokens›$"):
+        speed.main()
+
+
 def test_what_a_packed_model_cannot_do_is_refused(saved, tmp_path):
     _, packed = saved()
     model = transformers.AutoModelForCausalLM.from_pretrained(packed)

@@ -25,7 +25,7 @@ from secateur.recipe.patterns import Unstructured
 from secateur.reporting.charts import Series, chart
 from secateur.reporting.figures import OUTPUT_ERROR, BlockReport, DepthReport, MatrixReport, Speed, StageReport
 from secateur.reporting.heat_map import heat_map, split_name
-from secateur.reporting.page import _short, run_page, two_runs_page
+from secateur.reporting.page import _short, headline, run_page, two_runs_page
 from secateur.reporting.report import Report
 from secateur.reporting.stages import StageClock
 from secateur.reporting.weight_files import read_weight_files
@@ -164,6 +164,16 @@ def test_depth_is_nothing_where_nothing_is_pruned():
     secateur.prune(model, pattern="50%", solver="magnitude", calibration=tokens())
     report = secateur.prune(model, pattern="50%", solver="magnitude", calibration=tokens())
     assert all(each.relative_error == 0 and each.cosine == pytest.approx(1) for each in report.depth)
+
+
+def test_the_headline_compares_the_fastest_model_with_the_first():
+    speeds = [
+        Speed(name, 1, 1, 1.0, 1.0, rate, 2) for name, rate in (("dense", 20.0), ("pruned", 19.0), ("int8", 18.0))
+    ]
+    tile = {what: figure for figure, what, _ in headline(replace(a_report(1), speeds=speeds), None)}
+    assert tile["decoding speed"] == "0.95x"
+    tile = {what: figure for figure, what, _ in headline(replace(a_report(1), speeds=speeds[1:2]), None)}
+    assert tile["tokens/s of decoding"] == "19.0"
 
 
 def test_figures_of_other_weights_are_dropped(prune, main, tmp_path):
@@ -344,7 +354,9 @@ def test_measured_figures_are_kept_with_the_model(prune, main, model, tmp_path):
     assert not secateur.inspect(folder).problems
     main("eval", folder, "--text", text, "--seq-len", 32, "--record")
     main("eval", folder, "--text", text, "--seq-len", 16, "--record")
-    assert [each.seq_len for each in Report.load(folder).perplexities] == [32, 16]
+    again, other = Report.load(folder).perplexities
+    assert again == measured  # what --against found stays
+    assert (other.seq_len, other.dense) == (16, None)
     (folder / "README.md").unlink()
     main("eval", folder, "--text", text, "--seq-len", 16, "--record")
     assert f"{measured.perplexity:.2f}" in (folder / "README.md").read_text()

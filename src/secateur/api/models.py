@@ -278,6 +278,7 @@ def bench(
     threads: int | None = None,
     record: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> list[Speed]:
     """Size, memory, load time and speed of models on the CPU, each measured in a fresh process.
@@ -289,6 +290,7 @@ def bench(
         threads: of torch; None = its default.
         record: add the figures to the report and the card of every pruned model's folder in the list.
         trust_remote_code: let the checkpoints' Python code run.
+        allow_pickle: also load .bin files, which can run code.
         progress: called with (stage, done, total).
 
     Returns:
@@ -301,11 +303,11 @@ def bench(
         if value is not None and value < 1:
             raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
     models = [models] if isinstance(models, str | Path) else models
-    folders = [resolve(str(name), trust_remote_code) for name in models]
+    folders = [resolve(str(name), trust_remote_code, allow_pickle) for name in models]
     if not folders:
         raise SecateurError("name at least one model")
     pruned = _check_can_record(models) if record else []
-    speeds = measure_models(folders, prompt_tokens, new_tokens, threads, trust_remote_code, progress)
+    speeds = measure_models(folders, prompt_tokens, new_tokens, threads, trust_remote_code, allow_pickle, progress)
     named = [replace(speed, model=str(name)) for speed, name in zip(speeds, models, strict=True)]
     for folder in pruned:
         record_speed(folder, named)

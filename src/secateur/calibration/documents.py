@@ -23,7 +23,8 @@ from secateur.storage.paths import user_path
 
 MAX_NAME = 255  # of a file, in all common file systems
 RECORDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # suffix -> builder of the datasets library
-IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".json", *RECORDS)
+WITH_FIELDS = (".jsonl", ".ndjson", ".json", *RECORDS)
+IN_FOLDERS = (".txt", *WITH_FIELDS)
 TEXT_SUFFIXES = (*IN_FOLDERS, ".md")
 
 
@@ -75,10 +76,14 @@ def read_documents(
         text_field: field or column that holds the text; None = found by the record's form.
 
     Raises:
-        SecateurError: nothing there, or a record that can't be read, with its file and number.
+        SecateurError: nothing there, a record that can't be read, with its file and number, or a field of plain text.
     """
     if source is not None and not str(source).strip():
         raise SecateurError("the text's name is empty: give a file, a folder or a data set")
+    if text_field is not None and not has_fields(source):
+        raise SecateurError(
+            f"‹text_field› is {text_field!r}, and {name_of(source)} is plain text, which has no fields: leave it out"
+        )
     if source is None:
         yield shipped_text("evaluation" if evaluation else "calibration")
         return
@@ -249,6 +254,14 @@ def text_place(source: str | Path) -> Path | None:
     named = text_of(source)
     place = None if named is None else user_path(named)
     return place if place is not None and place.exists() else None
+
+
+def has_fields(source: str | Path | None) -> bool:
+    """Whether a source may hold records, with fields. Plain text files, the shipped text and `self` alone don't."""
+    if source is None or is_self_alone(source):
+        return False
+    place = text_place(source)
+    return place is None or place.is_dir() or place.suffix.lower() in WITH_FIELDS
 
 
 def is_stream(source: str | Path | None) -> bool:

@@ -25,6 +25,8 @@ from secateur.storage.paths import real_path
 def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
     """Add perplexity and divergence; those of the same text, window and number of tokens are replaced.
 
+    What an earlier measurement with the dense model found stays where the new one is without it.
+
     Args:
         folder: of the pruned model.
         figures: what `evaluate` returns.
@@ -37,6 +39,9 @@ def record_perplexity(folder: Path, figures: dict[str, Any]) -> None:
         kl=against.get("kl"),
         top1_agreement=against.get("top1_agreement"),
     )
+    for old in report.perplexities:
+        if old.what == new.what and new.dense is None:
+            new = replace(new, dense=old.dense, kl=old.kl, top1_agreement=old.top1_agreement)
     report.perplexities = [*(each for each in report.perplexities if each.what != new.what), new]
     _write(folder, report)
 

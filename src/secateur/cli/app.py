@@ -187,7 +187,7 @@ def compare(
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
-    text_field: flags.EvalTextField = None,
+    text_field: flags.FieldOfTexts = None,
     text: flags.Texts = None,
     eval_seq_len: flags.EvalSeqLen = None,
     max_tokens: flags.MaxTokens = None,

@@ -51,6 +51,8 @@ def run_demo(
     Returns:
         figures and continuations of both models, and the report.
     """
+    if eval_tokens < 1:
+        raise SecateurError(f"‹eval_tokens› is {eval_tokens}; at least 1 is needed")
     out, asked = real_path(user_path(out)), few_tokens(asked)
     place = real_path(Path(DEMO_NAME))
     if place.exists() or place == out:

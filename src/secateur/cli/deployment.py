@@ -85,6 +85,7 @@ def bench(
     as_json: flags.Json = False,
     threads: flags.Threads = None,
     trust_remote_code: flags.RemoteCode = False,
+    allow_pickle: flags.Pickle = False,
 ) -> None:
     """Size, memory, load time and speed of models, each in a fresh process on the CPU.
 
@@ -100,6 +101,7 @@ def bench(
             threads=threads,
             record=record,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     print_json({"models": [each.to_dict() for each in found]}) if as_json else print_speeds(found)

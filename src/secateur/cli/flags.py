@@ -43,7 +43,7 @@ RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a fi
 PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
 SolverName = Annotated[
     str | None,
-    flag(f"Alone: {help_of('solver')}", WHAT, "NAME", "--solver"),
+    flag(f"One solver instead of a recipe: {help_of('solver')}", WHAT, "NAME", "--solver"),
 ]
 Settings = Annotated[list[str] | None, flag("Any option, such as refit.rate=0.01.", WHAT, "NAME=VALUE", "--set")]
 Include = Annotated[list[str] | None, flag("Prune only these: '*.mlp.*' (repeatable).", WHAT, "GLOB")]
@@ -80,6 +80,10 @@ Pickle = Annotated[bool, flag("Read .bin files, which can run code.", MACHINE, n
 Text = Annotated[str | None, flag("Text file or data set name (default: the shipped text).", EVALUATION, "TEXT")]
 Texts = Annotated[list[str] | None, flag("Evaluation text; may be repeated.", EVALUATION, "TEXT", "--text")]
 EvalTextField = Annotated[str | None, flag("Field or column that holds the text.", EVALUATION, "NAME", "--text-field")]
+FieldOfTexts = Annotated[
+    str | None,
+    flag("Field or column of all texts that have fields, --calibration included.", EVALUATION, "NAME", "--text-field"),
+]
 EvalSeqLen = Annotated[int | None, flag("Tokens per window (default: 1024, or fewer).", EVALUATION, "N")]
 MaxTokens = Annotated[int | None, flag("Cap on evaluated tokens, in whole windows, at least one.", EVALUATION, "N")]
 Tasks = Annotated[str | None, flag("lm-evaluation-harness tasks, with commas.", EVALUATION, "NAMES")]

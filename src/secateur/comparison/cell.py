@@ -21,7 +21,7 @@ import torch
 from secateur.api.models import evaluate
 from secateur.api.pruning import prune
 from secateur.calibration.batches import CalibrationBatches, calibration_batches
-from secateur.calibration.documents import OWN_WORDS, is_own_words, text_of, text_place
+from secateur.calibration.documents import OWN_WORDS, has_fields, is_own_words, text_of, text_place
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.comparison.peers import prune_by_llmcompressor
 from secateur.comparison.results import DENSE
@@ -61,7 +61,7 @@ class ComparisonSettings:
         model: folder, GGUF file, hub name or `smollm2`.
         calibration: text source, or None for the shipped text.
         samples, seq_len: calibration sequences and their tokens.
-        text_field: field or column of all texts; None = found by the form of the records.
+        text_field: field or column of the texts that have fields; None = found by the form of the records.
         texts: evaluation texts, each a column; empty = the shipped one.
         eval_seq_len, max_tokens: tokens a window, and cap on the evaluated tokens.
         tasks: lm-evaluation-harness tasks, each a column.
@@ -87,6 +87,10 @@ class ComparisonSettings:
     device: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    def field_of(self, text: str | None) -> str | None:
+        """The field to read of a text; None where it is plain."""
+        return self.text_field if has_fields(text) else None
 
     def identity(self) -> dict[str, Any]:
         """What must agree for cells to stand in one table.
@@ -207,7 +211,7 @@ def _run_cell(
                 text,
                 seq_len=settings.eval_seq_len,
                 max_tokens=settings.max_tokens,
-                text_field=settings.text_field,
+                text_field=settings.field_of(text),
                 against=dense,
                 progress=progress,
                 tokenizer=checkpoint.tokenizer,
@@ -247,7 +251,7 @@ def _pruned(
         calibration=settings.calibration,
         samples=settings.samples,
         seq_len=settings.seq_len,
-        text_field=settings.text_field,
+        text_field=settings.field_of(settings.calibration),
         seed=cell.seed or 0,
         resume=True,
         overwrite=settings.overwrite,
@@ -280,7 +284,10 @@ def _pruned_by_peer(
 def _calibration(checkpoint: Checkpoint, settings: ComparisonSettings, seed: int) -> CalibrationBatches:
     """The text that all cells of a seed are calibrated on."""
     text = CalibrationText(
-        source=settings.calibration, samples=settings.samples, seq_len=settings.seq_len, text_field=settings.text_field
+        source=settings.calibration,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        text_field=settings.field_of(settings.calibration),
     )
     return calibration_batches(settings.calibration, checkpoint.tokenizer, checkpoint.model.config, text, seed)
 

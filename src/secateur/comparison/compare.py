@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from secateur.calibration.documents import has_fields
 from secateur.comparison.cell import (
     DIGEST,
     PEERS,
@@ -85,7 +86,7 @@ def compare(
         )
     out, peer_python = real_path(user_path(out)), None if peer_python is None else user_path(peer_python)
     check_outside_model(out, settings.model)
-    _check_task_seeds(tasks_for_seeds or (), seeds)
+    _check_used(settings, recipes, seeds, peer_python, tasks_for_seeds)
     wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
     run = partial(_in_own_process, peer_python=peer_python, watched=watched)
@@ -108,8 +109,25 @@ def compare(
     return _open(out, settings)
 
 
-def _check_task_seeds(tasks_for_seeds: Sequence[int], seeds: Sequence[int]) -> None:
-    if unknown := {*tasks_for_seeds} - {*seeds}:
+def _check_used(
+    settings: ComparisonSettings,
+    recipes: Sequence[str],
+    seeds: Sequence[int],
+    peer_python: Path | None,
+    tasks_for_seeds: Sequence[int] | None,
+) -> None:
+    """Check that no argument is given that nothing would use.
+
+    Raises:
+        SecateurError: one is.
+    """
+    if peer_python is not None and not {*recipes} & {*PEERS}:
+        raise SecateurError(f"‹peer_python› is for {' and '.join(PEERS)}, and ‹recipes› names none of them")
+    if settings.text_field is not None and not any(map(has_fields, (settings.calibration, *settings.texts))):
+        raise SecateurError(f"‹text_field› is {settings.text_field!r}, and no text here has fields: leave it out")
+    if tasks_for_seeds is not None and not settings.tasks:
+        raise SecateurError("‹task_seeds› is for ‹tasks›, which are not named")
+    if unknown := {*(tasks_for_seeds or ())} - {*seeds}:
         raise SecateurError(f"‹task_seeds› has {min(unknown)}, which is none of ‹seeds› ({', '.join(map(str, seeds))})")
 
 

@@ -31,6 +31,7 @@ def measure_models(
     new_tokens: int,
     threads: int | None,
     trust_remote_code: bool,
+    allow_pickle: bool,
     progress: Callable[..., None],
 ) -> list[Speed]:
     """Measure models one after the other, each in a process that does nothing else.
@@ -41,14 +42,18 @@ def measure_models(
         new_tokens: number of tokens that are decoded.
         threads: of torch; None = its default.
         trust_remote_code: let the checkpoints' Python code run.
+        allow_pickle: also load .bin files, which can run code.
         progress: called with the stage `bench`.
 
     Raises:
         SecateurError: a model that can't be loaded or run.
     """
+    if not allow_pickle:
+        for folder in folders:
+            _check_no_pickle(folder)
     found = []
     for number, folder in enumerate(folders):
-        numbers = (prompt_tokens, new_tokens, threads or 0, int(trust_remote_code))
+        numbers = (prompt_tokens, new_tokens, threads or 0, int(trust_remote_code), int(allow_pickle))
         found.append(_measured(folder, numbers))
         progress("bench", number + 1, len(folders))
     return found
@@ -67,7 +72,9 @@ def _measured(folder: Path, numbers: tuple[int, ...]) -> Speed:
     return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int, trust_remote_code: int = 0) -> Speed:
+def measure_here(
+    folder: Path, prompt_tokens: int, new_tokens: int, threads: int, trust_remote_code: int = 0, allow_pickle: int = 0
+) -> Speed:
     """Measure one model in this process, which should be a fresh one.
 
     Raises:
@@ -86,6 +93,7 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
         AutoModelForCausalLM._model_mapping[type(config)]  # imports the model's code
     _generate_seconds(_tiny_model(), prompt_tokens, 4)  # what libraries take is not the model's
     before, started = resident_bytes(), time.perf_counter()
+    options["use_safetensors"] = None if allow_pickle else True
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     loaded = time.perf_counter() - started
     _generate_seconds(model, prompt_tokens, 2)  # warm-up
@@ -107,6 +115,19 @@ def measure_here(folder: Path, prompt_tokens: int, new_tokens: int, threads: int
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers loads: those of the first format that is there."""
     return next(filter(None, (list(folder.glob(pattern)) for pattern in WEIGHT_FORMATS)), [])
+
+
+def _check_no_pickle(folder: Path) -> None:
+    """Check that a folder's weights are not in .bin files.
+
+    Raises:
+        SecateurError: they are.
+    """
+    if any(path.suffix == ".bin" for path in weight_files(folder)):
+        raise SecateurError(
+            f"{folder} has its weights in .bin files, which can run code: ‹allow_pickle› loads them; `save_pretrained` "
+            f"of a model that you trust writes safetensors"
+        )
 
 
 def _generate_seconds(model: Any, prompt_tokens: int, count: int) -> float:
@@ -135,7 +156,11 @@ def main() -> None:
     import secateur  # noqa: F401 - transformers then loads packed models
 
     folder, *numbers = sys.argv[1:]
-    print(json.dumps(measure_here(Path(folder), *map(int, numbers)).to_dict()))
+    try:
+        speed = measure_here(Path(folder), *map(int, numbers))
+    except SecateurError as error:
+        sys.exit(error.raw)  # the process that waits makes its own error of it
+    print(json.dumps(speed.to_dict()))
 
 
 if __name__ == "__main__":

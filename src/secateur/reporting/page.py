@@ -102,14 +102,19 @@ def _size(files: WeightFiles) -> tuple[str, str, str]:
     if files.packed_bytes is None:
         return f"{files.bytes / 1e6:,.0f} MB", "weight files", "packed"
     share = files.packed_bytes / max(1, files.bytes)
-    packed = f"packed about {files.packed_bytes / 1e6:,.0f} MB ({share:.2f}x)"
+    packed = f"packed about {files.packed_bytes / 1e6:,.0f} MB in memory ({share:.2f}x), less on disk"
     return f"{files.bytes / 1e6:,.0f} MB", "weight files", packed
 
 
 def _speed(speeds: Sequence[Speed]) -> tuple[str, str, str]:
-    best = max(speeds, key=lambda speed: speed.decode_tokens_per_second)
-    detail = f"{best.model}: {best.decode_tokens_per_second:.1f} tokens/s on {best.threads} threads"
-    return _ratio(best.decode_tokens_per_second, speeds[0].decode_tokens_per_second), "decoding speed", detail
+    """The fastest model against the first one; alone, a model has no ratio."""
+    reference, *others = speeds
+    best = max(others or speeds, key=lambda speed: speed.decode_tokens_per_second)
+    rate = best.decode_tokens_per_second
+    if not others:
+        return f"{rate:.1f}", "tokens/s of decoding", f"{best.model}, on {best.threads} threads"
+    detail = f"{best.model}: {rate:.1f} tokens/s on {best.threads} threads"
+    return _ratio(rate, reference.decode_tokens_per_second), "decoding speed", detail
 
 
 def _perplexity(measured: Sequence[MeasuredPerplexity]) -> tuple[str, str, str]:

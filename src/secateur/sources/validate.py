@@ -51,7 +51,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
         if allow_pickle and has_pickles:
             return {}, {}
         hint = (
-            " (it has .bin files: ‹allow_pickle› of prune and eval reads them, at the risk of code in them; "
+            " (it has .bin files: ‹allow_pickle› reads them, at the risk of code in them; "
             "`save_pretrained` of a model that you trust writes safetensors)"
         )
         raise SecateurError(f"{folder} holds no model.safetensors{hint * has_pickles}")
