@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comparisons import COLOURS, cells, gap_closed, names, patterns_of, read, recipes_of, spread
-from packed_page import models_table, short_line
+from packed_page import models_table, on_the_other_machine, short_line
 from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
 from tokens_part import tokens_part, tokens_picture
@@ -165,6 +165,8 @@ def command(name: str, comparison: Comparison, recipes: tuple[str, ...], pattern
         limit = f" --task-limit {s['task_limit']}" if s.get("task_limit") else ""
         with_tasks = sorted({key.rsplit(" ", 1)[1] for key, cell in mine.items() if "tasks" in cell})
         parts.append(f"--tasks {','.join(tasks)} --task-dir TASKS{limit} --task-seeds {','.join(with_tasks)}")
+    if any(recipe.startswith("llmcompressor-") for recipe in recipes):
+        parts.append("--peer-python PEER/bin/python")
     return " ".join([*parts, f"--out benchmarks/results/compare/{name}"])
 
 
@@ -181,7 +183,8 @@ def page() -> str:
 
 Written by `python tools/make_pages.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
 `MODELS` is a folder of checkpoints. `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
-`python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). Means over seeds, with the sample standard deviation where there are several.
+`python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). `python benchmarks/split_text.py` writes
+`wikitext2-valid-first.txt` and `-rest.txt`. `PEER` is a virtual environment with `pip install llmcompressor`. Means over seeds, with the sample standard deviation where there are several.
 *Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
 Seconds are those of pruning alone. The large comparisons ran as two processes of one thread each that shared their cells,
 next to other work at times: their seconds say little. Those under [timing](#timing) come from one run at a time, on two threads
@@ -231,7 +234,8 @@ def readme_line() -> str:
     return (
         f"{MODELS[s['model']]}, calibrated on {tokens_of(s)} of wikitext2-valid.txt; perplexity on {TEXT}, "
         f"one seed, or two where a spread is given; "
-        f"seconds at 50%, on 2 threads. All seconds, and `best` on more text, are from before the masks [changed](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
+        f"seconds at 50%, on 2 threads. 2:4: two of every four neighbouring weights in a row are zero. On the machine of the first table "
+        f"`balanced` ended at {on_the_other_machine()}, so a few tenths say little. All seconds, and `best` on more text, are from before the masks [changed](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
         f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
     )
 

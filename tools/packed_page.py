@@ -45,13 +45,10 @@ def speed_cell(found: dict[str, Any], dense: dict[str, Any], key: str) -> str:
 
 def measured_line() -> str:
     where, settings = measured()[0]["environment"], measured()[0]["settings"]
-    tokens = ", ".join(
-        f"{found['settings']['max_tokens']} tokens for {model}" for found in measured() for model in found["models"]
-    )
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({tokens}). {pruned_line()} On another machine the same command for SmolLM2 ended at {elsewhere()}."
+        f"{settings['text']} ({evaluated_tokens()}). {pruned_line()} On another machine the same command for SmolLM2 ended at {elsewhere()}."
     )
 
 
@@ -59,8 +56,16 @@ def short_line() -> str:
     """What the README says of the table; the page says the rest."""
     settings = measured()[0]["settings"]
     return (
-        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX; SmolLM2-135M is the Instruct model; "
-        f"perplexity on {settings['text']}. {pruned_line()} [How it was measured](docs/packed.md)."
+        f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX. "
+        f"Both are Instruct models. {pruned_line()} Perplexity on {settings['text']} ({evaluated_tokens()}: it can't compare the two). "
+        f"[How it was measured](docs/packed.md)."
+    )
+
+
+def evaluated_tokens() -> str:
+    """How many tokens of the text each model's perplexity is of."""
+    return ", ".join(
+        f"{found['settings']['max_tokens']:,} tokens for {model}" for found in measured() for model in found["models"]
     )
 
 
@@ -77,6 +82,12 @@ def elsewhere() -> str:
     """Perplexities of SmolLM2 by the same recipe, from the comparison."""
     half, most = (perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%"))
     return f"{half:.2f} (50%) and {most:.2f} (70%)"
+
+
+def on_the_other_machine() -> str:
+    """Perplexities of SmolLM2 in the table of packed models, for a page with those of the comparison."""
+    found = measured()[0]["models"]["SmolLM2-135M"]
+    return f"{found['packed 50%']['perplexity']:.2f} (50%) and {found['packed 70%']['perplexity']:.2f} (70%)"
 
 
 def perplexity_of(comparison: str, cell: str) -> float:
