@@ -143,10 +143,18 @@ def save_checkpoint(folder: Any, family: str = "llama", dtype: torch.dtype = tor
     return model
 
 
-def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int | None = None) -> None:
+def save_gguf(
+    path: Any,
+    layers: int = 2,
+    without: str = "",
+    parts: int | None = None,
+    extra: dict[str, tuple[int, ...]] | None = None,
+    scaling: str | None = None,
+) -> None:
     """Write a random Llama with the printable ASCII characters as its vocabulary, as a GGUF file in fp32.
 
-    It may lack a tensor, or say that it is one of several parts.
+    It may lack a tensor, say that it is one of several parts, hold more tensors (shapes by name), or scale its rotary
+    positions.
     """
     import numpy as np
     from gguf import GGUFWriter
@@ -170,6 +178,9 @@ def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int | None =
     writer.add_eos_token_id(1)
     if parts is not None:
         writer.add_uint16("split.count", parts)
+    if scaling is not None:
+        writer.add_string("llama.rope.scaling.type", scaling)
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(characters), 32), "output": (len(characters), 32), "output_norm": (32,)}
     for block in range(layers):
@@ -180,6 +191,7 @@ def save_gguf(path: Any, layers: int = 2, without: str = "", parts: int | None =
                 "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,),
             }.items()
         }  # fmt: skip
+    shapes |= extra or {}
     for name, shape in shapes.items():
         if name == without:
             continue

@@ -140,6 +140,20 @@ def test_mixed_dtypes_and_ties_survive(main, tmp_path, text):
     assert main("inspect", out)[0] == 0
 
 
+@pytest.mark.parametrize(("most", "other"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_tensors_of_another_dtype_of_as_many_bits_keep_their_bits(main, tmp_path, text, most, other):
+    folder, out, name = tmp_path / "llama", tmp_path / "out", "model.embed_tokens.weight"
+    save_checkpoint(folder, "llama", most)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = (1e-7 * torch.rand(tensors[name].shape)).to(other)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = main("prune", folder, out, "--solver", "magnitude", "--calibration", text, *SMALL)
+    assert code == 0, errors
+    saved = load_file(out / "model.safetensors")[name]
+    assert saved.dtype == other
+    assert torch.equal(saved, tensors[name])
+
+
 def test_a_config_of_an_older_spelling_stays_as_it_is(main, model, text, tmp_path):
     """Transformers 4 takes the new spelling of rotary embeddings for the defaults, without an error."""
     folder, out = tmp_path / "older", tmp_path / "out"
@@ -701,6 +715,15 @@ def test_a_dry_run_multiplies_one_block(tmp_path, monkeypatch):
     assert refit.memory_bytes > plain.memory_bytes > 0
     assert refit.memory_bytes >= 30 * block, "the masters and Adam's moments of a block"
     assert reordered.disk_bytes > 1.4 * plain.disk_bytes, "a copy of the weights in another order"
+
+
+def test_a_dry_run_counts_memory_in_the_dtype_of_forward_passes(tmp_path):
+    """A CPU computes in fp32 for a checkpoint of fp16."""
+    asked = {"calibration": tokens(8), "pattern": "2:4", "solver": "magnitude"}
+    for dtype in (torch.float16, torch.float32):
+        save_checkpoint(tmp_path / str(dtype), dtype=dtype)
+    half, whole = (secateur.dry_run(tmp_path / str(dtype), **asked) for dtype in (torch.float16, torch.float32))
+    assert half.memory_bytes == whole.memory_bytes
 
 
 def test_a_dry_run_checks_the_upload(main, model, text, tmp_path, monkeypatch):

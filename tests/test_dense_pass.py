@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from zoo import tiny
 
+import secateur
 from secateur.calibration.dense_pass import run_dense_pass
 from secateur.checkpoints.load import load
 from secateur.models.blocks import ForwardError, run_without_cache
@@ -133,6 +134,14 @@ def test_calls_that_differ_are_told_apart():
     shared = {"state": torch.ones(2)}  # a container that earlier blocks may have filled
     held = replace(first, kwargs={"shared": shared})
     assert not same_calls(CallSample({"a": held}), CallSample({"a": held}))
+
+
+def test_an_error_of_the_model_is_explained_while_weights_are_watched():
+    """Every call of torch then ends in a frame of ours. Only a later batch is wrong, which no block has seen before."""
+    good = [{"input_ids": ids} for ids in tokens(3)]
+    batches = [*good, {"input_ids": tokens()[0], "position_ids": torch.arange(3)[None]}]
+    with pytest.raises(ForwardError, match="LlamaDecoderLayer fails on these inputs"):
+        secateur.prune(tiny_model("llama"), pattern="50%", solver="magnitude", calibration=batches)
 
 
 def test_a_bug_of_ours_inside_a_forward_pass_is_not_taken_for_the_models():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import ClassVar
 
 import pytest
@@ -195,6 +196,11 @@ def test_a_lora_adapter_is_named(main, model, tmp_path):
         code, _, errors = main(*words)
         assert code == 2
         assert "merge it first" in " ".join(errors.split())
+    shutil.copytree(model, tmp_path / "adapter", dirs_exist_ok=True)  # as merged models are saved next to them
+    for words in (("eval", tmp_path / "adapter"), ("pack", tmp_path / "adapter", tmp_path / "out")):
+        code, _, errors = main(*words)
+        assert code == 2
+        assert "move its adapter_* files away" in " ".join(errors.split())
 
 
 def test_a_conversion_says_what_it_writes_where_and_for_how_long(main, tmp_path, monkeypatch):

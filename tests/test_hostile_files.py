@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TEXT, save_checkpoint, save_gguf
+from models import TEXT, character_tokenizer, save_checkpoint, save_gguf
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoTokenizer, ViTConfig, ViTForImageClassification
 
 import secateur
 from secateur.runtime.messages import visible
+from secateur.sources.gguf import convert_gguf
 from secateur.storage.json_files import sealed
 
 SMALL = ("--pattern", "50%", "--solver", "sparsegpt", "--samples", "4", "--seq-len", "32")
@@ -133,6 +134,16 @@ def test_configs_that_make_no_sense(main, made, model, tmp_path, values):
     for command in (("prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL), ("eval", model)):
         refused(main, *command)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_a_far_larger_model_takes_no_memory(main, made, model, tmp_path):
+    """Missing weights would be drawn at random before anybody sees that they are missing."""
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    changed_json(model / "config.json", intermediate_size=2_000_000)
+    for command in (("prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL), ("eval", model)):
+        assert "config.json makes a model of" in " ".join(refused(main, *command).split())
 
 
 def test_weights_under_another_name(main, made, model, tmp_path):
@@ -412,13 +423,28 @@ def test_a_gguf_file_that_was_merged(main, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"without": "blk.1.ffn_up"}, "lacks 1 tensors"), ({"parts": 2}, "one of 2 parts of a")]
+    ("options", "message"),
+    [
+        ({"without": "blk.1.ffn_up"}, "lacks 1 tensors"),
+        ({"parts": 2}, "one of 2 parts of a"),
+        ({"extra": {"rope_freqs": (4,)}}, "(rope_freqs.weight scales its rotary positions): it would be another model"),
+        ({"extra": {"blk.0.attn_q_norm": (8,)}}, "it would be another model"),
+        ({"scaling": "linear"}, "its rotary positions are scaled (linear)"),
+    ],
 )
-def test_a_gguf_file_without_all_weights(main, tmp_path, monkeypatch, options, message):
-    """The others would be random: transformers draws them without an error."""
+def test_a_gguf_file_that_transformers_reads_in_part(main, tmp_path, monkeypatch, options, message):
+    """What is missing would be random, and what it does not know is skipped: both without an error."""
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     save_gguf(tmp_path / "model.gguf", **options)
     code, _, errors = main("eval", tmp_path / "model.gguf", "--max-tokens", "64", "--seq-len", "32")
     assert code == 2
-    assert message in errors
+    assert message in " ".join(errors.split())
     assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+
+def test_a_gguf_file_has_its_own_tokenizer_whatever_lies_next_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    save_gguf(tmp_path / "model.gguf")
+    character_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(convert_gguf(tmp_path / "model.gguf"))
+    assert tokenizer.tokenize("ab") == ["ab"]  # its own merge; the other has none

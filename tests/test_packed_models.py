@@ -506,6 +506,16 @@ def test_bench_loads_a_pickle_where_it_is_asked_to(tmp_path):
     assert speed.file_bytes == (tmp_path / "model" / "pytorch_model.bin").stat().st_size
 
 
+def test_the_working_folder_is_no_place_for_a_packed_model(saved, tmp_path, monkeypatch):
+    folder, packed = saved()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for make, source in ((secateur.pack, folder), (secateur.unpack, packed)):
+        with pytest.raises(secateur.SecateurError, match=r"\. is the working folder"):
+            make(source, ".")
+    assert (tmp_path / "here").samefile(".")
+
+
 def test_bench_hands_on_the_error_of_its_process(monkeypatch):
     def too_few(*_):
         raise secateur.SecateurError("raise ‹new_tokens›")

@@ -266,6 +266,8 @@ BAD_FILES = {
     "": "is not a recipe: it must be a mapping such as `pattern: 50%`, but it is empty",
     "pattern: [\n": r"bad.yaml, line \d: not valid YAML",
     "pattern: 50%\npattern: 60%\n": "line 2: not valid YAML .*duplicate key",
+    "solver: &a mrp\nallocation: *a\n": r"line 2: a recipe can't use YAML aliases",
+    "<<: {seed: 3}\n": r"line 1: a recipe can't use YAML merge keys",
     "version: 2\n": "line 1: version is 2: this secateur reads recipes up to version 1; upgrade it",
     "max_memory: lots\n": "line 1: max_memory is 'lots'",
     "calibration: {samples: 0}\n": "line 1: calibration.samples is 0",

@@ -29,6 +29,7 @@ from secateur.models.blocks import (
     Block,
     BlockCall,
     body_of,
+    forward_errors,
     hidden_of,
     on_device_of,
     parts_of,
@@ -152,7 +153,8 @@ def _run_blocks(
         with placement.onload_block(block), uses.recording([block]):
             for index, call in enumerate(recorded.calls[block.name]):
                 uses.real = recorded.real[index]
-                hidden[index] = call.replay(block, hidden[index].clone())
+                with forward_errors(block.module):
+                    hidden[index] = call.replay(block, hidden[index].clone())
         progress("dense pass", number, len(blocks))
 
 

@@ -23,7 +23,7 @@ from secateur.errors import SecateurError
 from secateur.runtime.environment import check_device
 from secateur.runtime.messages import first_line
 from secateur.sources.resolve import resolve_dense
-from secateur.sources.validate import check_folder, compute_dtype, main_dtype
+from secateur.sources.validate import check_folder, compute_dtype, holds_all, main_dtype
 from secateur.storage.json_files import read_json
 
 TOKENIZER_FILES = (
@@ -37,6 +37,8 @@ BROKEN = (
     ValueError, OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError,
     AssertionError, UnpicklingError,
 )  # fmt: skip
+# A model may have that many more than its files before it is refused unseen: missing tensors have an error with names.
+SPARE_WEIGHTS = 100_000_000
 HINT_OTHER_CLASS = "its own class, and pass it to secateur.prune(model, calibration=batches) with batches of its inputs"
 
 
@@ -116,7 +118,7 @@ def load(
         local_files_only=True,
     )
     with _explained(folder, trust_remote_code, converted):
-        if converted is not None:
+        if converted is not None or not trust_remote_code:
             skeleton = _skeleton(config, computes_in, trust_remote_code)
             _check_sizes(folder, skeleton, shards)
         if converted is not None and shards and is_converted(skeleton, shards):
@@ -131,9 +133,9 @@ def load(
     stored = {name: (path, name) for name, path in shards.items()}
     stored |= {ours: stored[theirs] for ours, theirs in names.items()}
     storage = _storage_dtypes(model, {ours: dtypes.get(theirs, main) for ours, (_, theirs) in stored.items()}, main)
-    if skeleton is not None and computes_in != main:
+    if skeleton is not None and converted is not None and computes_in != main:
         _take_buffers(model, skeleton)
-        _map_wider_tensors(model, storage, stored)
+        _map_rounded_tensors(model, storage, stored)
     model = model.to(device).eval() if converted is None else model.eval()
     return Checkpoint(model, tokenizer, folder, name, storage, stored, main, device, notices)
 
@@ -162,10 +164,10 @@ def _storage_dtypes(model: Any, known: dict[str, torch.dtype], main: torch.dtype
     return {name: known.get(name) or of_content.get(tensor.data_ptr(), main) for name, tensor in tensors.items()}
 
 
-def _map_wider_tensors(model: Any, storage: dict[str, torch.dtype], stored: dict[str, tuple[Path, str]]) -> None:
-    """Map the tensors that the files hold in a wider dtype than most, which loading has rounded."""
+def _map_rounded_tensors(model: Any, storage: dict[str, torch.dtype], stored: dict[str, tuple[Path, str]]) -> None:
+    """Map the tensors that the files hold in another dtype than most, where loading has rounded them."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in stored and name in storage and torch.finfo(storage[name]).bits > torch.finfo(tensor.dtype).bits:
+        if name in stored and name in storage and not holds_all(tensor.dtype, storage[name]):
             path, there = stored[name]
             with safe_open(path, framework="pt") as shard:
                 tensor.data = shard.get_tensor(there)
@@ -186,18 +188,27 @@ def _check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
     Their shapes may differ: transformers transposes some.
 
     Raises:
-        SecateurError: they are not.
+        SecateurError: they are not, or the config makes a far larger model.
     """
-    wanted = {name: tensor.shape for name, tensor in skeleton.named_parameters() if name in shards}
-    for path in sorted({shards[name] for name in wanted}):
+    if not shards:
+        return
+    wanted, in_files = {name: tensor.shape for name, tensor in skeleton.named_parameters()}, 0
+    for path in sorted({*shards.values()}):
         with safe_open(path, framework="pt") as shard:
-            for name in sorted(wanted.keys() & {*shard.keys()}):
+            for name in sorted(shard.keys()):
                 found = shard.get_slice(name).get_shape()
-                if math.prod(found) != wanted[name].numel():
+                in_files += math.prod(found)
+                if name in wanted and math.prod(found) != wanted[name].numel():
                     raise SecateurError(
                         f"{path}: {name} is {tuple(found)}, but {tuple(wanted[name])} by {folder / 'config.json'}: "
                         f"these files are of different models"
                     )
+    needed = sum(shape.numel() for name, shape in wanted.items() if name not in skeleton.all_tied_weights_keys)
+    if needed > 2 * in_files + SPARE_WEIGHTS:
+        raise SecateurError(
+            f"{folder} holds {in_files:,} weights, and its config.json makes a model of {needed:,}: the download is "
+            f"incomplete, or these files are of different models"
+        )
 
 
 def _take_buffers(model: Any, skeleton: Any) -> None:

@@ -27,7 +27,7 @@ from secateur.reporting.report import CARD, Report
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import copy_other_files
-from secateur.sources.validate import DENSE_INDEX
+from secateur.sources.validate import DENSE_INDEX, holds_all
 from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
@@ -137,8 +137,8 @@ def _pack_files(folder: Path, report: Report) -> None:
 def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[str]) -> dict[str, Tensor]:
     """Some of the model's tensors, each in its checkpoint's dtype; tied tensors stay one.
 
-    A tensor that was held in a narrower dtype than the checkpoint's and was not pruned is read from the checkpoint
-    again, so its bits are the original ones.
+    A tensor that was held in a dtype without all values of the checkpoint's and was not pruned is read from the
+    checkpoint again, so its bits are the original ones.
     """
     done: dict[tuple[int, int, torch.dtype], Tensor] = {}
     tensors: dict[str, Tensor] = {}
@@ -149,8 +149,8 @@ def tensors_to_save(checkpoint: Checkpoint, report: Report, names: Collection[st
         dtype = checkpoint.file_dtypes.get(name) or tensor.dtype
         key = (tensor.data_ptr(), tensor.numel(), dtype)
         if key not in done:
-            narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < torch.finfo(dtype).bits
-            if narrower and name in checkpoint.file_of and name.removesuffix(".weight") not in pruned:
+            is_rounded = tensor.is_floating_point() and not holds_all(tensor.dtype, dtype)
+            if is_rounded and name in checkpoint.file_of and name.removesuffix(".weight") not in pruned:
                 path, there = checkpoint.file_of[name]
                 with safe_open(path, framework="pt") as shard:
                     done[key] = shard.get_tensor(there)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -180,11 +181,14 @@ def forward_errors(part: nn.Module) -> Iterator[None]:
 
 
 def _is_from_here(error: BaseException) -> bool:
-    """Whether an error was raised by a file of this package."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+    """Whether an error was raised by a file of this package.
+
+    A mode that watches torch's functions (`WeightWatcher`) is the last frame of every error in one of them.
+    """
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    while frames and frames[-1].co_name == "__torch_function__":
+        frames.pop()
+    return bool(frames) and Path(frames[-1].co_filename).is_relative_to(PACKAGE)
 
 
 @contextmanager

@@ -32,7 +32,14 @@ from secateur.pruning.block_refit import (
 )
 from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
-from secateur.pruning.loop import check_number_of_batches, check_steps, checked_dense_pass, end_of, prune_block
+from secateur.pruning.loop import (
+    check_any_left,
+    check_number_of_batches,
+    check_steps,
+    checked_dense_pass,
+    end_of,
+    prune_block,
+)
 from secateur.pruning.loss_curves import curve_levels, loss_curve
 from secateur.pruning.predictions import PredictionDivergence
 from secateur.recipe.rules import matrix_recipe
@@ -96,6 +103,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         structure = find_block_chains(model, sample[0], context.recipe, context.store)
         check_steps(structure, context)
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
+        check_any_left([block for found, _ in passes for block in found.blocks])
         dense, block = _largest_block([found for found, _ in passes])
         alike = sum(all_parameters(each.module) for each in structure.blocks) / all_parameters(block.module)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
@@ -256,7 +264,8 @@ def _memory(
     model: nn.Module, structure: ModelStructure, block: Block, stream: Stream, scale: float, context: RunContext
 ) -> int:
     """Peak of memory besides mapped files: all outside the blocks, one block, hidden states, Hessians, the refit."""
-    width = block.matrices[0].stored.element_size()  # hidden states of a model that is one block are its inputs
+    with context.store.onload_block(block):  # files may hold a narrower dtype than forward passes have
+        width = block.matrices[0].stored.element_size()  # hidden states of a model that is one block are its inputs
     in_blocks = {id(each) for found in structure.blocks for each in found.module.parameters()}
     outside = sum(each.numel() for each in model.parameters() if id(each) not in in_blocks) * width
     weights = all_parameters(block.module)

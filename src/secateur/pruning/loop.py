@@ -107,8 +107,10 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         first, *later = structure.chains
         dense_pass = checked_dense_pass(model, first, batches, context)
         # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
+        found = [*dense_pass.blocks]
         for chain in later:
-            checked_dense_pass(model, chain, batches, context)
+            found += checked_dense_pass(model, chain, batches, context).blocks
+        check_any_left(found)
         if context.recipe.permutation is not None:
             if not context.store.is_reordered:
                 _reorder_channels(model, first, dense_pass, batches, context)
@@ -140,6 +142,17 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
     if context.recipe.target is not None:
         check_all_tokens(found.stream)
     return found
+
+
+def check_any_left(blocks: Sequence[Block]) -> None:
+    """Check that the dense pass left a matrix to prune.
+
+    Raises:
+        UnsupportedModelError: it left none.
+    """
+    if not any(block.matrices for block in blocks):
+        reasons = sorted({reason for block in blocks for reason in block.dense.values()})
+        raise UnsupportedModelError(f"no matrix is left to prune: {', '.join(reasons) or 'none takes part'}")
 
 
 def _reorder_channels(

@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, ScalarEvent
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from secateur.recipe.declare import RecipeError, fields_of, plain
@@ -74,7 +74,7 @@ def read_recipe(path: Path) -> RecipeFile:
     try:
         if _depth(text) > MAX_DEPTH:
             raise RecipeError(f"{path} is nested too deeply: it is not a recipe")
-        if "&" in text and "*" in text:
+        if ("&" in text and "*" in text) or "<<" in text:
             _check_no_alias(path, text)
         found = YAML(typ="rt", pure=True).load(text)
     except RecursionError as error:
@@ -106,6 +106,8 @@ def _check_no_alias(path: Path, text: str) -> None:
     for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
         if isinstance(event, AliasEvent):
             raise RecipeError(f"{path}, line {event.start_mark.line + 1}: a recipe can't use YAML aliases (*name)")
+        if isinstance(event, ScalarEvent) and event.value == "<<":
+            raise RecipeError(f"{path}, line {event.start_mark.line + 1}: a recipe can't use YAML merge keys (<<)")
 
 
 def _lines(node: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], int]]:

@@ -20,14 +20,14 @@ MAX_DIMENSIONS = 4
 SMALLEST_TENSOR, SMALLEST_PAIR = 24, 13  # bytes of their entries
 
 
-def check_gguf(path: Path) -> int:
+def check_gguf(path: Path) -> dict[str, int]:
     """Check that everything that a GGUF file announces is in it. Cost: one read of its header.
 
     Returns:
-        the number of its weights.
+        the number of weights of each tensor, by its name.
 
     Raises:
-        SecateurError: it is not, or this is no GGUF file of version 2 or 3.
+        SecateurError: it is not, this is no GGUF file of version 2 or 3, or its rotary positions are scaled.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -44,7 +44,7 @@ class _Header:
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.elements = content, 0, 0
 
-    def check(self) -> int:
+    def check(self) -> dict[str, int]:
         magic, version, tensors, pairs = self.take("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise SecateurError("it does not begin as a little-endian GGUF file of version 2 or 3")
@@ -58,7 +58,8 @@ class _Header:
         found = [self.tensor() for _ in range(tensors)]
         self.check_tensors(found, values.get("general.alignment", 32))
         _check_counts(values, len(found))
-        return sum(elements for _, elements, _, _ in found)
+        _check_scaling(values)
+        return {name: elements for name, elements, _, _ in found}
 
     def take(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{layout}", self.content, self.at)
@@ -112,6 +113,17 @@ class _Header:
             block, size = GGML_QUANT_SIZES[kind]  # pyright: ignore[reportArgumentType] - an IntEnum
             if elements % block or start + offset + elements // block * size > len(self.content):
                 raise SecateurError(f"{name} is larger than what the file holds: the download may be incomplete")
+
+
+def _check_scaling(values: dict[str, Any]) -> None:
+    """Check that rotary positions are not scaled: transformers drops that from every architecture but gpt-oss."""
+    kind = values.get("general.architecture")
+    scaling, factor = (values.get(f"{kind}.rope.scaling.{name}") for name in ("type", "factor"))
+    if kind != "gpt-oss" and scaling not in (None, "none") and factor != 1:
+        raise SecateurError(
+            f"its rotary positions are scaled ({scaling}), which transformers does not read from GGUF files: give the "
+            f"original checkpoint"
+        )
 
 
 def _check_counts(values: dict[str, Any], tensors: int) -> None:

@@ -16,6 +16,7 @@ from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_W
 from secateur.runtime.messages import first_line
 from secateur.storage.json_files import read_json
 
+ADAPTER = "adapter_config.json"
 DENSE_INDEX = "model.safetensors.index.json"
 QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _COUNT = re.compile(r"layers?$|layers_|blocks$|experts$|depth$")  # num_hidden_layers, n_layer, num_local_experts
@@ -32,12 +33,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     Raises:
         SecateurError: missing, incomplete, damaged or quantised files.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise SecateurError(
-            f"{folder} is a LoRA adapter, not a model: merge it first, by "
-            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED),"
-            f" and save its tokenizer there too"
-        )
+    _check_no_adapter(folder)
     config = _config_of(folder)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
@@ -81,6 +77,7 @@ def check_packed(folder: Path) -> dict[str, Path]:
     Raises:
         SecateurError: it is not packed, or files are missing, incomplete, damaged or of another version.
     """
+    _check_no_adapter(folder)
     config = _config_of(folder)
     packing = config.get("quantization_config")
     if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
@@ -104,6 +101,26 @@ def check_packed(folder: Path) -> dict[str, Path]:
             shards |= dict.fromkeys(file.keys(), path)
     _check_counts(folder / "config.json", config, len(shards))
     return shards
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Check that a folder holds no adapter: transformers would apply it to the model in the folder.
+
+    Raises:
+        SecateurError: it does.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise SecateurError(
+            f"{folder} holds a model and an adapter ({ADAPTER}), which transformers would add to it: if the adapter is "
+            f"merged into the model, move its adapter_* files away; else merge it first"
+        )
+    raise SecateurError(
+        f"{folder} is a LoRA adapter, not a model: merge it first, by "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(MERGED), "
+        f"and save its tokenizer there too"
+    )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -149,6 +166,11 @@ def main_dtype(dtypes: dict[str, torch.dtype], config: Any) -> torch.dtype:
     if dtypes:
         return Counter(dtypes.values()).most_common(1)[0][0]
     return getattr(config, "dtype", None) or torch.float32
+
+
+def holds_all(held: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether a floating dtype holds every value of another; fp16 and bf16 hold neither each other's."""
+    return torch.promote_types(held, stored) == held
 
 
 def compute_dtype(storage: torch.dtype, device: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from secateur.storage.paths import real_path
 
 
 def check_new_folder(folder: Path, out: Path) -> None:
-    """Check that `out` is a new or empty folder, and not in one that is read.
+    """Check that `out` is a new or empty folder, not the working folder, and not in one that is read.
 
     Raises:
         SecateurError: it is not.
@@ -19,6 +19,8 @@ def check_new_folder(folder: Path, out: Path) -> None:
     place = real_path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise SecateurError(f"{out} exists and is not an empty folder: choose another one")
+    if place == real_path(Path.cwd()):
+        raise SecateurError(f"{out} is the working folder, which must stay: choose another folder")
     if real_path(folder) in (place, *place.parents):
         raise SecateurError(f"{out} lies in {folder}, which is read: choose another folder")
 
