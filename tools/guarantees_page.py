@@ -18,13 +18,13 @@ PROMISES = {
     "Two runs never write one OUT.": "test_resume.py: test_two_runs_on_one_folder; test_output_folder.py: test_a_second_run_that_checked_out_before_the_first_one_finished_replaces_nothing",
     "A full disk, an I/O error or a read-only disk gives exit code 2 and a message, and costs no finished block.": "test_faults.py: test_a_sample_of_faults_breaks_no_promise; test_resume.py: test_a_full_disk_costs_nothing_that_was_there",
     "A model in the cache that is damaged is made again.": "test_hostile_files.py: test_a_damaged_model_in_the_cache_is_made_again",
-    "Damaged and hostile files give exit code 2 and a message: no traceback, no hang, no memory beyond twice the file and 500 MB. A packed file may need more: a zero takes one bit there.": "test_fuzz.py: test_mutated_files_break_no_promise; test_hostile_files.py: test_configs_that_make_no_sense, test_damaged_gguf_files",
+    "Damaged and hostile files give exit code 2 and a message: no traceback, no hang, no memory beyond twice the file and 500 MB. A packed file may need more: a zero takes one bit there.": "test_fuzz.py: test_mutated_files_break_no_promise; test_hostile_files.py: test_configs_that_make_no_sense, test_a_config_of_a_far_larger_model_takes_no_memory, test_damaged_gguf_files",
     "A packed model unpacks to the same bits. A damaged one gives an error: its sizes, checksums, masks and counts are checked, and its shapes against the config. The offsets that kernels use are computed from the masks.": "test_packed_format.py: test_a_round_trip_keeps_every_bit, test_damaged_headers_are_refused, test_no_flipped_bit_of_a_header_is_taken, test_wrong_contents_under_a_right_checksum_are_refused; test_packed_models.py: test_damaged_packed_files_are_found, test_a_matrix_of_another_shape_than_the_config_is_refused",
     "Without secateur, a packed model fails to load. It never starts from random weights.": "test_packed_models.py: test_plain_transformers_fails_loudly",
     "Text from files is printed as it is: no markup, no control characters.": "test_hostile_files.py: test_names_from_files_are_printed_as_they_are",
     "Names from models and files are text in a report's page: none is run, and the page's own policy forbids scripts and the network.": "test_report.py: test_hostile_names_stay_text, test_the_page_in_a_browser",
     "Only the checkpoint's files are published, and only if they are what was saved. The token is checked before any work.": "test_hub.py: test_files_that_are_not_of_the_model_stay_here, test_what_is_not_as_it_was_saved_is_not_published, test_a_token_is_checked_before_any_work",
-    "No pickle is loaded and no code of a model runs, unless asked for.": "test_hostile_files.py: test_a_pickle_with_a_payload",
+    "No pickle is loaded and no code of a model runs, unless asked for.": "test_hostile_files.py: test_a_pickle_with_a_payload; test_packed_models.py: test_bench_loads_a_pickle_where_it_is_asked_to",
     "An error that nobody foresaw says so, leaves its traceback in a file, and exits with 70.": "test_hostile_files.py: test_an_unexpected_error_says_so_and_leaves_its_traceback",
 }
 
