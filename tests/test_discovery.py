@@ -243,9 +243,9 @@ def test_matrices_that_the_dense_pass_finds_idle_leave_nothing_to_prune(tmp_path
     """GPT-2 has cross-attention by its config, and no encoder calls it."""
     save_checkpoint(tmp_path / "model", "gpt2", add_cross_attention=True)
     asked = {"calibration": tokens(), "solver": "magnitude", "include": "*crossattention*"}
-    with pytest.raises(UnsupportedModelError, match="no matrix is left to prune: its module is never called"):
+    with pytest.raises(UnsupportedModelError, match="no matrix is left to prune: .*its module is never called"):
         secateur.prune(tmp_path / "model", tmp_path / "out", **asked)
-    with pytest.raises(UnsupportedModelError, match="no matrix is left to prune: its module is never called"):
+    with pytest.raises(UnsupportedModelError, match="no matrix is left to prune: .*its module is never called"):
         secateur.dry_run(tmp_path / "model", **asked)
     assert not (tmp_path / "out").exists()
 

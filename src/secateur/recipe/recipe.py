@@ -112,7 +112,7 @@ class Recipe:
     version: Literal[1] = Field(default=VERSION, description="Version of the recipe format.")
     pattern: PatternField = Field(
         default=Unstructured(0.5),
-        description="Share of zeros, or n:m: n of every m weights along the input stay.",
+        description="Zeros, or n:m (n of m stay). Groups of m weights run along the input.",
     )
     solver: Solver = Field(default=MRP(), description="mrp, admm, sparsegpt, wanda, magnitude. Or a plug-in's.")
     damping: Number = Field(default=0.01, gt=0, description="Damping of Hessians, relative to their mean diagonal.")
