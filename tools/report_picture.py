@@ -2,8 +2,8 @@
 
 secateur demo --out demo
 secateur pack demo demo-packed
-secateur eval demo --against smollm2 --record
-secateur bench smollm2 demo-packed --record      # and again with demo in the list, to record it there
+secateur eval demo --against smollm2 --record --max-tokens 20480
+secateur bench smollm2 demo-packed demo --record
 python tools/report_picture.py demo/report.html
 """
 
