@@ -179,7 +179,8 @@ def save_gguf(
     if parts is not None:
         writer.add_uint16("split.count", parts)
     if scaling is not None:
-        writer.add_string("llama.rope.scaling.type", scaling)
+        if scaling:
+            writer.add_string("llama.rope.scaling.type", scaling)
         writer.add_float32("llama.rope.scaling.factor", 4.0)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(characters), 32), "output": (len(characters), 32), "output_norm": (32,)}

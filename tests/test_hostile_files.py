@@ -429,7 +429,8 @@ def test_a_gguf_file_that_was_merged(main, tmp_path, monkeypatch):
         ({"parts": 2}, "one of 2 parts of a"),
         ({"extra": {"rope_freqs": (4,)}}, "(rope_freqs.weight scales its rotary positions): it would be another model"),
         ({"extra": {"blk.0.attn_q_norm": (8,)}}, "it would be another model"),
-        ({"scaling": "linear"}, "its rotary positions are scaled (linear)"),
+        ({"scaling": "yarn"}, "its rotary positions are scaled (yarn)"),
+        ({"scaling": ""}, "its rotary positions are scaled (linear)"),  # a factor alone, as llama.cpp reads it
     ],
 )
 def test_a_gguf_file_that_transformers_reads_in_part(main, tmp_path, monkeypatch, options, message):

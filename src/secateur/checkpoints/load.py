@@ -118,7 +118,7 @@ def load(
         local_files_only=True,
     )
     with _explained(folder, trust_remote_code, converted):
-        if converted is not None or not trust_remote_code:
+        if converted is not None or (shards and not trust_remote_code):  # code from the checkpoint runs no second time
             skeleton = _skeleton(config, computes_in, trust_remote_code)
             _check_sizes(folder, skeleton, shards)
         if converted is not None and shards and is_converted(skeleton, shards):

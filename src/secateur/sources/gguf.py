@@ -14,7 +14,7 @@ from secateur.sources.model_cache import cached
 from secateur.storage.file_records import sha256
 
 WEIGHTS_A_SECOND = 6e6  # converted, on two cores
-HEAD = "output.weight"
+HEAD = "output.weight"  # where it is not tied to the embeddings
 CONVERTER = 3  # counted up where the same file gives another checkpoint
 
 

@@ -119,10 +119,11 @@ def _check_scaling(values: dict[str, Any]) -> None:
     """Check that rotary positions are not scaled: transformers drops that from every architecture but gpt-oss."""
     kind = values.get("general.architecture")
     scaling, factor = (values.get(f"{kind}.rope.scaling.{name}") for name in ("type", "factor"))
-    if kind != "gpt-oss" and scaling not in (None, "none") and factor != 1:
+    is_scaled = (scaling, factor) != (None, None) and scaling != "none" and factor not in (0, 1)
+    if kind != "gpt-oss" and is_scaled:
         raise SecateurError(
-            f"its rotary positions are scaled ({scaling}), which transformers does not read from GGUF files: give the "
-            f"original checkpoint"
+            f"its rotary positions are scaled ({scaling or 'linear'}), which transformers does not read from GGUF files: "
+            f"give the original checkpoint"
         )
 
 
