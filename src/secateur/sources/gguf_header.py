@@ -122,8 +122,8 @@ def _check_scaling(values: dict[str, Any]) -> None:
     is_scaled = (scaling, factor) != (None, None) and scaling != "none" and factor not in (0, 1)
     if kind != "gpt-oss" and is_scaled:
         raise SecateurError(
-            f"its rotary positions are scaled ({scaling or 'linear'}), which transformers does not read from GGUF files: "
-            f"give the original checkpoint"
+            f"its rotary positions are scaled ({scaling or 'linear'}), which transformers does not read from GGUF "
+            f"files: give the original checkpoint"
         )
 
 
