@@ -23,7 +23,7 @@ from secateur.pruning import allocation as al
 from secateur.pruning import dry_run, loop, loss_curves
 from secateur.pruning.context import DroppedBlocks, RunContext
 from secateur.pruning.dry_run import estimate
-from secateur.pruning.fisher import output_fisher_information
+from secateur.pruning.fisher import draw_labels, output_fisher_information
 from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.resolve import resolve_recipe
@@ -229,10 +229,24 @@ def test_sensitivity_equals_gradients_taken_by_module_hooks(family, chunk, monke
         generator = torch.Generator().manual_seed(7 + number)
         logits = model(ids[None], use_cache=False).logits[0]
         odds = logits.detach().softmax(-1).split(len(logits) if chunk is None or family == "opt" else chunk)
-        labels = torch.cat([torch.multinomial(each, 1, generator=generator)[:, 0] for each in odds])
+        labels = torch.cat([draw_labels(each, generator) for each in odds])
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for name, squares in found.items():
         assert torch.allclose(squares, torch.cat(seen[name]).square().mean(0), rtol=1e-3, atol=1e-9), name
+
+
+def test_labels_are_drawn_by_their_odds():
+    odds = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.3, 0.0, 0.075, 0.0])
+    labels = draw_labels(odds.expand(100_000, -1), torch.Generator().manual_seed(0))
+    found = labels.bincount(minlength=len(odds)) / len(labels)
+    assert torch.allclose(found, odds, atol=0.006)  # four standard deviations of the largest
+    assert not found[odds == 0].any()
+
+
+def test_a_label_is_found_among_many():
+    odds = torch.zeros(4, 50_000)
+    odds[torch.arange(4), torch.tensor([0, 7, 30_000, 49_999])] = 1.0
+    assert draw_labels(odds, torch.Generator().manual_seed(0)).tolist() == [0, 7, 30_000, 49_999]
 
 
 def test_padding_gives_no_label_and_its_chunk_may_hold_nothing_else(monkeypatch):
@@ -349,7 +363,7 @@ def test_sensitivity_counts_every_use_of_a_blocks_output():
     name = "inner.model.layers.0.mlp.down_proj"
     model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: seen.append(out[0]))
     logits = model(ids[:1]).logits[0]
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    labels = draw_labels(logits.detach().softmax(-1), torch.Generator().manual_seed(0))
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     assert torch.allclose(found[name], seen[0].flatten(0, -2).square().mean(0), rtol=1e-3)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from secateur.calibration.dense_pass import unlabelled
@@ -250,9 +250,18 @@ def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator
         raise SecateurError("the dense model's predictions are not finite: try another dtype")
     if not len(logits):  # of padding alone
         return logits.sum()
-    odds = logits.detach().softmax(-1).cpu()
-    labels = torch.multinomial(odds, 1, generator=generator)[:, 0].to(logits.device)
+    labels = draw_labels(logits.detach().softmax(-1).cpu(), generator).to(logits.device)
     return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def draw_labels(odds: Float[Tensor, "T V"], generator: torch.Generator) -> Int[Tensor, " T"]:
+    """A label for each row of odds, by inverse sampling; one of odds zero is never drawn.
+
+    It takes one random number a row. `torch.multinomial` takes V: a quarter of this file's time on SmolLM2.
+    """
+    sums = odds.cumsum(-1)
+    drawn = torch.rand(len(odds), 1, generator=generator) * sums[:, -1:]  # below the last sum, rounded too
+    return torch.searchsorted(sums, drawn, right=True)[:, 0]
 
 
 def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
