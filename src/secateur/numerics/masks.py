@@ -37,10 +37,10 @@ def keep_all_but_lowest(score: Float[Tensor, "*shape"], num_pruned: int) -> Bool
     if num_pruned >= flat.numel():
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = _nth_lowest(flat, num_pruned)
-    pruned = flat < threshold
-    ties = (flat == threshold).nonzero()[:, 0]
-    pruned[ties[: num_pruned - int(pruned.sum())]] = True
-    return ~pruned.reshape(score.shape)
+    keep = flat > threshold
+    if surplus := flat.numel() - num_pruned - int(keep.sum()):  # of several equal scores the first are pruned
+        keep[(flat == threshold).nonzero()[-surplus:, 0]] = True
+    return keep.reshape(score.shape)
 
 
 def _nth_lowest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, ""]:
