@@ -260,7 +260,7 @@ def draw_labels(odds: Float[Tensor, "T V"], generator: torch.Generator) -> Int[T
     It takes one random number a row. `torch.multinomial` takes V: a quarter of this file's time on SmolLM2.
     """
     sums = odds.cumsum(-1)
-    drawn = torch.rand(len(odds), 1, generator=generator) * sums[:, -1:]  # below the last sum, rounded too
+    drawn = torch.rand(len(odds), 1, generator=generator) * sums[:, -1:]  # below the last sum, even when rounded
     return torch.searchsorted(sums, drawn, right=True)[:, 0]
 
 
