@@ -150,7 +150,7 @@ class MaskedInverse:
         i, j = torch.triu_indices(rank, rank, device=F.device)
         upper = F.new_zeros(len(keep), len(i))
         strip = max(1, chunk_bytes(F.device) // (F.element_size() * len(i)))
-        by_rank = F.T.contiguous().split(strip, 1)  # rows are gathered in half the time of columns
+        by_rank = F.T.contiguous().split(strip, 1)  # gathering rows is faster than columns
         for part, model, variance in zip(keep.split(strip, 1), by_rank, d.split(strip), strict=True):
             upper.addmm_(part, model[i].mul_(model[j]).div_(variance).T)
         core = F.new_empty(len(keep), rank, rank)

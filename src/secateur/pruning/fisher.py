@@ -257,7 +257,7 @@ def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator
 def draw_labels(odds: Float[Tensor, "T V"], generator: torch.Generator) -> Int[Tensor, " T"]:
     """A label for each row of odds, by inverse sampling; one of odds zero is never drawn.
 
-    It takes one random number a row. `torch.multinomial` takes V: a quarter of this file's time on SmolLM2.
+    It takes one random number a row. `torch.multinomial` takes V, which is slow for large vocabularies.
     """
     sums = odds.cumsum(-1)
     drawn = torch.rand(len(odds), 1, generator=generator) * sums[:, -1:]  # below the last sum, even when rounded
