@@ -57,9 +57,8 @@ def test_n_m_presets_have_no_allocation_and_search_further():
     for name in ("balanced", "best"):
         assert Recipe.preset(name, "50%").allocation.rule == "curve"
         assert Recipe.preset(name, "2:4").allocation is None
-        assert Recipe.preset(name, "2:4").refit.strength == 0.6
-    strengths = {pattern: Recipe.preset("balanced", pattern).refit.strength for pattern in ("50%", "59%", "60%", "70%")}
-    assert strengths == {"50%": 1, "59%": 1, "60%": 0.6, "70%": 0.6}
+        strengths = {pattern: Recipe.preset(name, pattern).refit.strength for pattern in ("50%", "59%", "60%", "2:4")}
+        assert strengths == {"50%": 1, "59%": 1, "60%": 0.6, "2:4": 0.6}
     assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
 
 

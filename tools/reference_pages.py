@@ -84,9 +84,9 @@ def recipe_page() -> str:
         parts += [options_table(kind)] if fields_of(kind) else ["No options."]
     parts += [
         "## Presets",
-        "As they are at 50%. `secateur recipe NAME --pattern PATTERN` prints one for another pattern. From 60% on `balanced` "
-        "has refit strength 0.6. At n:m `balanced` and `best` have it too, no preset has an allocation, and `best` has 24 "
-        "search iterations and `penalty_start` 0.2.",
+        "As they are at 50%. `secateur recipe NAME --pattern PATTERN` prints one for another pattern. From 60% on and "
+        "at n:m, `balanced` and `best` have refit strength 0.6. At n:m no preset has an allocation, and `best` has 24 search "
+        "iterations and `penalty_start` 0.2.",
     ]
     for name, function in PRESETS.items():
         parts += [f"`{name}`: {(function.__doc__ or '').splitlines()[0]}", f"```yaml\n{short_yaml(name)}```"]

@@ -24,7 +24,7 @@ def fast(_pattern: Pattern) -> dict[str, Any]:
 
 def balanced(pattern: Pattern) -> dict[str, Any]:
     """A short joint mask search, a short block refit, and for unstructured patterns an allocation."""
-    refit = {"epochs": 1, "rate": 0.00625} | ({"strength": REFIT_STRENGTH} if is_severe(pattern) else {})
+    refit = {"epochs": 1, "rate": 0.00625} | _strength(pattern)
     solver = {"name": "admm", "search_iterations": 4, "tolerance": 0.02}
     if isinstance(pattern, NM):
         return {"solver": solver, "shrinkage": "auto", "refit": refit}
@@ -39,13 +39,16 @@ def best(pattern: Pattern) -> dict[str, Any]:
     search.
     """
     refit = {"epochs": 4, "max_tokens": BEST_REFIT_TOKENS, "step_tokens": 1024, "val_fraction": 0.125}
-    refit |= {"prediction_blocks": 1}
-    found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}}
+    refit |= {"prediction_blocks": 1} | _strength(pattern)
+    found = {"shrinkage": "auto", "calibration": {"own_words": "auto"}, "refit": refit}
     if isinstance(pattern, NM):
-        solver = {"name": "admm", "search_iterations": 24}
-        return found | {"solver": solver, "refit": refit | {"strength": REFIT_STRENGTH}}
+        return found | {"solver": {"name": "admm", "search_iterations": 24}}
     solver = {"name": "admm", "search_iterations": 12, "penalty_start": 0.4}
-    return found | {"solver": solver, "refit": refit, "allocation": {"rule": "curve"}}
+    return found | {"solver": solver, "allocation": {"rule": "curve"}}
+
+
+def _strength(pattern: Pattern) -> dict[str, Any]:
+    return {"strength": REFIT_STRENGTH} if is_severe(pattern) else {}
 
 
 PRESETS: dict[str, Callable[[Pattern], dict[str, Any]]] = {"fast": fast, "balanced": balanced, "best": best}
