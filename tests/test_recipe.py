@@ -59,6 +59,8 @@ def test_n_m_presets_have_no_allocation_and_search_further():
         assert Recipe.preset(name, "2:4").allocation is None
         strengths = {pattern: Recipe.preset(name, pattern).refit.strength for pattern in ("50%", "59%", "60%", "2:4")}
         assert strengths == {"50%": 1, "59%": 1, "60%": 0.6, "2:4": 0.6}
+    caps = {pattern: Recipe.preset("best", pattern).refit.max_tokens for pattern in ("50%", "60%", "2:4")}
+    assert caps == {"50%": 600_000, "60%": 1_200_000, "2:4": 600_000}
     assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
 
 

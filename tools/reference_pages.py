@@ -85,8 +85,8 @@ def recipe_page() -> str:
     parts += [
         "## Presets",
         "As they are at 50%. `secateur recipe NAME --pattern PATTERN` prints one for another pattern. From 60% on and "
-        "at n:m, `balanced` and `best` have refit strength 0.6. At n:m no preset has an allocation, and `best` has 24 search "
-        "iterations and `penalty_start` 0.2.",
+        "at n:m, `balanced` and `best` have refit strength 0.6. From 60% on `best` has `max_tokens` 1200000. At n:m no preset has "
+        "an allocation, and `best` has 24 search iterations and `penalty_start` 0.2.",
     ]
     for name, function in PRESETS.items():
         parts += [f"`{name}`: {(function.__doc__ or '').splitlines()[0]}", f"```yaml\n{short_yaml(name)}```"]
