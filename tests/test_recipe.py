@@ -57,11 +57,15 @@ def test_n_m_presets_have_no_allocation_and_search_further():
     for name in ("balanced", "best"):
         assert Recipe.preset(name, "50%").allocation.rule == "curve"
         assert Recipe.preset(name, "2:4").allocation is None
+    assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
+
+
+def test_presets_refit_otherwise_where_many_weights_go():
+    for name in ("balanced", "best"):
         strengths = {pattern: Recipe.preset(name, pattern).refit.strength for pattern in ("50%", "59%", "60%", "2:4")}
         assert strengths == {"50%": 1, "59%": 1, "60%": 0.6, "2:4": 0.6}
-    caps = {pattern: Recipe.preset("best", pattern).refit.max_tokens for pattern in ("50%", "60%", "2:4")}
-    assert caps == {"50%": 600_000, "60%": 1_200_000, "2:4": 600_000}
-    assert resolve_recipe("best", {"pattern": "2:4"}) == Recipe.preset("best", "2:4")
+    caps = {pattern: Recipe.preset("best", pattern).refit.max_tokens for pattern in ("50%", "59%", "60%", "2:4")}
+    assert caps == {"50%": 600_000, "59%": 600_000, "60%": 1_200_000, "2:4": 600_000}
 
 
 def test_settings_turn_steps_on_and_off_and_replace_solvers():
