@@ -235,7 +235,7 @@ def readme_line() -> str:
         f"{MODELS[s['model']]}, calibrated on {tokens_of(s)} of wikitext2-valid.txt; perplexity on {TEXT}, "
         f"one seed, or two where a spread is given; "
         f"seconds at 50%, on 2 threads. 2:4: two of every four neighbouring weights in a row are zero. On the machine of the first table "
-        f"`balanced` ended at {on_the_other_machine()}, so a few tenths say little. `best` on more text at 50% and 2:4 is from before the masks [changed](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
+        f"`balanced` ended at {on_the_other_machine()}, so differences of a few tenths mean nothing. `best` on more text at 50% and 2:4 is an earlier version, with [other masks](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
         f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
     )
 

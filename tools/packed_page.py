@@ -57,7 +57,7 @@ def short_line() -> str:
     settings = measured()[0]["settings"]
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX. "
-        f"Both are Instruct models. {pruned_line()} Perplexity on {settings['text']} ({evaluated_tokens()}: it can't compare the two). "
+        f"Both are Instruct models. {pruned_line()} Perplexity on {settings['text']} ({evaluated_tokens()}, so don't compare the two models by it). "
         f"[How it was measured](docs/packed.md)."
     )
 
@@ -74,7 +74,7 @@ def pruned_line() -> str:
     recipes = {model: recipe for found in measured() for model, recipe in found["recipes"].items()}
     return (
         f"SmolLM2 was pruned by `{recipes['SmolLM2-135M']}` on 32 x 512 tokens of wikitext2-valid.txt, and Qwen by "
-        f"`{recipes['Qwen2.5-Coder-1.5B']}` on as many of half prose and half code."
+        f"`{recipes['Qwen2.5-Coder-1.5B']}` on 32 x 512 tokens of half prose and half code."
     )
 
 

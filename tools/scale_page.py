@@ -22,7 +22,7 @@ def scale_table() -> str:
     note = (
         f"Estimates, as `--dry-run` makes them. For 135M and 1.5B one block of a random model was pruned on a CPU with "
         f"{where['threads']} threads, and its time multiplied. 7B and 70B were not run: they are scaled up from 1.5B. The text has "
-        f"{found['samples']} x {found['seq_len']} tokens. `--samples 32 --seq-len 512` takes a sixteenth of what grows with the text. Memory is that of `balanced`; for 7B and 70B it was not measured: `--dry-run` says it, and `--max-memory` lowers it. Measured with earlier versions of both recipes."
+        f"{found['samples']} x {found['seq_len']} tokens. With `--samples 32 --seq-len 512`, the part of the time that grows with the text falls to a sixteenth. Memory is that of `balanced`. For 7B and 70B, `--dry-run` estimates it. `--max-memory` lowers it. Estimated with earlier versions of both recipes."
     )
     head = ["estimated", *(f"`--recipe {recipe}`" for recipe in recipes), "memory", "disk"]
     return f"{table(head, lines)}\n\n{note}"
