@@ -27,6 +27,7 @@ from secateur.pruning.fisher import draw_labels, output_fisher_information
 from secateur.recipe.patterns import NM, Unstructured
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.resolve import resolve_recipe
+from secateur.runtime.memory import MemoryBudget
 
 GRID = [0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 
@@ -440,6 +441,44 @@ def test_a_dry_run_measures_no_matrix_that_a_rule_decides():
     batches = [{"input_ids": ids} for ids in tokens(8)]
     assert estimated(model, batches, asked).seconds > 0
     assert estimated(model, batches, asked | {"rules": [{"match": "*", "pattern": "50%"}]}).seconds > 0
+
+
+def test_a_dry_run_gathers_as_many_hessians_at_once_as_the_run(monkeypatch, tmp_path):
+    """Under a cap, in the allocation too: here two of 32 inputs."""
+    held, chunks, observe, prune = [], [], Stream.observe, dry_run.prune_block
+
+    def watched(stream, block, groups, *others):
+        held.append(sum(8 * group.columns**2 for group in groups))
+        return observe(stream, block, groups, *others)
+
+    def watched_chunk(*given):
+        chunks.append(given[-1].workspace.limit)
+        return prune(*given)
+
+    monkeypatch.setattr(Stream, "observe", watched)
+    monkeypatch.setattr(dry_run, "prune_block", watched_chunk)
+    memory = MemoryBudget(2 * 2 * 8 * 32**2, tmp_path)
+    recipe = resolve_recipe(solver="mrp", settings={"allocation.rule": "curve", "allocation.tokens": 1})
+    context = RunContext(recipe, quiet, DroppedBlocks(InMemory()), memory)
+    batches = [{"input_ids": ids} for ids in tokens(8)]
+    assert estimate(tiny_model("llama", intermediate_size=32), batches, context, 2**30).seconds > 0
+    assert len(held) == 2 * 2, "the four groups of a block, for the curves and for the solver"
+    assert max(held) <= memory.hessian_bytes
+    assert chunks == [memory.chunk_bytes]
+
+
+def test_a_dry_run_counts_what_a_target_holds():
+    """A copy of the block's weights, the dense model's hidden states, and three moments of an input instead of one."""
+    model, batches = tiny_model("llama"), [{"input_ids": ids} for ids in tokens(8)]
+    plain, dense, residual = (
+        estimated(model, batches, settings).memory_bytes
+        for settings in ({}, {"target.kind": "dense"}, {"target.kind": "residual"})
+    )
+    block = sum(4 * parameter.numel() for parameter in model.model.layers[0].parameters() if parameter.ndim > 1)
+    hidden = 4 * 32 * sum(ids.numel() for ids in tokens(8))
+    squares = 8 * (3 * 32**2 + 64**2)  # of all groups: q, o, gate, down
+    assert dense - plain == pytest.approx(block + 2 * hidden + 2 * squares, rel=0.05)
+    assert residual < dense, "it gathers those of one group at a time"
 
 
 def test_a_dry_run_takes_gradients_of_all_its_sequences_where_experts_are_modules():

@@ -199,6 +199,21 @@ def test_an_attempt_ends_with_a_hopeless_first_pass(monkeypatch):
     assert len(measured) == sum(1 + (count - 1) + 9 for count in tried)
 
 
+def test_an_attempt_ends_with_a_first_pass_that_is_not_finite(monkeypatch):
+    """Every other attempt as well, so the weights stay as solved."""
+    measured, attempts = [], block_refit.ATTEMPTS
+    mean = block_refit._Shared.mean
+
+    def ruined(self, val):
+        measured.append(mean(self, val))
+        return measured[-1] if len(measured) == 1 else math.nan
+
+    monkeypatch.setattr(block_refit._Shared, "mean", ruined)
+    _, report = pruned(refit={"epochs": 9}, exclude=["*.1.*"])
+    assert [block.best_epoch for block in report.blocks] == [0]
+    assert len(measured) == 1 + attempts
+
+
 @pytest.mark.parametrize(("most", "epochs"), [(None, 4), (10**9, 4), (3 * 96 * 24, 3), (96 * 24 + 1, 1), (5, 1)])
 def test_a_longer_text_gets_fewer_epochs(monkeypatch, most, epochs):
     """As many as the cap allows over 96 x 24 tokens: every epoch ends with a look at the validation batches."""

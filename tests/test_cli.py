@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich.progress
 import torch
 import transformers
 from commands import Command, command
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.cli import progress
 from secateur.cli.progress import LogLines
 from secateur.recipe.resolve import resolve_recipe
 from secateur.sources.validate import compute_dtype
@@ -282,6 +284,31 @@ def test_a_log_file_gets_a_line_a_stage_and_every_half_minute():
     assert lines == ["prune: 1 of 5", "prune: 3 of 5, 31 s left", "prune: 5 of 5", "save: 1 of 2", "save: 2 of 2"]
 
 
+def test_a_stage_that_begins_again_is_timed_anew_wherever_it_begins():
+    """The first text took a hundred seconds a window, the second takes one. Each call is two windows."""
+    now, lines = [0.0], []
+    show = LogLines(clock=lambda: now[0], write=lines.append)
+    for seconds in (200, 2):
+        for done in (2, 4, 6):
+            now[0] += seconds
+            show("evaluate", done, 6)
+        now[0] += 50
+    first = ["evaluate: 2 of 6", "evaluate: 4 of 6, 3 min 20 s left", "evaluate: 6 of 6"]
+    assert lines == [*first, "evaluate: 2 of 6", "evaluate: 6 of 6"]
+
+
+def test_a_stage_that_begins_again_has_another_bar(monkeypatch):
+    bars, add = [], rich.progress.Progress.add_task
+    monkeypatch.setattr(
+        rich.progress.Progress, "add_task", lambda self, stage, **more: bars.append(stage) or add(self, stage, **more)
+    )
+    with progress._bars() as show:
+        for done in (2, 4, 2, 4):
+            show("evaluate", done, 4)
+        show("prune", 1, 1)
+    assert bars == ["evaluate", "evaluate", "prune"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_order_and_says_how_to_resume(model, text, tmp_path, how):
@@ -401,6 +428,9 @@ def test_what_inspect_has_no_use_for_is_refused(main, model):
     code, _, errors = main("inspect", model, "--include", "*mlp*", "--allow-pickle")
     assert code == 2
     assert "--include, --allow-pickle: add --coverage, which runs the model" in errors.replace("\n", " ")
+    code, out, errors = main("recipe", "best", "--schema", "--pattern", "2:4")
+    assert (code, out) == (2, "")
+    assert "NAME, --pattern: leave out what changes a recipe" in errors.replace("\n", " ")
 
 
 @pytest.mark.parametrize("option", ["--recipes", "--patterns", "--seeds"])
@@ -827,6 +857,10 @@ def test_the_demo_advises_to_pack_only_what_it_packed(main, model, text, tmp_pat
         code, shown, errors = main("demo", "--out", out)
         assert code == 0, errors
         assert ("smaller and faster: secateur pack" in shown) == is_packed
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, shown, errors = main("demo", "--out", "~/50%")  # a shell leaves the tilde of `--out=~/50%`
+    assert code == 0, errors
+    assert f"the pruned model is in {tmp_path / '50%'}:" in shown.replace("\n", "")
 
 
 def test_the_demo_names_its_own_flag(main, tmp_path):

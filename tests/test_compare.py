@@ -22,8 +22,8 @@ import secateur
 from secateur.cli import app as cli
 from secateur.cli.flags import split_list
 from secateur.cli.progress import progress_shown
-from secateur.comparison.cell import ComparisonSettings, label_of, parse_recipe
-from secateur.comparison.compare import check_recipe, compare
+from secateur.comparison.cell import Cell, ComparisonSettings, label_of, parse_recipe
+from secateur.comparison.compare import LONGEST_NAME, _file_name, check_recipe, compare
 from secateur.comparison.page import to_html
 from secateur.comparison.peers import _as_theirs
 from secateur.comparison.results import DENSE, Comparison
@@ -329,6 +329,28 @@ def test_processes_of_torchrun_are_refused(settings, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="start it without them"):
         compare(settings, ["mrp"], ["50%"], [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_peer(tmp_path):
+    with pytest.raises(SecateurError, match="is not a program"):
+        check_recipe("llmcompressor-wanda", "50%", tmp_path)
+
+
+@pytest.mark.usefixtures("cells_here")
+def test_a_recipe_longer_than_a_file_name_is_a_cell(settings, tmp_path):
+    names = [f"model.layers.{layer}.self_attn.{matrix}_proj" for layer in range(2) for matrix in "qkvo"]
+    rules = ", ".join(f"{{match: {name}, dense: true}}" for name in names)
+    table = compare(settings, [f"wanda+rules=[{rules}]"], ["50%"], [0], tmp_path / "out", say=lambda _line: None)
+    (name,) = set(table.cells) - {DENSE}
+    assert len(name) > 255
+    assert table.cells[name]["perplexity"]
+
+
+def test_cells_never_share_a_file_name():
+    names = [f"mrp+{separator * 99}{end}" for separator in "_/" for end in ("a", "\N{HERB}" * 99)]
+    found = [_file_name(Cell(name, "50%", 0)) for name in names]
+    assert len(set(found)) == len(found)
+    assert all("/" not in name and len(name.encode()) <= LONGEST_NAME for name in found)
 
 
 @pytest.mark.usefixtures("cells_here")

@@ -196,6 +196,7 @@ def test_a_missed_matrix_is_listed_and_fails_the_run():
     missed = [matrix for matrix in found.matrices if matrix.state == "missed"]
     assert [matrix.name for matrix in missed] == ["model.layers.0.strange", "model.layers.1.strange"]
     assert "einsum in an unknown form" in str(missed[0].reason)
+    assert "with exclude='model.layers.0.strange'" in str(missed[0].reason)
     with pytest.raises(UnsupportedModelError, match=r"layers.0.strange enters torch.functional.einsum"):
         secateur.prune(model, pattern="2:4", solver="wanda", calibration=tokens())
 

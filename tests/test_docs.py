@@ -85,7 +85,7 @@ def test_every_command_and_example_of_a_page_runs(page, sandbox, main, monkeypat
             json.loads(text)
         if kind == "python":
             namespace["model"] = tiny_model("llama")
-            exec(compile(text.replace("seq_len=512", "seq_len=96"), str(page), "exec"), namespace)
+            exec(compile(text.replace('"seq_len": 512', '"seq_len": 96'), str(page), "exec"), namespace)
         if kind == "sh":
             for line in filter(None, text.splitlines()):
                 run(line.partition("  #")[0].strip(), main, monkeypatch)

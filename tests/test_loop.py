@@ -534,6 +534,8 @@ def test_a_model_that_can_not_be_replayed_by_blocks_is_pruned_as_a_whole(oddity)
         expected = float(((D @ H) * D).sum() / ((W @ H) * W).sum())
         assert report.relative_error == pytest.approx(expected, rel=1e-4), "the dense model's inputs, of all uses"
         assert report.zeros == 32
+    again = prune_model(copy.deepcopy(model), [batch], context(NM(2, 4), true_sequential=True))
+    assert again.notices[0].endswith("fitted to its inputs where those before it are pruned")
     with pytest.raises(UnsupportedModelError, match=r"replayed block by block.*refit would need.*recipe='fast'"):
         prune_model(model, [batch] * 2, context(NM(2, 4), refit=BlockRefit()))
 

@@ -237,6 +237,12 @@ def test_prompts_that_can_not_work_are_refused(tmp_path, source, own_words, mess
         calibration_batches(source.format(tmp=tmp_path), tokenizer, tiny_model("llama").config, text)
 
 
+def test_a_window_that_the_opening_fills_is_refused():
+    tokenizer = character_tokenizer(bos=True)
+    with pytest.raises(SecateurError, match="open with 1 tokens, and a sequence has 1: raise seq_len"):
+        Prompts.none(tokenizer, 1)
+
+
 def test_a_model_that_writes_nothing_is_refused():
     from transformers import BertConfig, BertModel
 

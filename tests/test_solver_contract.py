@@ -53,6 +53,15 @@ def test_counts_are_exact_and_weights_agree_with_the_mask(name, pattern):
         assert bool((groups.sum(-1) == pattern.n).all())
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_weight_of_a_layer_is_taken_as_it_is():
+    """A parameter has gradients, which nothing here needs."""
+    layer, X = torch.nn.Linear(48, 20), torch.randn(200, 48)
+    solved = secateur.solve(layer.weight, X.T @ X / 200, "50%")
+    assert not solved.weight.requires_grad
+    assert torch.equal(solved.weight, secateur.solve(layer.weight.detach(), X.T @ X / 200, "50%").weight)
+
+
 @every_case
 def test_pure_and_deterministic(name, pattern):
     W, H = sized(pattern)

@@ -72,11 +72,28 @@ class OddModel(PreTrainedModel):
         hidden = self.embedding(input_ids)
         for layer in self.layers:
             output = layer(hidden)
-            hidden = output.hidden_states if hasattr(output, "hidden_states") else output
+            hidden = output["hidden_states"] if isinstance(output, dict) else output
+            hidden = getattr(hidden, "hidden_states", hidden)
         return CausalLMOutput(logits=self.head(hidden))
 
 
-@pytest.mark.parametrize("form", [BlockOutput, namedtuple("BlockOutput", ["hidden_states"])])
+@dataclass
+class Carrier:
+    """An output that is neither a tensor nor a collection."""
+
+    hidden_states: torch.Tensor
+
+
+def test_blocks_whose_output_is_an_object_are_pruned_as_one_block():
+    model = OddModel(form=Carrier)
+    report = secateur.prune(model, calibration=tokens(16), recipe="fast")
+    assert "can't be replayed block by block (block layers.0 returns Carrier" in report.notices[0]
+    assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    "form", [BlockOutput, namedtuple("BlockOutput", ["hidden_states"]), lambda hidden: {"hidden_states": hidden}]
+)
 def test_an_output_with_names_keeps_its_form(form):
     """Also where gradients are taken through the blocks."""
     plain, named = OddModel(), OddModel(form=form)

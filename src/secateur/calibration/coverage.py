@@ -17,6 +17,7 @@ from secateur.models.determinism import deterministic_forward
 from secateur.models.discovery import ModelStructure, find_block_chains
 from secateur.models.matrices import all_parameters
 from secateur.recipe.recipe import Recipe
+from secateur.runtime.progress import no_progress
 
 STATES = ("pruned", "dense", "missed")
 
@@ -78,7 +79,7 @@ def measure_coverage(model: nn.Module, batches: Sequence[Batch], recipe: Recipe)
     check_runnable(model)
     with deterministic_forward(model):
         structure = find_block_chains(model, batches[0], recipe)
-        passes = [run_dense_pass(model, chain, batches, lambda *_: None) for chain in structure.chains]
+        passes = [run_dense_pass(model, chain, batches, no_progress) for chain in structure.chains]
     return coverage_from(model, structure, passes)
 
 
@@ -92,6 +93,6 @@ def coverage_from(model: nn.Module, structure: ModelStructure, passes: Sequence[
     coverage.whole = next((chain.whole for chain in structure.chains if chain.whole), None)
     for name, weights in structure.weights.items():
         state = "missed" if name in missed else "dense" if name in dense else "pruned"
-        reason = missed[name].raw if name in missed else dense.get(name)
+        reason = str(missed[name]) if name in missed else dense.get(name)
         coverage.matrices.append(Covered(name, weights, state, reason))
     return coverage

@@ -105,7 +105,7 @@ def observed_block(block: Block, seen: Observations) -> ObservedBlock:
     missed: dict[str, SecateurError] = {}
     unused = [matrix for matrix in block.matrices if not seen.tokens.get(matrix.name)]
     for matrix in unused:
-        kind = [name for name in seen.input_dim if matrix.index is not None and _is_same_kind(name, matrix)]
+        kind = [name for name in seen.input_dim if matrix.index is not None and _is_same_kind(matrix, name)]
         if kind:  # an expert without tokens is used as the others of its kind are
             input_dim[matrix.name] = input_dim[kind[0]]
         elif reason := _why_unused(block, matrix, seen):
@@ -124,8 +124,8 @@ def observed_block(block: Block, seen: Observations) -> ObservedBlock:
     return ObservedBlock(replace(block, matrices=kept, dense=block.dense | dense), [*groups.values(), *alone], missed)
 
 
-def _is_same_kind(name: str, expert: Matrix) -> bool:
-    return name.startswith(f"{expert.parameter_name}[")
+def _is_same_kind(expert: Matrix, name: str) -> bool:
+    return parameter_of(name) == expert.parameter_name
 
 
 def _why_unused(block: Block, matrix: Matrix, seen: Observations) -> str | None:
@@ -203,7 +203,7 @@ def routed_matrices(blocks: Sequence[Block], seen: Observations, num_tokens: int
 
 def _is_used(expert: Matrix, input_dim: Mapping[str, int]) -> bool:
     """Whether an expert, or another of its kind, is in a product."""
-    return any(parameter_of(name) == expert.parameter_name for name in input_dim)
+    return any(_is_same_kind(expert, name) for name in input_dim)
 
 
 def observation_passes(groups: Sequence[InputGroup], hessian_bytes: int) -> list[list[InputGroup]]:

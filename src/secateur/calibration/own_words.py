@@ -33,7 +33,7 @@ from secateur.calibration.texts import (
 )
 from secateur.errors import SecateurError
 from secateur.models.blocks import ForwardError, device_of, forward_errors
-from secateur.models.checks import check_finite_weights, check_runnable, generates, looks_ahead
+from secateur.models.checks import PROBE_TOKENS, check_finite_weights, check_runnable, generates, looks_ahead
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
 from secateur.runtime.progress import Progress
@@ -46,7 +46,6 @@ SILENT_TEXTS = 48  # in a row, after which a model that ends every text at once 
 SKETCH_TOKENS = 32  # that a sequence gets in a sketch of what the model would write
 STAGE = "own words"
 NAMED_CHARACTERS = 40  # of a chat, in messages
-PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Prompts:
     chats: int = 0
 
     def kinds(self) -> list[tuple[list[list[int]], int]]:
-        """The chats and the others, each with the most tokens of a text: of a chat, those of a window."""
+        """Chats and other prompts, each with the token limit of a text: a window, or `TEXT_TOKENS` for the others."""
         both = (self.ids[: self.chats], self.length), (self.ids[self.chats :], min(self.length, TEXT_TOKENS))
         return [(ids, most) for ids, most in both if ids]
 
@@ -73,12 +72,16 @@ class Prompts:
         """The BOS token, alone.
 
         Raises:
-            SecateurError: the tokenizer has none.
+            SecateurError: the tokenizer has none, or a window has no room behind it.
         """
         start = opening(tokenizer) or [each for each in (tokenizer.bos_token_id,) if each is not None]
         if not start:
             raise SecateurError(
                 "the tokenizer has no BOS token to start from: give prompts, as ‹calibration=self:PROMPTS›"
+            )
+        if len(start) >= length:
+            raise SecateurError(
+                f"texts of this tokenizer open with {len(start)} tokens, and a sequence has {length}: raise ‹seq_len›"
             )
         return cls([start], length)
 
@@ -279,7 +282,7 @@ def _most_together(most: int) -> int:
 def _endless_batches(
     prompts: Prompts, wanted: int, opening_tokens: int, seed: int
 ) -> Iterator[tuple[list[list[int]], int]]:
-    """Batches of prompts of one kind and like length, shuffled, again and again; with the most tokens of a text.
+    """Endless shuffled batches of prompts of one kind and similar length, each with the token limit of a text.
 
     A long prompt shortens the texts of its batch.
     """

@@ -219,10 +219,23 @@ def compare(
     from secateur.comparison.table import tables
 
     settings = ComparisonSettings(
-        model, calibration, DEFAULT_SAMPLES if samples is None else samples, seq_len, text_field, tuple(text or ()),
-        eval_seq_len, max_tokens, flags.split_list(tasks), None if task_dir is None else str(task_dir), task_limit,
-        divergence, overwrite, device, trust_remote_code, allow_pickle,
-    )  # fmt: skip
+        model,
+        calibration=calibration,
+        samples=DEFAULT_SAMPLES if samples is None else samples,
+        seq_len=seq_len,
+        text_field=text_field,
+        texts=tuple(text or ()),
+        eval_seq_len=eval_seq_len,
+        max_tokens=max_tokens,
+        tasks=flags.split_list(tasks),
+        task_dir=None if task_dir is None else str(task_dir),
+        task_limit=task_limit,
+        divergence=divergence,
+        overwrite=overwrite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     comparison = run(
         settings,
         flags.some(recipes, "recipes"),
@@ -300,6 +313,9 @@ def recipe(
     from secateur.recipe.settings import parse_settings
 
     if schema:
+        others = {"NAME": name, "‹pattern›": pattern, "‹solver›": solver, "‹set›": settings}
+        if given := [flag for flag, value in others.items() if value]:
+            raise SecateurError(f"{', '.join(given)}: leave out what changes a recipe, as the schema is that of all")
         print_json(recipe_schema())
         return
     found = resolve_recipe(name, parse_settings(settings or []), pattern=pattern, solver=solver)
@@ -323,7 +339,9 @@ def demo(
     """Prune SmolLM2-135M-Instruct (93 MB, once), and compare quality, size, memory and speed with the dense model."""
     _use_threads(threads)
     from secateur.cli.demo import PACKED, dense_against_packed, run_demo
+    from secateur.storage.paths import user_path
 
+    out = user_path(out)
     asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}
     with progress_shown() as progress:
         models, report = run_demo(out, asked, eval_tokens, overwrite, device, progress)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import rich.progress
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -19,19 +19,19 @@ from rich.progress import (
 
 from secateur.cli.console import stderr
 from secateur.runtime.messages import say
+from secateur.runtime.progress import Progress, no_progress
 
 SECONDS_A_LINE = 30.0
-Show = Callable[[str, int, int], None]
 
 
 @contextmanager
-def progress_shown(shown: bool = True) -> Iterator[Show]:
+def progress_shown(shown: bool = True) -> Iterator[Progress]:
     """A progress function (stage, done, total) that shows where the run is."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     if not shown:
-        yield lambda *_: None
+        yield no_progress
     elif stderr.is_terminal:
         with _bars() as show:
             yield show
@@ -40,21 +40,23 @@ def progress_shown(shown: bool = True) -> Iterator[Show]:
 
 
 @contextmanager
-def _bars() -> Iterator[Show]:
-    """One bar a stage, with the time left."""
+def _bars() -> Iterator[Progress]:
+    """One bar a stage, with the time left. A stage that begins again gets another."""
     columns = (
         TextColumn("{task.description:12}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
+    with rich.progress.Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=stderr) as bars:
         tasks: dict[str, TaskID] = {}
+        last: dict[str, int] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks or done == 1:
+            if done <= last.get(stage, done):
                 tasks[stage] = bars.add_task(stage, total=total, completed=done - 1)
             bars.update(tasks[stage], completed=done, total=total)
+            last[stage] = done
 
         yield show
 
@@ -72,14 +74,16 @@ class LogLines:
     write: Callable[[str], object] = field(default=say)
     _stage: str = ""
     _first: int = 0
+    _done: int = 0
     _started: float = 0.0
     _written: float = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note of progress."""
         now = self.clock()
-        if stage != self._stage or done <= 1:
+        if stage != self._stage or done <= self._done:  # it begins, or begins again
             self._stage, self._started, self._written, self._first = stage, now, float("-inf"), done
+        self._done = done
         if done < total and now - self._written < SECONDS_A_LINE:
             return
         self._written = now

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ from secateur.runtime.environment import environment, environment_number
 from secateur.runtime.own_process import run_in_own_process
 from secateur.storage.held_folder import make_folders
 from secateur.storage.paths import real_path, user_path
+
+LONGEST_NAME = 200  # bytes; a file system's limit is 255, with what is added to it
 
 
 def compare(
@@ -207,7 +210,11 @@ def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
 
 
 def _file_name(cell: Cell) -> str:
-    return cell.key.replace("/", "_")
+    """The cell's key as a file name: where it can't be one, its beginning with a digest."""
+    name = cell.key.replace("/", "_")
+    if name == cell.key and len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[:40]} {sha256(cell.key.encode()).hexdigest()[:16]}"
 
 
 def _locks(out: Path) -> Path:
@@ -234,7 +241,7 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
         SecateurError: it can't.
     """
     if recipe in PEERS:
-        if peer_python is None or not os.access(peer_python, os.X_OK):
+        if peer_python is None or not peer_python.is_file() or not os.access(peer_python, os.X_OK):
             found = "" if peer_python is None else f", and {peer_python} is not a program"
             raise SecateurError(
                 f"{recipe} runs in another environment{found}: python -m venv PEER; PEER/bin/pip install "

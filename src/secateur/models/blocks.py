@@ -117,7 +117,7 @@ def hidden_of(output: Any, block: Block) -> Tensor:
     Raises:
         UnsupportedModelError: the output starts with something else.
     """
-    first = output if isinstance(output, Tensor) else output[0]
+    first = next(iter(parts_of(output).values()), None)
     if not isinstance(first, Tensor):
         raise UnsupportedModelError(f"block {block.name} returns {type(first).__name__}, not a tensor of hidden states")
     return first

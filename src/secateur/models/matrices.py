@@ -44,7 +44,7 @@ class Matrix:
     @property
     def parameter_name(self) -> str:
         """Path of the parameter without `.weight`: the name without an expert's index."""
-        return self.name if self.index is None else self.name.rpartition("[")[0]
+        return self.name if self.index is None else parameter_of(self.name)
 
     @property
     def stored(self) -> Tensor:
@@ -58,7 +58,7 @@ class Matrix:
 
 def parameter_of(matrix_name: str) -> str:
     """Path of the parameter that holds a matrix of this name; experts share one."""
-    return matrix_name.partition("[")[0]
+    return re.sub(r"\[\d+\]$", "", matrix_name)
 
 
 def layer_of(name: str) -> str:

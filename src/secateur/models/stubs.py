@@ -1,4 +1,4 @@
-"""Blocks that return their input: the model then runs in no time, and says how it would call each block.
+"""Stub blocks return their input, so one cheap forward pass shows how the model calls each block.
 
 Stubs are used only where a trial on one sequence shows that they change no call.
 """

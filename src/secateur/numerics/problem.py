@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 MAX_WEIGHT = 1e18  # squares of larger ones overflow fp32
 
 
+@torch.no_grad()
 def check_problem(W: Any, H: Any) -> None:
     """Check that W (R, C) and H (C, C) are weights and the Hessian of their inputs.
 

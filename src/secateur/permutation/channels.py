@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+SEED = 0  # of random orders
+
 
 @dataclass(frozen=True)
 class Place:
@@ -83,9 +85,9 @@ class ChannelOrder:
                 parameters[name].data = data
 
 
-def order_of(channels: list[Channels], shapes: Mapping[str, torch.Size], seed: int) -> ChannelOrder:
-    """A random order of channels, to try whether a model computes the same."""
-    generator, order = torch.Generator().manual_seed(seed), ChannelOrder()
+def random_order(channels: list[Channels], shapes: Mapping[str, torch.Size]) -> ChannelOrder:
+    """A random order of channels, the same at every call, to try whether a model computes the same."""
+    generator, order = torch.Generator().manual_seed(SEED), ChannelOrder()
     for each in channels:
         order.add(each, torch.randperm(each.size, generator=generator), shapes)
     return order

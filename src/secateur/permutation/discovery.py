@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from secateur.calibration.input_groups import InputGroup
 from secateur.models.blocks import Block, BlockCall, ForwardError, forward_errors
 from secateur.models.matrices import Matrix, matrices_of, owner_of
-from secateur.permutation.channels import ChannelOrder, Channels, Place, order_of
+from secateur.permutation.channels import SEED, ChannelOrder, Channels, Place, random_order
 
 # Relative difference up to which two results may differ by rounding: in the model's dtype, to sort out most guesses,
 # and in fp32. A wrong guess can differ by less than a percent, where all tokens get much the same attention.
 ALIKE, SAME = 0.05, 1e-3
-SEED = 0
 
 
 @dataclass(eq=False)
@@ -212,7 +211,7 @@ def find_inner_channels(layout: BlockLayout, head_sizes: Sequence[tuple[int, int
     found: dict[str, list[Channels]] = {}
     for consumer in layout.consumers():
         for guess in _guesses(layout, consumer, head_sizes):
-            if layout.computes_the_same(order_of(guess, layout.shapes, SEED), [consumer]):
+            if layout.computes_the_same(random_order(guess, layout.shapes), [consumer]):
                 found[consumer.name] = guess
                 break
     return found
@@ -303,10 +302,9 @@ def residual_places(layout: BlockLayout, writers: set[str]) -> tuple[Place, ...]
             places.append(layout.columns_of(matrix))
     norms = [name for name, shape in layout.shapes.items() if name not in in_matrices and shape == (width,)]
     found = (*places, *(Place(name, 0) for name in norms))
-    channels = Channels(width, found)
-    order = order_of([channels], layout.shapes, SEED)
-    index = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)).to(layout.hidden.device)
-    return found if layout.computes_the_same(order, writing, index) else None
+    index, order = torch.randperm(width, generator=torch.Generator().manual_seed(SEED)), ChannelOrder()
+    order.add(Channels(width, found), index, layout.shapes)
+    return found if layout.computes_the_same(order, writing, index.to(layout.hidden.device)) else None
 
 
 def outer_channels(parameters: Mapping[str, nn.Parameter], width: int) -> Channels:

@@ -20,10 +20,9 @@ from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
 from secateur.models.stubs import stubbed
 from secateur.numerics.hessian import Hessian
-from secateur.permutation.channels import ChannelOrder, Channels, order_of
+from secateur.permutation.channels import ChannelOrder, Channels, random_order
 from secateur.permutation.discovery import (
     SAME,
-    SEED,
     BlockLayout,
     as_dtype,
     calls_of,
@@ -175,7 +174,7 @@ class OrderSearch:
         if not can_copy(outer.values(), self.dense_pass.stream.memory):
             return False
         shapes = {name: parameter.shape for name, parameter in outer.items()}
-        order = order_of([outer_channels(outer, self._residual[0].size)], shapes, SEED)
+        order = random_order([outer_channels(outer, self._residual[0].size)], shapes)
         owners = owners_of(model, {*map(id, outer.values())})
         try:
             with self.placement.onload_model(model, chain.blocks), stubbed(chain.blocks, chain.stub_outputs):

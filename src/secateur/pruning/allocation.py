@@ -110,7 +110,7 @@ def fisher_needs_all_sequences(blocks: Sequence[Block], stream: Stream) -> bool:
 
 
 def sequences_of(tokens: int, sequences: int, num_tokens: int) -> int:
-    """How many of the sequences hold `tokens`, if all are as long as their mean."""
+    """Number of sequences that together hold `tokens`, at their mean length."""
     return max(1, math.ceil(tokens * sequences / num_tokens))
 
 

@@ -179,7 +179,7 @@ def _descend(
         loss = objective.mean(val)
         if loss < best.loss:
             best = _Best(weights.snapshot(), loss, epoch)
-        elif epoch == 1 and loss > STOP_AFTER_FIRST * best.loss:
+        elif epoch == 1 and not loss <= STOP_AFTER_FIRST * best.loss:  # a NaN too
             return best
     return best if best.epoch > 0 else _part_of_the_way(weights, objective, val, epochs, best)
 

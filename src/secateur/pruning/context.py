@@ -62,7 +62,7 @@ class BlockStore(WeightPlacement, Protocol):
         ...
 
     def commit(self, block: Block, figures: BlockFigures, /) -> None:
-        """Take a block as it is now, finished; its next use finds it so."""
+        """Store a finished block; later uses see these weights."""
         ...
 
 
@@ -117,6 +117,9 @@ def keep_dtype(_name: str, own: torch.dtype) -> torch.dtype:
     return own
 
 
+MOMENTS = 3  # of a group at most, where the recipe has a target (`dense_target.Moments`)
+
+
 @dataclass(frozen=True, eq=False)
 class RunContext:
     """What the steps of a run share.
@@ -136,3 +139,20 @@ class RunContext:
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     workspace: Workspace = field(default_factory=Workspace)
     storage_of: StorageOf = keep_dtype
+
+    @property
+    def has_dense_stream(self) -> bool:
+        """Whether something is fitted to the dense model, so its hidden states are held too."""
+        return self.recipe.refit is not None or self.recipe.target is not None
+
+    @property
+    def observes_groups_apart(self) -> bool:
+        """Whether each group of a block is observed after those before it are pruned."""
+        target = self.recipe.target
+        return self.recipe.true_sequential or (target is not None and target.kind == "residual")
+
+    @property
+    def hessian_bytes(self) -> int:
+        """What the Hessians that are gathered at once may take; 0 = one group at a time."""
+        moments = 1 if self.recipe.target is None else MOMENTS
+        return 0 if self.observes_groups_apart else self.memory.hessian_bytes // moments

@@ -1,4 +1,4 @@
-"""Dense-target weights: they make up for the drift of their inputs, before they are pruned.
+"""Dense-target weights: adjusted for the drift of their inputs, before they are pruned.
 
 Once earlier blocks are pruned, a matrix sees inputs `Xp` where the dense model has `Xd`. The best dense-target weights
 under the pruned inputs (moments divided by the T tokens) are
@@ -107,6 +107,7 @@ def observe_moments(
     sums: dict[str, HessianAccumulator] = {}
     drifts: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
+    is_residual = target.kind == "residual"
     for index, hidden in enumerate(stream.hidden):
         with originals.restored():
             dense_inputs, _ = _inputs(block, stream, groups, index, stream.dense[index], of_dense=True)
@@ -120,23 +121,24 @@ def observe_moments(
             if name not in sums:
                 sums[name] = HessianAccumulator(X.shape[1], X.device)
                 drifts[name] = torch.zeros_like(sums[name].upper)
-                errors[name] = torch.zeros(error.shape[1], X.shape[1], dtype=sum_dtype(X.device), device=X.device)
+                if is_residual:
+                    errors[name] = torch.zeros(error.shape[1], X.shape[1], dtype=sum_dtype(X.device), device=X.device)
             sums[name].add(X)
             drifts[name] += (dense_inputs[name] - X).T @ X
-            if target.kind == "residual" and len(X) == len(error):
+            if is_residual and len(X) == len(error):
                 errors[name] += error.T @ X
     counts = distributed.all_gather({name: each.tokens for name, each in sums.items()})
     for name, each in sums.items():
-        for tensor in (each.upper, drifts[name], errors[name]):
-            distributed.all_reduce(tensor)
+        for tensor in (each.upper, drifts[name], errors.get(name)):
+            if tensor is not None:
+                distributed.all_reduce(tensor)
         each.tokens = sum(count[name] for count in counts)
     hessians = finished_hessians(groups, sums, stream.damping)
-    residual = target.kind == "residual"
     return {
         name: Moments(
             hessian,
             (drifts[name] / hessian.tokens).float(),
-            (errors[name] / hessian.tokens).float() if residual else None,
+            (errors[name] / hessian.tokens).float() if is_residual else None,
         )
         for name, hessian in hessians.items()
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from secateur.calibration.coverage import Coverage, coverage_from
 from secateur.calibration.dense_pass import DensePass
+from secateur.calibration.input_groups import observation_passes
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block
 from secateur.models.checks import check_finite_weights, check_runnable
@@ -30,7 +32,7 @@ from secateur.pruning.block_refit import (
     int8_matrices_of,
     refit_block,
 )
-from secateur.pruning.context import LayerPatterns, RunContext
+from secateur.pruning.context import MOMENTS, LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import (
     check_any_left,
@@ -105,9 +107,9 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
         check_any_left([block for found, _ in passes for block in found.blocks])
         dense, block = _largest_block([found for found, _ in passes])
-        alike = sum(all_parameters(each.module) for each in structure.blocks) / all_parameters(block.module)
+        size_in_blocks = sum(all_parameters(each.module) for each in structure.blocks) / all_parameters(block.module)
         solving, rest = _seconds_of_block(block, dense.stream, context, scale)
-        allocation = _seconds_of_allocation(model, dense, block, sample, context, scale, alike)
+        allocation = _seconds_of_allocation(model, dense, block, sample, context, scale, size_in_blocks)
         aiming = _seconds_of_predictions(model, structure, dense, sample, context, scale)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     reordered = 0 if context.recipe.permutation is None else model_bytes  # a copy of the weights in another order
@@ -117,8 +119,8 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
         len(structure.blocks),
         _num_tokens(batches),
         len(batches),
-        dense_passes + alike * (solving + rest) + allocation + aiming,
-        alike * solving,
+        dense_passes + size_in_blocks * (solving + rest) + allocation + aiming,
+        size_in_blocks * solving,
         _memory(model, structure, block, dense.stream, scale, context),
         model_bytes + min(shard_bytes, model_bytes) + reordered,
     )
@@ -142,7 +144,7 @@ def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def _num_tokens(batches: Sequence[Batch]) -> int:
-    """Tokens of token batches; sequences of others."""
+    """Number of tokens, or of sequences where inputs are not token ids."""
     return sum(
         batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))) for batch in batches
     )
@@ -160,15 +162,16 @@ def _dense_pass(model: nn.Module, chain: Any, sample: Sequence[Batch], context: 
 
 def _seconds_of_block(block: Block, stream: Stream, context: RunContext, scale: float) -> tuple[float, float]:
     """Seconds of a block's solvers, and of all else on all batches, from pruning it on a few."""
-    recipe, options = context.recipe, context.recipe.refit
-    patterns = LayerPatterns({each.name: matrix_recipe(recipe, each.name).pattern for each in block.matrices})
-    if recipe.refit is not None or recipe.target is not None:
+    options = context.recipe.refit
+    patterns = LayerPatterns({each.name: matrix_recipe(context.recipe, each.name).pattern for each in block.matrices})
+    if context.has_dense_stream:
         stream.dense = stream.hidden
+    context.workspace.limit = context.memory.chunk_bytes
     with context.store.onload_block(block):
         outputs, forward = _timed(lambda: stream.outputs(block))
         reports, step = _timed(lambda: prune_block(block, stream, outputs, patterns, context))
         solving = sum(report.seconds for report in reports)
-        passes = 1 + (stream.dense is not None)  # the replay, and the dense stream's outputs
+        passes = 1 + context.has_dense_stream  # the replay, and the dense stream's outputs
         refit = 0.0
         if options is not None:
             objective = OutputError(block, stream, outputs)
@@ -225,11 +228,11 @@ def _seconds_of_allocation(
     sample: Sequence[Batch],
     context: RunContext,
     scale: float,
-    alike: float,
+    size_in_blocks: float,
 ) -> float:
     """Seconds of an allocation, from one sequence, or all of the sample for routed experts, and from one block.
 
-    `alike` is the number of such blocks that take as long as all together.
+    `size_in_blocks` is the size of all blocks together in multiples of this one.
     """
     allocation = context.recipe.allocation
     free = matrices_without_pattern(dense.blocks, context.recipe)
@@ -240,24 +243,22 @@ def _seconds_of_allocation(
     fisher, backward = _timed(
         lambda: output_fisher_information(model, dense.blocks, sample, tried, 0, context.store, context.memory)
     )
-    levels = curve_levels(context.recipe.pattern, allocation.spread)
-    groups = stream.groups[block.name]
-
-    def measure() -> None:
-        for group in groups:
-            for matrix, input_dim in group.members:
-                if matrix.name in free:
-                    hessian, W = hessians[group.leader.name], matrix.weight(input_dim).float()
-                    loss_curve(W, hessian, fisher[matrix.name], levels)
-
+    levels, observing, curves = curve_levels(context.recipe.pattern, allocation.spread), 0.0, 0.0
     with context.store.onload_block(block):
-        hessians, observing = _timed(lambda: stream.observe(block, groups))
-        _, curves = _timed(measure)
+        for groups in observation_passes(stream.groups[block.name], context.memory.hessian_bytes):
+            hessians, seconds = _timed(partial(stream.observe, block, groups))
+            observing += seconds
+            for group in groups:
+                hessian = hessians.pop(group.leader.name)
+                for matrix, input_dim in group.members:
+                    if matrix.name in free:
+                        W = matrix.weight(input_dim).float()
+                        curves += _timed(partial(loss_curve, W, hessian, fisher[matrix.name], levels))[1]
     everything = scale * in_sample
     asked = everything if tried > 1 else sequences_of(allocation.tokens, in_sample, stream.num_tokens)
     sequences = min(everything, asked)
     observed = everything if stream.routed else sequences
-    return sequences * backward / tried + alike * (observed / in_sample * observing + curves)
+    return sequences * backward / tried + size_in_blocks * (observed / in_sample * observing + curves)
 
 
 def _memory(
@@ -270,11 +271,14 @@ def _memory(
     outside = sum(each.numel() for each in model.parameters() if id(each) not in in_blocks) * width
     weights = all_parameters(block.module)
     hidden = sum(each.numel() * each.element_size() for each in stream.hidden) * scale
-    columns = [group.columns for group in stream.groups[block.name]]
-    hessians = sum(8 * number**2 for number in columns) + HESSIAN_BYTES * max(columns, default=0) ** 2
+    passes = observation_passes(stream.groups[block.name], context.hessian_bytes)
+    moments = 1 if context.recipe.target is None else MOMENTS
+    sums = max(sum(8 * moments * group.columns**2 for group in groups) for groups in passes)
+    largest = max(group.columns for groups in passes for group in groups)
+    solving = sums + HESSIAN_BYTES * largest**2
     refit = REFIT_BYTES * weights if context.recipe.refit is not None else 0
-    sets = 4 if stream.dense is not None else 2
-    budget = context.memory
-    held = hidden * sets if budget.limit is None else min(hidden * sets, budget.limit // 4)
-    copy = weights * width if hessians > budget.hessian_bytes else 0  # `prune_block` keeps it between passes
-    return int(outside + weights * width + copy + held + max(min(hessians, budget.hessian_bytes), refit))
+    sets, limit = 4 if context.has_dense_stream else 2, context.memory.limit
+    held = hidden * sets if limit is None else min(hidden * sets, limit // 4)
+    in_passes = len(passes) > 1 and not context.observes_groups_apart
+    copy = weights * width if in_passes or context.recipe.target is not None else 0  # as `prune_block` keeps it
+    return int(outside + weights * width + copy + held + max(solving, refit))

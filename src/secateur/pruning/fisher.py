@@ -90,10 +90,10 @@ def output_fisher_information(
                 inputs = on_device_of(model, sequence)
                 tokens, done = tokens + _backward_to_last_block(model, inputs, generator, by_chunks), done + 1
             gradient: Tensor | None = None
-            for number, (block, call) in reversed([*enumerate(record.calls)]):
+            for place, (block, call) in reversed([*enumerate(record.calls)]):
                 gradient = _sum(gradient, record.gradients.pop(block.name, None))
                 with placement.onload_block(block):
-                    gradient = _backward(block, record.hidden.pop(number), call, gradient, sums)
+                    gradient = _backward(block, record.hidden.pop(place), call, gradient, sums)
             if progress is not None:
                 progress(STAGE, done, len(own))
     return _means(sums, matrices, tokens, done)
@@ -192,13 +192,13 @@ def _backward(
 
 
 def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generator, by_chunks: bool) -> int:
-    """Run the model on one sequence and the gradient of drawn labels back to its last block; its real tokens.
+    """Backpropagate the likelihood of drawn labels to the last block's output; returns the number of real tokens.
 
     `by_chunks` holds the logits of a chunk of positions at a time.
     """
     if not by_chunks:
         logits = _logits(run_without_cache(model, model, **inputs), inputs)
-        _likelihood_of_draw(logits, generator).backward()
+        _nll_of_drawn_labels(logits, generator).backward()
         return len(logits)
     (body_output,) = _body_outputs(model, inputs)
     hidden, tokens = body_output.last_hidden_state, 0
@@ -209,7 +209,7 @@ def _backward_to_last_block(model: Any, inputs: Batch, generator: torch.Generato
         with body_gives(model, body_output_with(body_output, leaf)):
             logits = logits_of(model, inputs, positions)[0]
         own = logits if real is None else logits[real[positions]]
-        _likelihood_of_draw(own, generator).backward()
+        _nll_of_drawn_labels(own, generator).backward()
         tokens += len(own)
     if not hidden.requires_grad:
         raise UnsupportedModelError(
@@ -239,7 +239,7 @@ def _body_outputs(model: Any, inputs: Batch) -> list[Any]:
     return found
 
 
-def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator) -> Float[Tensor, ""]:
+def _nll_of_drawn_labels(logits: Float[Tensor, "T V"], generator: torch.Generator) -> Float[Tensor, ""]:
     """Negative log-likelihood of labels that are drawn from the predictions.
 
     Raises:
@@ -254,13 +254,13 @@ def _likelihood_of_draw(logits: Float[Tensor, "T V"], generator: torch.Generator
     return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def draw_labels(odds: Float[Tensor, "T V"], generator: torch.Generator) -> Int[Tensor, " T"]:
-    """A label for each row of odds, by inverse sampling; one of odds zero is never drawn.
+def draw_labels(probabilities: Float[Tensor, "T V"], generator: torch.Generator) -> Int[Tensor, " T"]:
+    """A label for each row of probabilities, by inverse sampling; one of probability zero is never drawn.
 
     It takes one random number a row. `torch.multinomial` takes V, which is slow for large vocabularies.
     """
-    sums = odds.cumsum(-1)
-    drawn = torch.rand(len(odds), 1, generator=generator) * sums[:, -1:]  # below the last sum, even when rounded
+    sums = probabilities.cumsum(-1)
+    drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]  # below the last sum, even when rounded
     return torch.searchsorted(sums, drawn, right=True)[:, 0]
 
 

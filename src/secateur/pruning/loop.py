@@ -103,7 +103,7 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
         torch.manual_seed(context.recipe.seed)
         structure = find_block_chains(model, batches[0], context.recipe, context.store)
         check_steps(structure, context)
-        outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure))
+        outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure, context))
         first, *later = structure.chains
         dense_pass = checked_dense_pass(model, first, batches, context)
         # Only to find what is wrong: their calls are recorded again when the chains before are pruned.
@@ -214,7 +214,7 @@ def _prune_chain(
         context = replace(context, recipe=replace(context.recipe, refit=refit))
     recipe = context.recipe
     num_prediction_blocks = 0 if end is None or recipe.refit is None else recipe.refit.prediction_blocks
-    if recipe.refit is not None or recipe.target is not None:
+    if context.has_dense_stream:
         assert isinstance(stream.hidden, HiddenStates)
         stream.dense = stream.hidden.copy()
     context.workspace.limit = context.memory.chunk_bytes
@@ -294,11 +294,8 @@ def prune_block(
         outputs: takes the block's outputs on the pruned stream while it is dense.
     """
     target = context.recipe.target
-    one_by_one = context.recipe.true_sequential or (target is not None and target.kind == "residual")
-    moments_a_group = 1 if target is None else 3
-    hessian_bytes = 0 if one_by_one else context.memory.hessian_bytes // moments_a_group
-    passes = observation_passes(stream.groups[block.name], hessian_bytes)
-    in_passes = len(passes) > 1 and not one_by_one  # for memory alone, so each pass sees the dense block
+    passes = observation_passes(stream.groups[block.name], context.hessian_bytes)
+    in_passes = len(passes) > 1 and not context.observes_groups_apart  # for memory alone: each sees the dense block
     originals = DenseWeights(block) if target is not None or in_passes else None
     reports: list[MatrixReport] = []
     for observed in passes:
@@ -373,10 +370,10 @@ def check_steps(structure: ModelStructure, context: RunContext) -> None:
             )
 
 
-def _notices(structure: ModelStructure) -> list[str]:
+def _notices(structure: ModelStructure, context: RunContext) -> list[str]:
+    where = "where those before it are pruned" if context.observes_groups_apart else "in the dense model"
     return [
-        f"the model can't be replayed block by block ({chain.whole}): every matrix is fitted to its inputs in the "
-        f"dense model"
+        f"the model can't be replayed block by block ({chain.whole}): every matrix is fitted to its inputs {where}"
         for chain in structure.chains
         if chain.whole
     ]

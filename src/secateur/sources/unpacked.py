@@ -24,7 +24,7 @@ from secateur.packed.files import (
     write_weights,
 )
 from secateur.reporting.report import CARD, METADATA, read_metadata
-from secateur.runtime.progress import Progress
+from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cached
 from secateur.sources.other_files import check_links, copied_files, copy_other_files
 from secateur.sources.validate import DENSE_INDEX, check_packed
@@ -95,7 +95,7 @@ def unpacked(folder: Path) -> Path:
     others = [path for path in (folder / "config.json", folder / CARD, folder / METADATA) if path.is_file()]
     digests = "".join(f"{path.name} {sha256(path)}" for path in [*files, *others, *copied_files(folder)])
     name = f"unpacked-{_short(digests)}"
-    return cached(name, lambda target: _write_dense(folder, files, target, lambda *_: None))
+    return cached(name, lambda target: _write_dense(folder, files, target, no_progress))
 
 
 def write_rest(source: Path, target: Path, config: dict[str, Any], card: Callable[[str], str]) -> None:
