@@ -16,6 +16,7 @@ from secateur import SecateurError
 from secateur.calibration.batches import calibration_batches
 from secateur.calibration.documents import read_documents, shipped_text
 from secateur.calibration.records import Conversation
+from secateur.calibration.stream import num_sequences
 from secateur.calibration.texts import encode, max_positions, opening, sample_documents
 from secateur.recipe.recipe import CalibrationText
 
@@ -204,6 +205,15 @@ def test_shipped_texts_are_large_enough_and_apart():
     assert len(evaluation) >= 200_000
     paragraphs = {text for text in calibration.split("\n\n") if len(text) > 80}
     assert not paragraphs & set(evaluation.split("\n\n"))
+
+
+def test_patches_of_several_pictures_are_one_sequence():
+    """A sequence is what can be cut off a batch: the allocation counts by it, and takes gradients of one at a time."""
+    ids, patches = torch.zeros(2, 9), torch.zeros(50, 4)
+    assert num_sequences({"input_ids": ids, "attention_mask": ids}) == 2
+    assert num_sequences({"pixel_values": patches, "input_ids": ids}) == 1
+    of_patches = calibrate([{"pixel_values": patches, "grid": torch.ones(2, 3)}] * 3, None, config())
+    assert of_patches.origin["samples"] == 3
 
 
 def test_token_tensors_and_batches_are_taken_as_they_are():

@@ -23,7 +23,7 @@ from secateur.calibration.documents import (
     text_of,
 )
 from secateur.calibration.own_words import OwnWords, Prompts
-from secateur.calibration.stream import Batch
+from secateur.calibration.stream import Batch, num_sequences
 from secateur.calibration.texts import cut_windows, encode, max_positions, sample_documents, window_length
 from secateur.errors import SecateurError
 from secateur.recipe.patterns import Pattern, Unstructured, is_severe
@@ -255,7 +255,7 @@ def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
         batches.append(batch)
     if not batches:
         raise SecateurError("the list of calibration tensors is empty")
-    origin = {"source": "token tensors", "samples": sum(len(next(iter(batch.values()))) for batch in batches)}
+    origin = {"source": "token tensors", "samples": sum(map(num_sequences, batches))}
     return CalibrationBatches(batches, origin | {"sha256": _digest(batches)})
 
 

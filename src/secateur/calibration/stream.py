@@ -30,6 +30,12 @@ from secateur.runtime.memory import MemoryBudget
 Batch = dict[str, Tensor]  # the model's keyword inputs
 
 
+def num_sequences(batch: Batch) -> int:
+    """Sequences of a batch. One whose inputs differ in length (patches of several pictures) can't be cut: it is one."""
+    lengths = {len(value) for value in batch.values()}
+    return lengths.pop() if len(lengths) == 1 else 1
+
+
 @dataclass(eq=False)
 class Stream:
     """Hidden states of this rank's batches in front of one block, and how to run each block on them.

@@ -1,9 +1,9 @@
-"""How a model runs while it is watched: in evaluation mode, by deterministic kernels, in full fp32 precision."""
+"""How a model runs while it is watched: in evaluation mode, deterministic, in full fp32, with frozen weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -87,3 +87,16 @@ def deterministic_algorithms() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         fills.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context backward passes take no gradient of these parameters."""
+    required = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.dense_pass import DensePass, run_dense_pass, unlabelled
 from secateur.calibration.input_groups import observation_passes
-from secateur.calibration.stream import Batch, Stream
+from secateur.calibration.stream import Batch, Stream, num_sequences
 from secateur.errors import errors_within
 from secateur.models.blocks import Block, ForwardError, config_of, on_device_of, run_without_cache
 from secateur.models.discovery import BlockChain
@@ -80,7 +80,7 @@ class OrderSearch:
         Cost: a dense pass of every block over `sequences` sequences with its Hessians, a few more runs of the block on
             one batch, and the searches.
         """
-        sizes = [len(next(iter(batch.values()))) for batch in self.batches]
+        sizes = [num_sequences(batch) for batch in self.batches]
         # A router shows an expert only some tokens.
         sequences = sum(sizes) if self.dense_pass.stream.routed else self.options.sequences
         stream = self.dense_pass.stream.first(sizes, sequences)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.input_groups import observation_passes
-from secateur.calibration.stream import Batch, Stream
+from secateur.calibration.stream import Batch, Stream, num_sequences
 from secateur.errors import errors_within
 from secateur.models.blocks import Block
 from secateur.numerics.hessian import Hessian
@@ -82,7 +82,7 @@ def _allocated(
     """Patterns of the matrices in `free`."""
     allocation = context.recipe.allocation
     assert allocation is not None
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    sizes = [num_sequences(batch) for batch in batches]
     sequences = sequences_of(allocation.tokens, sum(sizes), stream.num_tokens)
     if fisher_needs_all_sequences(blocks, stream):
         sequences = sum(sizes)

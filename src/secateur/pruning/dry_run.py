@@ -18,7 +18,7 @@ from torch import nn
 from secateur.calibration.coverage import Coverage, coverage_from
 from secateur.calibration.dense_pass import DensePass
 from secateur.calibration.input_groups import observation_passes
-from secateur.calibration.stream import Batch, Stream
+from secateur.calibration.stream import Batch, Stream, num_sequences
 from secateur.models.blocks import Block
 from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
@@ -145,9 +145,7 @@ def _sample(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 def _num_tokens(batches: Sequence[Batch]) -> int:
     """Number of tokens, or of sequences where inputs are not token ids."""
-    return sum(
-        batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))) for batch in batches
-    )
+    return sum(batch["input_ids"].numel() if "input_ids" in batch else num_sequences(batch) for batch in batches)
 
 
 def _timed(function: Callable[[], T]) -> tuple[T, float]:
@@ -238,7 +236,7 @@ def _seconds_of_allocation(
     free = matrices_without_pattern(dense.blocks, context.recipe)
     if allocation is None or allocation.rule != "curve" or not free:  # OWL takes a dense pass over a few sequences
         return 0.0
-    stream, in_sample = dense.stream, sum(len(next(iter(batch.values()))) for batch in sample)
+    stream, in_sample = dense.stream, sum(map(num_sequences, sample))
     tried = in_sample if fisher_needs_all_sequences(dense.blocks, stream) else 1
     fisher, backward = _timed(
         lambda: output_fisher_information(model, dense.blocks, sample, tried, 0, context.store, context.memory)

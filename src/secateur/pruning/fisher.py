@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.dense_pass import unlabelled
 from secateur.calibration.hidden_states import HiddenStates
-from secateur.calibration.stream import Batch
+from secateur.calibration.stream import Batch, num_sequences
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.blocks import (
     Block,
@@ -27,6 +27,7 @@ from secateur.models.blocks import (
     run_without_cache,
     with_hidden,
 )
+from secateur.models.determinism import without_gradients
 from secateur.models.head import body_gives, body_output_with, logits_of, position_chunks, takes_positions
 from secateur.models.matrices import Matrix
 from secateur.models.placement import WeightPlacement
@@ -76,7 +77,7 @@ def output_fisher_information(
     sums, tokens, done = _GradientSquares(), 0, 0
     generator = torch.Generator()
     matrices = [matrix for block in blocks for matrix in block.matrices]
-    with _no_weight_gradients(model), torch.enable_grad():
+    with without_gradients(model.parameters()), torch.enable_grad():
         own, by_chunks = [*_own_sequences(batches, sequences)], False
         for number, sequence in own:
             if done == 0:
@@ -290,19 +291,16 @@ def _real_tokens(inputs: Batch, length: int) -> Bool[Tensor, " T"] | None:
 
 
 def _own_sequences(batches: Sequence[Batch], sequences: int) -> Iterator[tuple[int, Batch]]:
-    """This rank's part of the first sequences of all batches, each as a batch of one, numbered.
-
-    A batch whose inputs differ in length (patches of several pictures) can't be cut: it counts as one sequence.
-    """
+    """This rank's part of the first sequences of all batches, each as a batch of one, numbered."""
     dealt = distributed.shard(len(batches))
     number = 0
     for index, batch in enumerate(batches):
-        lengths = {len(value) for value in batch.values()}
-        for row in range(lengths.pop()) if len(lengths) == 1 else [None]:
+        rows = num_sequences(batch)
+        for row in range(rows):
             if number == sequences:
                 return
             if index in dealt:
-                yield number, batch if row is None else {name: value[row : row + 1] for name, value in batch.items()}
+                yield number, batch if rows == 1 else {name: value[row : row + 1] for name, value in batch.items()}
             number += 1
 
 
@@ -330,16 +328,3 @@ class _GradientSquares:
             self.totals[name] += by_row.square().sum(0)
 
         output.register_hook(add)
-
-
-@contextmanager
-def _no_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Ask for no gradient of any weight."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)

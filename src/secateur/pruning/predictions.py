@@ -22,6 +22,7 @@ from secateur.calibration.dense_pass import inputs_of, unlabelled
 from secateur.calibration.hidden_states import HiddenStates
 from secateur.calibration.stream import Batch, Stream
 from secateur.models.blocks import Block, ForwardError, body_of, run_without_cache
+from secateur.models.determinism import without_gradients
 from secateur.models.discovery import BlockChain
 from secateur.models.head import (
     ALL,
@@ -101,15 +102,9 @@ class ModelEnd:
     def behind(self, block: Block) -> Iterator[None]:
         """Within this context all that lies behind a block is onloaded, and gathers no gradients of its weights."""
         own = {id(parameter) for parameter in block.module.parameters()}
-        frozen = [each for each in self.model.parameters() if each.requires_grad and id(each) not in own]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            with self.placement.onload_model(self.model, self._until(block)):
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        others = [each for each in self.model.parameters() if id(each) not in own]
+        with without_gradients(others), self.placement.onload_model(self.model, self._until(block)):
+            yield
 
     def _until(self, block: Block) -> Sequence[Block]:
         """The blocks of the chain up to this one."""
