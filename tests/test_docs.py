@@ -26,13 +26,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", DOCS / "index.md", DOCS / "troubleshooting.md", *sorted((DOCS / "guides").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands that something else runs, or that install.
-CPU_TORCH = "torch --index-url https://download.pytorch.org/whl/cpu"
 ELSEWHERE = {
     "pip install -e .": "installs",
     ". .venv/bin/activate": "the shell does this",
     "python3 -m venv .venv && . .venv/bin/activate": "the shell does this",
-    f"pip install {CPU_TORCH}": "installs",
-    f"python3 -m venv .venv && .venv/bin/pip install -q {CPU_TORCH}": "installs",
     "secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e . && .venv/bin/secateur demo": ".ci/run does this",
     "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2": ".ci/run does this",
