@@ -124,6 +124,18 @@ def test_a_cell_that_fails_does_not_stop_the_others(settings, tmp_path):
         compare(settings, ["magnitude"], ["3:7", "2:4"], [0], **run)
 
 
+@pytest.mark.usefixtures("cells_here")
+def test_an_error_that_nobody_expected_stops_no_other_cell(settings, tmp_path, monkeypatch):
+    def fail(matrix, *_):
+        raise LookupError(f"of {matrix.name}")
+
+    monkeypatch.setattr("secateur.pruning.loop.prune_matrix", fail)
+    said: list[str] = []
+    with pytest.raises(LookupError, match="of model"):  # and not as something that the user can mend
+        compare(settings, ["magnitude", "wanda"], ["50%"], [0], tmp_path / "out", say=said.append)
+    assert len([line for line in said if line.startswith("  failed: LookupError: of model")]) == 2
+
+
 def test_a_folder_of_texts_counts_by_its_content(settings, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -65,6 +65,8 @@ TORCH_FREE = (
 BROAD_EXCEPTS = {
     "sources.gguf": "the parsers of three packages on a damaged file",
     "recipe.solvers": "the code of a plug-in",
+    "solvers.checked": "the code of a plug-in",
+    "comparison.compare": "whatever a cell dies of in its process, those after it run",
     "calibration.texts": "the tokenizers library raises Exception itself",
     "runtime.own_process": "an error is raised in the process that waits",
     "cli.process": "an unexpected error becomes a file and exit code 70",

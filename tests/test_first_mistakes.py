@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -52,6 +56,63 @@ def test_ambiguous_values_are_refused(main, model, tmp_path, arguments, message)
     assert code == 2
     assert message in " ".join(errors.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+WRONG_TYPES = """
+from pathlib import Path
+
+import secateur
+from models import save_checkpoint, tiny_model, tokens
+
+model, tensors = tiny_model("llama"), tokens()
+save_checkpoint(Path("model"))
+for call in (
+    lambda: secateur.prune(model, calibration=tensors, settings="refit.rate=0.01"),
+    lambda: secateur.prune(model, calibration=5),
+    lambda: secateur.prune(model, calibration={"input_ids": tensors[0]}),
+    lambda: secateur.bench("model", prompt_tokens="4"),
+    lambda: secateur.evaluate("model", seq_len="64"),
+):
+    try:
+        call()
+    except secateur.SecateurError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_another_type(tmp_path):
+    """In a fresh process, as the tests' own checks of types would be first."""
+    run = [sys.executable, "-c", WRONG_TYPES]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    said = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    for line, wanted in zip(said.splitlines(), (
+        "settings is 'refit.rate=0.01': give a dictionary",
+        "calibration is a int: give a text's name, token tensors, or a list of batches",
+        "calibration is a dict: give a text's name, token tensors, or a list of batches",
+        "prompt_tokens is '4': it must be a whole number",
+        "seq_len is '64': it must be a whole number",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(wanted)
+
+
+def test_what_costs_nothing_to_check_is_checked_before_a_model_is_fetched(model, tmp_path, monkeypatch):
+    def fetch(*_):
+        raise AssertionError("the model was fetched")
+
+    monkeypatch.setattr("secateur.request.resolve_dense", fetch)
+    monkeypatch.setattr("secateur.api.models.resolve", fetch)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for call, message in (
+        (lambda: secateur.prune("owner/large", tmp_path / "full"), "exists and is not empty"),
+        (lambda: secateur.prune("owner/large", tmp_path / "out", calibration="my-txt.txt"), "is not a file, folder"),
+        (lambda: secateur.prune("owner/large", tmp_path / "out", offload_dir=tmp_path / "no"), "offload_dir"),
+        (lambda: secateur.dry_run("owner/large", calibration="self:no.txt"), "no.txt is not a file, folder"),
+        (lambda: secateur.evaluate("owner/large", "my-txt.txt"), "is not a file, folder"),
+        (lambda: secateur.evaluate(model, against=model), "can't be compared with itself"),
+    ):
+        with pytest.raises(secateur.SecateurError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("pattern", [1, 0, "1.0", "0.5%"])

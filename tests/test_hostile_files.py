@@ -103,8 +103,13 @@ def test_a_model_card_is_valid_yaml_whatever_names_say(main, made, model, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "card", ["---\n" + DEEP + "\n---", "---\na: *b\n---", "---\n- a\n---", "---\n\ttab: [\n---", "---\n---"]
-)
+    "card",
+    [
+        "---\n" + DEEP + "\n---", "---\n" + "[" * 30_000 + "\n---", "---\na: *b\n---", "---\n- a\n---",
+        "---\n\ttab: [\n---", "---\n---", "---\nlicense: !!bool foo\n---", "---\nlicense: !!int ''\n---",
+        "---\na: &a {b: c}\n" + "".join(f"a: &a {{<<: [{', '.join(['*a'] * 10)}]}}\n" for _ in range(8)) + "---",
+    ],
+)  # fmt: skip
 def test_a_source_card_of_any_kind_does_no_harm(main, made, model, tmp_path, card):
     (model / "README.md").write_text(card)
     code, _, errors = main("prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL)
@@ -144,6 +149,8 @@ def test_a_config_of_a_far_larger_model_takes_no_memory(main, made, model, tmp_p
     changed_json(model / "config.json", intermediate_size=2_000_000)
     for command in (("prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL), ("eval", model)):
         assert "config.json makes a model of" in " ".join(refused(main, *command).split())
+    with pytest.raises(secateur.SecateurError, match=r"config\.json makes a model of"):
+        secateur.load(model)
 
 
 def test_weights_under_another_name(main, made, model, tmp_path):
@@ -152,6 +159,11 @@ def test_weights_under_another_name(main, made, model, tmp_path):
     changed_json(model / "config.json", transformers_weights="other.safetensors")
     errors = refused(main, "prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL)
     assert "transformers_weights is 'other.safetensors'" in errors
+    changed_json(model / "config.json", transformers_weights=None, text_config={"transformers_weights": "a.bin"})
+    for command in (("prune", model, tmp_path / "out", "--calibration", made / "text.txt", *SMALL), ("eval", model)):
+        assert "transformers_weights is 'a.bin'" in refused(main, *command)
+    changed_json(model / "config.json", text_config={"quantization_config": {"quant_method": "gptq"}})
+    assert "is quantised (gptq)" in refused(main, "eval", model)
 
 
 @pytest.mark.parametrize("name", ["²", "9" * 5000, "layers.10", "layers.2"])
@@ -195,11 +207,17 @@ def test_a_model_without_a_vocabulary(main, made, model, tmp_path):
     [
         {"identity": 5}, {"matrices": 5}, {"matrices": [5]}, {"matrices": [{}]}, {"summary": []},
         {"recipe": {"pattern": "x"}}, {"files": 5}, {"files": {"../x": {"sha256": "", "bytes": 0}}}, {"dense": 5},
-        {"blocks": [{"a": 1}]}, {"calibration": 5}, {"notices": 5}, {"environment": []},
+        {"blocks": [{"a": 1}]}, {"calibration": 5}, {"calibration": {}}, {"calibration": {"samples": "x", "source": 5}},
+        {"notices": 5}, {"environment": []},
     ],
 )  # fmt: skip
-def test_a_report_with_odd_fields(main, made, pruned, values):
+def test_a_report_with_odd_fields(main, made, pruned, tmp_path, values):
     changed_metadata(pruned, **values)
+    for command in (("eval", pruned, "--text", made / "text.txt", "--seq-len", 32, "--record"),
+                    ("pack", pruned, tmp_path / "packed")):  # fmt: skip
+        code, out, errors = main(*command)
+        assert code in (0, 2), (out, errors)
+        assert "bug in secateur" not in errors
     code, out, errors = main("inspect", pruned)
     assert code in (0, 2), (out, errors)
     assert "Traceback" not in errors
@@ -319,6 +337,32 @@ def test_plugins_that_fail(main, made, tmp_path, monkeypatch, kind):
     arguments = ("--calibration", made / "text.txt", "--samples", "4", "--seq-len", "32", "--solver", "odd")
     assert "solver odd" in refused(main, "prune", made / "model", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_a_plugin_names_the_solver_and_the_matrix(main, made, tmp_path, monkeypatch):
+    """It is not a bug in secateur, and from Python its traceback is there."""
+    (tmp_path / "plugin_that_raises.py").write_text(
+        "import dataclasses\n@dataclasses.dataclass\nclass Solver:\n name = 'raising'\n"
+        " def __call__(*_): raise IndexError('of mine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = metadata.EntryPoint("raising", "plugin_that_raises:Solver", "secateur.solvers")
+    monkeypatch.setattr("secateur.recipe.solvers.entry_points", lambda group: [point])
+    prune = (
+        "prune",
+        made / "model",
+        tmp_path / "out",
+        "--calibration",
+        made / "text.txt",
+        *SMALL,
+        "--solver",
+        "raising",
+    )
+    message = " ".join(refused(main, *prune).split())
+    assert "model.layers.0.self_attn.q_proj: solver raising, a plug-in, failed: IndexError: of mine" in message
+    with pytest.raises(secateur.SecateurError, match="solver raising, a plug-in") as failed:
+        secateur.solve(torch.ones(2, 4), torch.eye(4), "50%", solver="raising")
+    assert isinstance(failed.value.__cause__, IndexError)
 
 
 def test_the_meta_device_is_none(main, made, tmp_path):

@@ -69,10 +69,12 @@ def test_a_second_push_replaces_the_model_and_nothing_else(hub, pruned, tmp_path
     repo = hub.repos["somebody/small"]
     repo["picture.png"] = b"theirs"
     repo[".gitattributes"] = b"the hub's"
+    kept = {f"dense/{name}": b"theirs" for name in ("model.safetensors.index.json", "pytorch_model-00001-of-00001.bin")}
+    repo |= kept
     secateur.pack(pruned, tmp_path / "packed")
     secateur.push(tmp_path / "packed", "small")
     ours = published(tmp_path / "packed", "somebody/small")
-    assert repo == ours | {"picture.png": b"theirs", ".gitattributes": b"the hub's"}
+    assert repo == ours | kept | {"picture.png": b"theirs", ".gitattributes": b"the hub's"}
     assert "model.safetensors" not in repo
 
 
@@ -189,6 +191,14 @@ def test_an_edited_card_is_published_and_kept(hub, main, pruned, tmp_path):
     assert code == 0
     assert "was edited" in errors
     assert (pruned / "README.md").read_text() == "# my own words on THIS_MODEL\n"
+
+
+def test_a_card_that_is_no_text_is_named_before_a_repository_is_made(hub, main, pruned):
+    (pruned / "README.md").write_bytes("# größer".encode("latin-1"))
+    code, _, errors = main("push", pruned, "new")
+    assert code == 2
+    assert "README.md is not UTF-8 text (byte 4)" in " ".join(errors.split())
+    assert not hub.repos
 
 
 @pytest.mark.parametrize("name", ["README.md", "secateur.json"])

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import secateur
 from secateur.resume import folder, publish, put_in_place
 from secateur.resume.manifest import MANIFEST, journal_of, read_manifest
 from secateur.storage import held_folder
+from secateur.storage.file_records import record_of
 
 SETTINGS = {"pattern": "50%", "solver": "sparsegpt", "samples": 4, "seq_len": 32}
 
@@ -235,6 +237,18 @@ def test_an_edited_manifest_deletes_nothing_and_publishes_no_other_model(source,
         edited(out, monkeypatch, change)
         with pytest.raises(ValueError, match=message):
             prune(source, out, seed=7, resume=True)
+    assert content(out) == before
+
+
+def test_a_forged_manifest_removes_no_file_that_is_none_of_a_checkpoint(source, out, monkeypatch):
+    """It may say that the run may replace anything in OUT, with the right digest."""
+    stopped_before_its_place(source, out, monkeypatch, seed=7, overwrite=True)
+    (out / "thesis.docx").write_text("two years")
+    record = asdict(record_of(out / "thesis.docx"))
+    edited(out, monkeypatch, lambda data: data["replaces"].update({"thesis.docx": record}))
+    before = content(out)
+    with pytest.raises(ValueError, match=r"holds thesis\.docx, which is not a file of a checkpoint"):
+        prune(source, out, seed=7, resume=True)
     assert content(out) == before
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.calibration import own_words
 from secateur.calibration.batches import calibration_batches
-from secateur.calibration.own_words import OwnWords, Prompts, can_write, write_windows
+from secateur.calibration.own_words import OwnWords, Prompts, why_silent, write_windows
 from secateur.calibration.records import Conversation
 from secateur.errors import SecateurError
 from secateur.models.placement import InMemory, OffloadedWeights
@@ -372,10 +372,24 @@ def test_who_writes_text():
 
     config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     decoder = BertConfig(**config.to_dict() | {"is_decoder": True})
-    assert can_write(tiny_model("llama"), InMemory())
-    assert can_write(BertLMHeadModel(decoder), InMemory())
-    assert not can_write(BertLMHeadModel(config), InMemory())
-    assert not can_write(BertModel(config), InMemory())
+    assert why_silent(tiny_model("llama"), InMemory()) is None
+    assert why_silent(BertLMHeadModel(decoder), InMemory()) is None
+    assert why_silent(BertLMHeadModel(config), InMemory()) == "its predictions depend on later tokens"
+    assert why_silent(BertModel(config), InMemory()) == "BertModel generates none"
+
+
+def test_a_model_whose_generate_fails_is_calibrated_without_its_text_and_says_so(monkeypatch):
+    model = tiny_model("llama")
+
+    def fail(*_args, **_options):
+        raise AttributeError("an old cache")
+
+    monkeypatch.setattr(model, "generate", fail)
+    asked = SETTINGS | {"settings": {"calibration.own_words": "auto"}}
+    report = secateur.prune(model, tokenizer=character_tokenizer(), **asked)
+    assert "written" not in report.calibration
+    (notice,) = (each for each in report.notices if "writes no text" in each)
+    assert "an old cache" in notice
 
 
 def test_best_lets_the_model_write_where_it_can(tmp_path):
@@ -396,7 +410,9 @@ def test_a_model_that_memory_hardly_holds_writes_nothing_by_itself(tmp_path, mon
     asked = SETTINGS | {"calibration": tmp_path / "text.txt", "settings": {"calibration.own_words": "auto"}}
     assert secateur.prune(tmp_path / "dense", tmp_path / "whole", **asked).calibration["written"] == 6
     monkeypatch.setattr("secateur.run.total_memory", lambda _device: 1000)
-    assert "written" not in secateur.prune(tmp_path / "dense", tmp_path / "streamed", **asked).calibration
+    report = secateur.prune(tmp_path / "dense", tmp_path / "streamed", **asked)
+    assert "written" not in report.calibration
+    assert any("more than half of memory" in notice for notice in report.notices)
     assert secateur.dry_run(tmp_path / "dense", **asked).num_tokens == 6 * 24
 
 

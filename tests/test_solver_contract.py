@@ -376,7 +376,7 @@ def keep_highest(W, pattern):
         ("weights", "other than zero where its mask prunes"),
         ("nan", "NaN or infinite weights"),
         ("figures", "figures that are not plain numbers"),
-        ("nan figure", "figures that are not plain numbers"),
+        ("nan figure", "NaN or infinite figures"),
         ("damping", "wrote into its weights or its Hessian"),
         ("in place", "wrote into its weights or its Hessian"),
         ("", None),
@@ -403,14 +403,21 @@ def test_text_where_an_option_is_a_number():
         secateur.solve(torch.ones(2, 4), torch.eye(4), "50%", damping="a")
 
 
-def test_weights_whose_squares_overflow_are_named():
+def test_values_that_fp32_can_not_hold_are_named():
     W, H = problem(8, 16, dtype=torch.float32)
-    with pytest.raises(secateur.SecateurError, match=r"W holds .*e\+20, whose square overflows fp32"):
-        secateur.solve(W * 1e20, H, "50%")
-    assert bool(torch.isfinite(secateur.solve(W.double() * 1e20, H.double(), "50%").weight).all())
+    for w, h, message in (
+        (1e20, 1, r"W holds .*e\+20, whose square overflows fp32"),
+        (1e-24, 1, "losses underflow fp32"),
+        (1, 1e-40, "losses underflow fp32"),
+        (1, 1e35, "NaN or infinite figures: the input may be too large"),
+    ):
+        with pytest.raises(secateur.SecateurError, match=message):
+            secateur.solve(W * w, H * h, "50%")
+        in_double = secateur.solve(W.double() * w, H.double() * h, "50%")
+        assert torch.equal(in_double.keep, secateur.solve(W.double(), H.double(), "50%").keep)
 
 
-@pytest.mark.parametrize("wrong", [np.ones((4, 4)), [[1.0]], torch.ones(4, 4, dtype=torch.long), None])
+@pytest.mark.parametrize("wrong", [np.ones((4, 4)), [[1.0]], torch.ones(4, 4).to(torch.float8_e4m3fn), None])
 def test_what_is_not_a_floating_tensor_is_named(wrong):
     for arguments in ((wrong, torch.eye(4)), (torch.ones(4, 4), wrong)):
         with pytest.raises(secateur.SecateurError, match="give a torch tensor of a floating dtype"):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.calibration.batches import AUTO, BATCH_TOKENS, CalibrationBatches, CalibrationSource, calibration_batches
+from secateur.calibration.documents import check_text, is_own_words
 from secateur.checkpoints.load import Checkpoint, load
 from secateur.errors import SecateurError
 from secateur.models.placement import WeightPlacement
@@ -69,17 +70,29 @@ class Request:
     offload_dir: str | Path | None
     progress: StageClock
 
-    def calibration(self, tokenizer: Any, config: Any, writes: Callable[[], bool]) -> CalibrationBatches:
+    def check(self) -> None:
+        """Check, before a model is loaded, that the text is there, and what may be held.
+
+        Raises:
+            SecateurError: no text of that name, no size, or no folder that can be written.
+        """
+        if isinstance(self.texts, str | Path) and self.texts != OWN_BATCHES:
+            check_text(self.texts)
+        self.memory()
+
+    def calibration(self, tokenizer: Any, config: Any, why_silent: Callable[[], str | None]) -> CalibrationBatches:
         """Batches of the size that the recipe works best with.
 
         Args:
             tokenizer: of the model.
             config: of the model.
-            writes: says whether the model writes text; called where the recipe depends on it.
+            why_silent: says why the model writes no text, None = it does; called where the recipe depends on it.
         """
         refit, text = self.recipe.refit, self.recipe.calibration
         size = BATCH_TOKENS if refit is None else refit.step_tokens
-        asks = text.own_words == AUTO and (self.texts is None or isinstance(self.texts, str | Path))
+        named = self.texts if isinstance(self.texts, str | Path) else None
+        asks = text.own_words == AUTO and (named is not None or self.texts is None) and not is_own_words(named)
+        why = why_silent() if asks else None
         found = calibration_batches(
             self.texts,
             tokenizer,
@@ -87,9 +100,12 @@ class Request:
             text,
             self.recipe.seed,
             size,
-            can_write=asks and writes(),
+            can_write=asks and why is None,
             pattern=self.recipe.pattern,
         )
+        if why is not None:
+            without = f"the model writes no text to be calibrated on ({why})"
+            found = replace(found, notices=[*found.notices, without])
         if refit is None or not 0 < found.num_tokens < REFIT_TOKENS:
             return found
         few = (

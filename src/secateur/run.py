@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.calibration.batches import CalibrationBatches, CalibrationSource
 from secateur.calibration.documents import text_place
-from secateur.calibration.own_words import can_write
+from secateur.calibration.own_words import why_silent
 from secateur.checkpoints.load import Checkpoint, load_config_and_tokenizer
 from secateur.checkpoints.model_card import facts_of_source
 from secateur.checkpoints.reordered import map_reordered
@@ -56,7 +56,8 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
         tokenizer = tokenizer or model.tokenizer
     else:
         module, name, notices = model, type(model).__name__, []
-    data = request.calibration(tokenizer, config_of(module), lambda: can_write(module, InMemory()))
+    request.check()
+    data = request.calibration(tokenizer, config_of(module), lambda: why_silent(module, InMemory()))
     data = request.written(data, module, tokenizer, InMemory())
     parameter = next(module.parameters())
     where = _environment(str(parameter.device), parameter.dtype)
@@ -76,8 +77,13 @@ def prune_to_folder(
     Raises:
         SecateurError: as `api.prune` says.
     """
-    folder = source.folder()
+    request.check()
     out = real_path(out)
+    if distributed.is_main():
+        check_place(out)
+        if not (resume or overwrite or journal_of(out).exists()):
+            check_may_replace(out, overwrite)
+    folder = source.folder()
     if distributed.is_main():
         _check_request(out, source.name, request.texts, folder)
     with locked_journal(out) as journal:
@@ -123,6 +129,7 @@ def estimate_run(
     """
     if (processes := environment_number("WORLD_SIZE", 1)) > 1:
         raise SecateurError(f"a dry run is for one process, but {processes} were started: leave torchrun out")
+    request.check()
     folder = source.folder()
     if out is not None:
         place = real_path(out)
@@ -252,15 +259,17 @@ def _calibration_of(
     `begun_with` is the number of sequences that it writes in the run to resume, which may have begun elsewhere.
     """
 
-    def writes() -> bool:
+    def why() -> str | None:
         if begun_with is not None:
-            return begun_with > 0
+            return None if begun_with else "as it did not when the run began"
         width = checkpoint.compute_dtype.itemsize
         size = sum(each.numel() * max(each.itemsize, width) for each in checkpoint.model.parameters())
         half = total_memory(checkpoint.device) // 2 // _processes(checkpoint.device)
-        return size <= half and can_write(checkpoint.model, placement)
+        if size > half:
+            return f"its weights take {size / 1e9:.1f} GB, more than half of memory, and each token reads them all"
+        return why_silent(checkpoint.model, placement)
 
-    return request.calibration(checkpoint.tokenizer, config_of(checkpoint.model), writes)
+    return request.calibration(checkpoint.tokenizer, config_of(checkpoint.model), why)
 
 
 def _to_write(checkpoint: Checkpoint) -> OffloadedWeights:
@@ -303,7 +312,7 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
         report = read_metadata(out)
     except SecateurError as error:
         return _nothing_to_keep(error, overwrite)
-    data = request.calibration(tokenizer, config, lambda: report.calibration.get("written", 0) > 0)
+    data = request.calibration(tokenizer, config, lambda: None if report.calibration.get("written") else "")
     wanted = _decisive(_identity(source.name, folder, request.recipe, data, {}))
     try:
         held = _decisive(report.identity)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from secateur.api.pruning import check_no_tokenizer, check_not_loaded, several
+from secateur.calibration.documents import check_text
 from secateur.checkpoints.hub import push_folder
 from secateur.checkpoints.inspection import Inspection, inspect_folder
 from secateur.checkpoints.load import load as load_checkpoint
@@ -90,6 +91,9 @@ def evaluate(
         _check_can_record([model])
     tasks = several(tasks)
     check_tasks(tasks, task_dir, task_limit)
+    check_text(text)
+    if isinstance(model, str | Path) and isinstance(against, str | Path) and user_path(model) == user_path(against):
+        raise SecateurError("a model can't be compared with itself: give the dense model it was pruned from")
     module: Any = model
     if not isinstance(model, nn.Module):
         check_no_tokenizer(tokenizer)
@@ -300,8 +304,8 @@ def bench(
         SecateurError: no models, or one that can't be loaded or run.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("threads", threads)):
-        if value is not None and value < 1:
-            raise SecateurError(f"‹{name}› is {value}; at least 1 is needed")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise SecateurError(f"‹{name}› is {value!r}: it must be a whole number of 1 or more")
     models = [models] if isinstance(models, str | Path) else models
     folders = [resolve(str(name), trust_remote_code, allow_pickle) for name in models]
     if not folders:

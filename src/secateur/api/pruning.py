@@ -229,11 +229,13 @@ def solve(
 ) -> Solved:
     """Prune one matrix, given the undamped Hessian `H = X X^T / T` of its inputs.
 
-    Works in fp32, or in fp64 where either argument is fp64; the arguments are not changed.
+    Looks for the `W'` with the pattern's zeros that minimises `tr((W' - W) Hd (W' - W)^T)`, Hd the damped Hessian: the
+    mean squared change of the layer's output. Works in fp32, or in fp64 where either argument is fp64; the arguments
+    are not changed.
 
     Args:
-        W: weights (R, C), output rows x input columns.
-        H: (C, C), symmetric positive semi-definite.
+        W: weights (R, C), output rows x input columns, of a floating dtype.
+        H: (C, C), symmetric positive semi-definite, on the same device.
         pattern: as for `prune`.
         solver: a solver's name, or options such as `{"name": "sparsegpt", "block": 64}`.
         damping: of the Hessian, relative to its mean diagonal.
@@ -243,11 +245,14 @@ def solve(
             exchange.
 
     Returns:
-        the pruned weights, the keep mask and the solver's figures.
+        `weight` (R, C) in fp32 or fp64, which the caller rounds to the model's dtype; `keep` (R, C), bool, True = kept;
+        and `info`, the solver's figures.
 
     Raises:
-        SecateurError: no tensors, shapes that do not fit, NaN or infinity, values too large for fp32, a pattern that
+        SecateurError: no tensors, shapes that do not fit, NaN or infinity, values that fp32 can't hold, a pattern that
             does not divide C, an unknown option.
+
+    Cost: R C^2 for every solver but `magnitude` and `wanda` (R C), and C^3 for the factor of H.
     """
     if isinstance(shrinkage, str):
         raise SecateurError(f"shrinkage is {shrinkage!r}: give a number, as H does not say how many tokens it is of")

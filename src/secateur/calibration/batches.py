@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -226,7 +226,12 @@ def _batched(windows: Int[Tensor, "N T"], batch_tokens: int) -> list[Batch]:
     return [{"input_ids": part} for part in windows.split(size)]
 
 
-def _from_tensors(source: Sequence[Any], config: Any) -> CalibrationBatches:
+def _from_tensors(source: Any, config: Any) -> CalibrationBatches:
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise SecateurError(
+            f"‹calibration› is a {type(source).__name__}: give a text's name, token tensors, or a list of batches, "
+            f"such as [tokenizer(TEXT, return_tensors='pt')]"
+        )
     batches: list[Batch] = []
     for number, item in enumerate(source, 1):
         batch = dict(item) if isinstance(item, Mapping) else {"input_ids": item}

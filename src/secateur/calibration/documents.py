@@ -78,8 +78,7 @@ def read_documents(
     Raises:
         SecateurError: nothing there, a record that can't be read, with its file and number, or a field of plain text.
     """
-    if source is not None and not str(source).strip():
-        raise SecateurError("the text's name is empty: give a file, a folder or a data set")
+    check_text(source)
     if text_field is not None and not has_fields(source):
         raise SecateurError(
             f"‹text_field› is {text_field!r}, and {name_of(source)} is plain text, which has no fields: leave it out"
@@ -96,10 +95,8 @@ def read_documents(
             yield from _read_file(member, text_field)
     elif path.is_file():
         yield from _read_file(path, text_field)
-    elif is_dataset(source):
-        yield from _read_dataset(str(source), seed, evaluation, text_field)
     else:
-        raise SecateurError(f"{source} is not a file, folder or data set name (short names: {', '.join(DATASETS)})")
+        yield from _read_dataset(str(source), seed, evaluation, text_field)
 
 
 def _read_file(path: Path, text_field: str | None) -> Iterator[Document]:
@@ -224,6 +221,22 @@ def check_is_name(source: Any) -> None:
         raise SecateurError(
             f"a text itself was given ({source[:20]!r} ...): write it to a file, and give that file's name"
         )
+
+
+def check_text(source: str | Path | None) -> None:
+    """Check that a source leads to a text: a file, a folder, or what may be a data set. Costs nothing.
+
+    Raises:
+        SecateurError: it does not, or is a text itself.
+    """
+    check_is_name(source)
+    named = text_of(source)
+    if named is None:
+        return
+    if not str(named).strip():
+        raise SecateurError("the text's name is empty: give a file, a folder or a data set")
+    if not user_path(named).exists() and not is_dataset(named):
+        raise SecateurError(f"{named} is not a file, folder or data set name (short names: {', '.join(DATASETS)})")
 
 
 def name_of(source: str | Path | None) -> str:

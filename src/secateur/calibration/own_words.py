@@ -195,21 +195,21 @@ def _pieces(ids: list[int], prefix: list[int], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def can_write(model: Any, placement: WeightPlacement) -> bool:
-    """Whether a model writes text: it generates, and no prediction depends on a later token.
+def why_silent(model: Any, placement: WeightPlacement) -> str | None:
+    """Why a model writes no text; None where it does: it generates, and no prediction depends on a later token.
 
     Cost: a few forward passes over a few tokens.
     """
     if not generates(model):
-        return False
+        return f"{type(model).__name__} generates none"
     check_runnable(model)
     with deterministic_forward(model), placement.onload_model(model), _plain_generation(model):
         few = torch.ones(2, PROBE_TOKENS, dtype=torch.long, device=device_of(model))
         try:
             _sampled(model, few, torch.ones_like(few), 2)
-            return not looks_ahead(model)
-        except ForwardError:
-            return False
+            return "its predictions depend on later tokens" if looks_ahead(model) else None
+        except ForwardError as error:
+            return f"its generate() fails: {error.raw}"
 
 
 def check_can_write(model: Any) -> None:

@@ -201,8 +201,8 @@ def window_length(seq_len: int | None, default: int, config: Any) -> int:
     positions = max_positions(config)
     if seq_len is None:
         return min(default, positions or default)
-    if seq_len < 2:
-        raise SecateurError(f"‹seq_len› is {seq_len}; at least 2 tokens are needed")
+    if not isinstance(seq_len, int) or seq_len < 2:
+        raise SecateurError(f"‹seq_len› is {seq_len!r}: it must be a whole number of 2 or more")
     if positions is not None and seq_len > positions:
         raise SecateurError(f"‹seq_len› is {seq_len}, but the model has {positions} positions: lower ‹seq_len›")
     return seq_len

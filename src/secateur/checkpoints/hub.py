@@ -23,7 +23,7 @@ from secateur.storage.file_records import first_damage
 from secateur.storage.paths import real_path
 
 REFUSED = (401, 403)
-REPLACED = (*WEIGHT_FILES, "*.safetensors.index.json", "pytorch_model.bin.index.json")  # of an earlier model
+INDEXES = ("model.safetensors.index.json", "packed.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def check_can_push(repo: str) -> None:
@@ -63,7 +63,7 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
         SecateurError: not a pruned model, files that were changed since, a repository that holds another model, or what
             `check_can_push` raises.
     """
-    report, names = _files_to_push(folder)
+    report, names, card = _files_to_push(folder)
     check_can_push(repo)
     contents: dict[str, str | bytes] = {name: str(folder / name) for name in names}
     contents[REPORT_FILE] = run_page(report, folder).encode()
@@ -72,15 +72,20 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
         url = api.create_repo(repo, private=private, exist_ok=True)
         there = api.list_repo_files(url.repo_id)
     _check_may_replace(url.repo_id, report, there)
-    contents[CARD] = (folder / CARD).read_text(encoding="utf-8").replace("THIS_MODEL", url.repo_id).encode()
-    stale = [name for name in there if name not in contents and any(fnmatchcase(name, each) for each in REPLACED)]
+    contents[CARD] = card.replace("THIS_MODEL", url.repo_id).encode()
+    stale = [name for name in there if name not in contents and _is_of_a_model(name)]
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     deletions = [CommitOperationDelete(name) for name in stale]
-    with _explained(repo):
+    with _explained(repo, f"whether it was published is unknown: look at {url}"):
         api.create_commit(
             url.repo_id, [*operations, *deletions], commit_message=f"{real_path(folder).name}, pruned by secateur"
         )
     return str(url)
+
+
+def _is_of_a_model(name: str) -> bool:
+    """Whether a file of a repository holds weights, or their index. What lies in a folder there is the user's."""
+    return "/" not in name and any(fnmatchcase(name, each) for each in (*WEIGHT_FILES, *INDEXES))
 
 
 def _check_may_replace(repo: str, report: Report, there: Sequence[str]) -> None:
@@ -89,16 +94,16 @@ def _check_may_replace(repo: str, report: Report, there: Sequence[str]) -> None:
     Raises:
         SecateurError: it holds another one, such as the dense model.
     """
-    has_weights = any(fnmatchcase(name, each) for name in there for each in REPLACED)
+    has_weights = any(map(_is_of_a_model, there))
     if repo == report.source.get("base_model") or (has_weights and METADATA not in there):
         raise SecateurError(f"{repo} holds a model that secateur did not prune, so it is not replaced: name another")
 
 
-def _files_to_push(folder: Path) -> tuple[Report, list[str]]:
-    """The report, and the names of the checkpoint's files, which are what was saved. The card may differ.
+def _files_to_push(folder: Path) -> tuple[Report, list[str], str]:
+    """The report, the names of the checkpoint's files, which are what was saved, and the card, which may differ.
 
     Raises:
-        SecateurError: they are not.
+        SecateurError: they are not, or the card is no text.
     """
     report = report_in(folder)
     _ = check_packed(folder) if is_packed(folder) else check_folder(folder)
@@ -112,12 +117,15 @@ def _files_to_push(folder: Path) -> tuple[Report, list[str]]:
         raise SecateurError(f"{folder} has no {CARD}, the model's card: write one, and publish again")
     if linked := [name for name in names if (folder / name).is_symlink() or not (folder / name).is_file()]:
         raise SecateurError(f"{folder / linked[0]} is missing, or a link: what it leads to would be published")
-    return report, names
+    try:
+        return report, names, (folder / CARD).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{folder / CARD} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn errors of the hub into messages."""
+def _explained(repo: str, outcome: str = "nothing was published") -> Iterator[None]:
+    """Turn errors of the hub into messages; `outcome` says what is there where it did not answer."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -128,4 +136,4 @@ def _explained(repo: str) -> Iterator[None]:
             ) from error
         raise SecateurError(f"the hub could not do this for {repo}: {first_line(error)}") from error
     except (http_error(), ConnectionError, TimeoutError) as error:
-        raise SecateurError(f"the hub could not be reached ({first_line(error)}): nothing was published") from error
+        raise SecateurError(f"the hub could not be reached ({first_line(error)}): {outcome}") from error

@@ -58,7 +58,8 @@ def inspect_folder(folder: Path) -> Inspection:
     Raises:
         SecateurError: no checkpoint there, damaged files, or a broken `secateur.json`.
 
-    Cost: two reads of the weights; where experts were fused, a copy of theirs in temporary files.
+    Cost: two reads of the weights. Where transformers fuses experts that the files hold one by one: a copy of them in
+    temporary files, and of a packed model an unpacked copy in the user's cache.
     """
     shards = check_packed(folder) if is_packed(folder) else check_folder(folder)[1]
     report = read_metadata(folder) if (folder / METADATA).exists() else None

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.calibration.texts import encode_text
 from secateur.checkpoints.converted_weights import is_converted, load_mapped
 from secateur.errors import SecateurError
+from secateur.packed.files import read_headers
 from secateur.runtime.environment import check_device
 from secateur.runtime.messages import first_line
 from secateur.sources.resolve import resolve_dense
@@ -119,15 +120,15 @@ def load(
     )
     with _explained(folder, trust_remote_code, converted):
         if converted is not None or (shards and not trust_remote_code):  # code from the checkpoint runs no second time
-            skeleton = _skeleton(config, computes_in, trust_remote_code)
-            _check_sizes(folder, skeleton, shards)
+            skeleton = skeleton_of(config, computes_in, trust_remote_code)
+            check_sizes(folder, skeleton, shards)
         if converted is not None and shards and is_converted(skeleton, shards):
             model, info, names = load_mapped(from_pretrained, converted)
         else:
             model, info = from_pretrained()
     if missing := sorted(info["missing_keys"]):
         raise SecateurError(_why_missing(folder, config, type(model).__name__, missing))
-    notices = _differences(folder, config, model, info["unexpected_keys"], shards)
+    notices = differences(folder, config, model, info["unexpected_keys"], shards)
     if not dtypes:
         notices.append(f"the weights are saved in {main}, the dtype in config.json: .bin files were not asked")
     stored = {name: (path, name) for name, path in shards.items()}
@@ -173,7 +174,7 @@ def _map_rounded_tensors(model: Any, storage: dict[str, torch.dtype], stored: di
                 tensor.data = shard.get_tensor(there)
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def skeleton_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model without weights, with its buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -182,7 +183,7 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
+def check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
     """Check that the files' tensors are as large as the config makes them, before memory is taken by the config.
 
     Their shapes may differ: transformers transposes some.
@@ -194,21 +195,26 @@ def _check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:
         return
     wanted, in_files = {name: tensor.shape for name, tensor in skeleton.named_parameters()}, 0
     for path in sorted({*shards.values()}):
-        with safe_open(path, framework="pt") as shard:
-            for name in sorted(shard.keys()):
-                found = shard.get_slice(name).get_shape()
-                in_files += math.prod(found)
-                if name in wanted and math.prod(found) != wanted[name].numel():
-                    raise SecateurError(
-                        f"{path}: {name} is {tuple(found)}, but {tuple(wanted[name])} by {folder / 'config.json'}: "
-                        f"these files are of different models"
-                    )
+        for name, found in _shapes(path).items():
+            in_files += math.prod(found)
+            if name in wanted and math.prod(found) != wanted[name].numel():
+                raise SecateurError(
+                    f"{path}: {name} is {found}, but {tuple(wanted[name])} by {folder / 'config.json'}: "
+                    f"these files are of different models"
+                )
     needed = sum(shape.numel() for name, shape in wanted.items() if name not in skeleton.all_tied_weights_keys)
     if needed > 2 * in_files + SPARE_WEIGHTS:
         raise SecateurError(
             f"{folder} holds {in_files:,} weights, and its config.json makes a model of {needed:,}: the download is "
             f"incomplete, or these files are of different models"
         )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a weight file, by name; of packed tensors, that of the dense one."""
+    with safe_open(path, framework="pt") as shard:
+        shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in sorted(shard.keys())}
+    return shapes | {name: tuple(header.shape) for name, (header, _) in read_headers(path).items()}
 
 
 def _take_buffers(model: Any, skeleton: Any) -> None:
@@ -284,7 +290,7 @@ def why_not_loaded(folder: Path, error: Exception, trust_remote_code: bool) -> s
     return f"{folder} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}"
 
 
-def _differences(folder: Path, config: Any, model: Any, unexpected: set[str], shards: dict[str, Path]) -> list[str]:
+def differences(folder: Path, config: Any, model: Any, unexpected: set[str], shards: dict[str, Path]) -> list[str]:
     """Notices of what a loaded model leaves out: other parts than its text model, and tensors unknown to its class.
 
     Raises:
@@ -305,11 +311,10 @@ def _differences(folder: Path, config: Any, model: Any, unexpected: set[str], sh
                 f"it with {HINT_OTHER_CLASS}"
             )
         notices.append(f"of the {made_as} this is the text model alone, a {loaded.__name__}")
-    matrices = []
-    for name in sorted(set(unexpected) & set(shards)):
-        with safe_open(shards[name], framework="pt") as shard:
-            if len(shard.get_slice(name).get_shape()) > 1:  # not a buffer that older versions saved
-                matrices.append(name)
+    unknown = sorted(set(unexpected) & set(shards))
+    shapes = {path: _shapes(path) for path in {shards[name] for name in unknown}}
+    # Buffers that older versions saved have one dimension.
+    matrices = [name for name in unknown if len(shapes[shards[name]][name]) > 1]
     if matrices:
         some = f"{', '.join(matrices[:3])}{' ...' * (len(matrices) > 3)}"
         notices.append(f"{len(matrices)} tensors of the checkpoint are not in {loaded.__name__}: {some}")

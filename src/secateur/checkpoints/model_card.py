@@ -9,8 +9,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from secateur.calibration.documents import text_of
 from secateur.checkpoints.load import Checkpoint
@@ -22,6 +20,7 @@ from secateur.sources.unpacked import USAGE
 from secateur.storage.paths import user_path
 
 MAX_HEADER = 1 << 16  # characters
+_FACT = re.compile(r"^(license|base_model): *(['\"]?)(\w[\w./-]*)\2 *(?:#.*)?$", re.MULTILINE)
 
 
 def facts_of_source(checkpoint: Checkpoint) -> dict[str, str]:
@@ -156,14 +155,13 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _front_matter(card: Path) -> dict[str, Any]:
-    """The licence and the base model in a card's YAML header, where they are text."""
+def _front_matter(card: Path) -> dict[str, str]:
+    """The licence and the base model in a card's YAML header, where they are plain text.
+
+    They are found by their lines: a YAML parser takes minutes, or all memory, for some headers of a few kilobytes.
+    """
     if not card.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace")[:MAX_HEADER], re.DOTALL)
-    try:
-        found = YAML(typ="safe", pure=True).load(match[1]) if match else None
-    except (YAMLError, ValueError, RecursionError):  # nobody checks the headers of cards
-        return {}
-    values = found if isinstance(found, dict) else {}
-    return {name: values[name] for name in ("license", "base_model") if isinstance(values.get(name), str)}
+    start = card.read_text(encoding="utf-8", errors="replace")[:MAX_HEADER]
+    header = re.match(r"---\n(.*?)\n---", start, re.DOTALL)
+    return {} if header is None else {name: value for name, _, value in _FACT.findall(header[1])}

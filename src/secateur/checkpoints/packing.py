@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.checkpoints.inspection import inspect_folder
-from secateur.checkpoints.load import BROKEN, why_not_loaded
+from secateur.checkpoints.load import BROKEN, check_sizes, differences, skeleton_of, why_not_loaded
 from secateur.checkpoints.model_card import model_card
 from secateur.errors import SecateurError
 from secateur.models.matrices import parameter_of
@@ -37,6 +37,7 @@ from secateur.packed.files import (
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
 from secateur.reporting.report import CARD, METADATA, Report, read_metadata
 from secateur.runtime.memory import available_bytes
+from secateur.runtime.messages import say
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import check_links
 from secateur.sources.unpacked import PACKED_USAGE, USAGE, with_usage, write_rest
@@ -117,17 +118,19 @@ def load_model(
         trust_remote_code: let the checkpoint's Python code run.
 
     Raises:
-        SecateurError: no model there, or damaged files.
+        SecateurError: no model there, damaged files, or another model than a causal language model.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import secateur.packed.quantizer  # noqa: F401 - registers the format
 
-    check_packed(folder) if is_packed(folder) else check_folder(folder)
+    shards = check_packed(folder) if is_packed(folder) else check_folder(folder)[1]
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
+        if not trust_remote_code:  # code from the checkpoint runs no second time
+            check_sizes(folder, skeleton_of(config, torch.bfloat16, trust_remote_code), shards)
         if is_packed(folder) and is_dense:
             config.quantization_config["dequantize"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -140,6 +143,8 @@ def load_model(
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise SecateurError(f"{folder} lacks {len(missing)} tensors ({missing[0]} ...): it is damaged")
+    for notice in differences(folder, config, model, info["unexpected_keys"], shards):
+        say(f"secateur: {notice}")
     return model.to(device).eval()
 
 

@@ -93,23 +93,32 @@ def compare(
     wanted = _cells(settings, recipes, patterns, seeds, peer_python)
     _open(out, settings)
     run = partial(_in_own_process, peer_python=peer_python, watched=watched)
-    failed: list[SecateurError] = []
+    failed: list[Exception] = []
     for number, cell in enumerate(wanted, 1):
         with_tasks = tasks_for_seeds is None or cell.seed is None or cell.seed in tasks_for_seeds
         asked = settings.tasks if with_tasks else ()
         place = f"cell {number} of {len(wanted)}: {cell.key}"
         try:
             _run_missing(cell, replace(settings, tasks=tuple(asked)), out, run, place, say, show)
-        except SecateurError as error:
+        except Exception as error:  # whatever a cell dies of, those after it run
             if cell.recipe == DENSE:  # no other would do better
                 raise
-            say(f"  failed: {error.for_command_line()}")
+            why = error.for_command_line() if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+            say(f"  failed: {why}")
             failed.append(error)
-    if len(failed) > 1:
-        raise SecateurError(f"{len(failed)} of {len(wanted)} cells failed, and the others are kept: {failed[0].raw}")
     if failed:
-        raise failed[0]
+        raise _one_of(failed, len(wanted))
     return _open(out, settings)
+
+
+def _one_of(failed: Sequence[Exception], number: int) -> Exception:
+    """The error that tells of some failed cells, of a number: one that nobody expected, or the first."""
+    if unexpected := [error for error in failed if not isinstance(error, SecateurError)]:
+        return unexpected[0]
+    first = failed[0]
+    if len(failed) == 1 or not isinstance(first, SecateurError):
+        return first
+    return SecateurError(f"{len(failed)} of {number} cells failed, and the others are kept: {first.raw}")
 
 
 def _check_used(

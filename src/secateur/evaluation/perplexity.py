@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.calibration.batches import BATCH_TOKENS, check_ids
-from secateur.calibration.documents import check_is_name, read_documents
+from secateur.calibration.documents import read_documents
 from secateur.calibration.texts import cut_windows, encode, window_length
 from secateur.errors import SecateurError
 from secateur.models.blocks import body_of, run_without_cache
@@ -158,7 +158,6 @@ def evaluation_windows(model: Any, tokenizer: Any, text: EvaluationText) -> tupl
     Raises:
         SecateurError: empty text, a text shorter than one window, or a window longer than the model's positions.
     """
-    check_is_name(text.source)
     length, most = window_length(text.seq_len, DEFAULT_WINDOW, model.config), text.max_tokens
     if most is not None and most < 1:
         raise SecateurError(f"‹max_tokens› is {most}; it must be at least 1")

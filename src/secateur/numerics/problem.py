@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 MAX_WEIGHT = 1e18  # squares of larger ones overflow fp32
+MIN_LOSS = 1e-30  # of the largest weight, with the largest input: fp32 loses the digits of much smaller ones
 
 
 @torch.no_grad()
@@ -17,13 +18,13 @@ def check_problem(W: Any, H: Any) -> None:
     """Check that W (R, C) and H (C, C) are weights and the Hessian of their inputs.
 
     Raises:
-        SecateurError: no tensors, shapes that do not fit, two devices, NaN or infinity, weights whose squares overflow,
-            or an H that is not `X X^T / T`.
+        SecateurError: no tensors, shapes that do not fit, two devices, NaN or infinity, weights whose squares fp32
+            can't hold, or an H that is not `X X^T / T`.
     """
     for name, tensor in (("W", W), ("H", H)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.itemsize < 2:
             kind = f"{tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise SecateurError(f"{name} is a {kind}: give a torch tensor of a floating dtype")
+            raise SecateurError(f"{name} is a {kind}: give a torch tensor of a floating dtype of 16 bits or more")
     if W.ndim != 2 or not W.numel() or H.shape != (W.shape[1], W.shape[1]):
         raise SecateurError(f"W is {tuple(W.shape)} and H is {tuple(H.shape)}: for W (R, C), H must be (C, C)")
     if W.device != H.device:
@@ -31,13 +32,17 @@ def check_problem(W: Any, H: Any) -> None:
     for name, tensor in (("W", W), ("H", H)):
         if not bool(torch.isfinite(tensor).all()):
             raise SecateurError(f"{name} holds NaN or infinity")
-    if torch.float64 not in (W.dtype, H.dtype) and float(W.abs().max()) > MAX_WEIGHT:
-        raise SecateurError(
-            f"W holds {float(W.abs().max()):.1e}, whose square overflows fp32: scale W down, or pass it in fp64"
-        )
+    largest, in_single = float(W.abs().max()), torch.float64 not in (W.dtype, H.dtype)
+    if in_single and largest > MAX_WEIGHT:
+        raise SecateurError(f"W holds {largest:.1e}, whose square overflows fp32: scale W down, or pass it in fp64")
     diagonal = H.diagonal()
     if bool((diagonal < 0).any()):
         raise SecateurError("H has a negative diagonal: it is not X X^T / T")
+    if in_single and 0 < largest**2 * float(diagonal.max()) < MIN_LOSS:
+        raise SecateurError(
+            f"W holds {largest:.1e} at most, and H {float(diagonal.max()):.1e}: losses underflow fp32. Scale one of "
+            f"them up, or pass it in fp64"
+        )
     if not torch.allclose(H, H.T, rtol=1e-2, atol=1e-3 * float(diagonal.max())):
         raise SecateurError("H is not symmetric: it is not X X^T / T")
     dead = diagonal == 0

@@ -110,8 +110,8 @@ def read_headers(path: str | Path) -> dict[str, tuple[Header, int]]:
                 size = part.get_shape()[0]
                 if size >= HEADER.size and (start := part[: HEADER.size].tobytes()).startswith(MAGIC):
                     found[name] = (read_header(start, size), size)
-    except SafetensorError as error:
-        raise SecateurError(f"{path} is damaged or incomplete ({error})") from error
+    except (SafetensorError, OSError) as error:
+        raise SecateurError(f"{path} is damaged or incomplete, or can't be read ({error})") from error
     except SecateurError as error:
         raise SecateurError(f"{path}: {name}: {error.raw}") from error
     return found

@@ -55,9 +55,9 @@ def save_packed(
         raise SecateurError("a packed model is saved as safetensors: leave ‹safe_serialization› out")
     if not is_main_process:
         return
+    shards = _shards(_entries(model), parse_size(max_shard_size, "max_shard_size"))
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(_entries(model), parse_size(max_shard_size, "max_shard_size"))
     with TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:  # a full disk leaves the earlier model
         for name, entries in shards.items():
             write_weights(Path(scratch) / name, entries, compression)

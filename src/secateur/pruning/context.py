@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.calibration.input_groups import InputGroup
 from secateur.models.blocks import Block
 from secateur.models.placement import InMemory, WeightPlacement
 from secateur.permutation.channels import ChannelOrder
@@ -117,9 +118,6 @@ def keep_dtype(_name: str, own: torch.dtype) -> torch.dtype:
     return own
 
 
-MOMENTS = 3  # of a group at most, where the recipe has a target (`dense_target.Moments`)
-
-
 @dataclass(frozen=True, eq=False)
 class RunContext:
     """What the steps of a run share.
@@ -152,7 +150,15 @@ class RunContext:
         return self.recipe.true_sequential or (target is not None and target.kind == "residual")
 
     @property
+    def moments_per_group(self) -> int:
+        """What is gathered of a group's input: its Hessian; with a target also the drift and the error, at most."""
+        return 1 if self.recipe.target is None else 3
+
+    @property
     def hessian_bytes(self) -> int:
         """What the Hessians that are gathered at once may take; 0 = one group at a time."""
-        moments = 1 if self.recipe.target is None else MOMENTS
-        return 0 if self.observes_groups_apart else self.memory.hessian_bytes // moments
+        return 0 if self.observes_groups_apart else self.memory.hessian_bytes // self.moments_per_group
+
+    def sees_dense_block(self, passes: Sequence[list[InputGroup]]) -> bool:
+        """Whether every pass over a block sees it dense, since memory alone is why there are several."""
+        return len(passes) > 1 and not self.observes_groups_apart

@@ -32,7 +32,7 @@ from secateur.pruning.block_refit import (
     int8_matrices_of,
     refit_block,
 )
-from secateur.pruning.context import MOMENTS, LayerPatterns, RunContext
+from secateur.pruning.context import LayerPatterns, RunContext
 from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import (
     check_any_left,
@@ -270,13 +270,12 @@ def _memory(
     weights = all_parameters(block.module)
     hidden = sum(each.numel() * each.element_size() for each in stream.hidden) * scale
     passes = observation_passes(stream.groups[block.name], context.hessian_bytes)
-    moments = 1 if context.recipe.target is None else MOMENTS
-    sums = max(sum(8 * moments * group.columns**2 for group in groups) for groups in passes)
+    sums = max(sum(8 * context.moments_per_group * group.columns**2 for group in groups) for groups in passes)
     largest = max(group.columns for groups in passes for group in groups)
     solving = sums + HESSIAN_BYTES * largest**2
     refit = REFIT_BYTES * weights if context.recipe.refit is not None else 0
     sets, limit = 4 if context.has_dense_stream else 2, context.memory.limit
     held = hidden * sets if limit is None else min(hidden * sets, limit // 4)
-    in_passes = len(passes) > 1 and not context.observes_groups_apart
-    copy = weights * width if in_passes or context.recipe.target is not None else 0  # as `prune_block` keeps it
+    keeps_dense = context.recipe.target is not None or context.sees_dense_block(passes)  # as `prune_block` does
+    copy = weights * width if keeps_dense else 0
     return int(outside + weights * width + copy + held + max(solving, refit))

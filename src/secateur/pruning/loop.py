@@ -295,11 +295,11 @@ def prune_block(
     """
     target = context.recipe.target
     passes = observation_passes(stream.groups[block.name], context.hessian_bytes)
-    in_passes = len(passes) > 1 and not context.observes_groups_apart  # for memory alone: each sees the dense block
-    originals = DenseWeights(block) if target is not None or in_passes else None
+    sees_dense = context.sees_dense_block(passes)
+    originals = DenseWeights(block) if target is not None or sees_dense else None
     reports: list[MatrixReport] = []
     for observed in passes:
-        with originals.restored() if originals is not None and in_passes else nullcontext():
+        with originals.restored() if originals is not None and sees_dense else nullcontext():
             if target is None or originals is None:
                 moments = {name: Moments(hessian) for name, hessian in stream.observe(block, observed, outputs).items()}
             else:

@@ -50,6 +50,8 @@ def resolve_recipe(
         RecipeError: an unknown name or option, a wrong value, or a shortcut that contradicts the recipe.
     """
     given = {SHORTCUTS[name]: value for name, value in shortcuts.items() if value is not None}
+    if not isinstance(settings, Mapping | None):
+        raise RecipeError(f"‹settings› is {settings!r}: give a dictionary, such as {{'refit.rate': 0.01}}")
     settings = dict(settings or {})
     data, file = _stated(recipe, given, settings)
     made_for = recipe.pattern if isinstance(recipe, Recipe) else data.get("pattern")

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -54,6 +54,15 @@ class _Summary(TypedDict):
     out: str | None
 
 
+class _Calibration(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    source: str
+    samples: int
+    seq_len: NotRequired[int]
+    written: NotRequired[int]
+
+
 class _Saved(TypedDict):
     """The content of `secateur.json`, as it is checked when it is read."""
 
@@ -65,7 +74,7 @@ class _Saved(TypedDict):
     environment: dict[str, Any]
     source: dict[str, str]
     identity: dict[str, Any]
-    calibration: dict[str, Any]
+    calibration: _Calibration
     notices: list[str]
     dense: dict[str, str]
     prices: dict[str, float]

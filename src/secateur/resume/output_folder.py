@@ -126,7 +126,7 @@ def _why_foreign(path: Path, recorded: Records) -> str | None:
 
 
 def check_unchanged(out: Path, replaces: Records) -> None:
-    """Check that `out` holds what the run may replace, and nothing else. Cost: one read of it.
+    """Check that `out` holds what the run may replace, and nothing else. Cost: two reads of it at most.
 
     Raises:
         SecateurError: something else is there, or a file was changed.
@@ -134,8 +134,11 @@ def check_unchanged(out: Path, replaces: Records) -> None:
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if out.is_symlink() or (os.path.lexists(out) and not out.is_dir()):
         raise SecateurError(f"{out} is not a folder any more: move it, then go on with ‹resume›")
+    recorded = recorded_files(out)
     for name in names:
         if name not in replaces:
             raise SecateurError(f"{out} holds {name}, which was not there when the run began: move it, then ‹resume›")
+        if why := _why_foreign(out / name, recorded):  # whatever the journal says
+            raise SecateurError(f"{out} holds {name}, {why}: move it, then ‹resume›")
         if found := damage(out, name, replaces[name]):
             raise SecateurError(f"{found}, since the run began: move it, then ‹resume›")

@@ -22,8 +22,8 @@ class Solved:
     Args:
         weight: pruned weights (R, C), zero wherever `keep` is False.
         keep: the mask (R, C), True = kept.
-        info: the solver's figures as plain numbers: `damping` (every value tried, the last one is used), `iterations`,
-            `kkt_residual`.
+        info: the solver's figures as plain numbers, such as `damping` (every value tried; the last one is used),
+            `iterations` and `converged`.
     """
 
     weight: Float[Tensor, "R C"]

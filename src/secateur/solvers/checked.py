@@ -52,11 +52,23 @@ def solve_checked(options: Any, W: Float[Tensor, "R C"], hessian: Hessian, patte
 
 
 def _call_plugin(options: Any, W: Tensor, hessian: Hessian, pattern: Pattern) -> Any:
-    """What a plug-in returns. Its errors are its own: they keep their traceback, under its name."""
+    """What a plug-in returns.
+
+    Raises:
+        SecateurError: it raised something, which is the cause of this error.
+        torch.OutOfMemoryError: it may be tried again in smaller chunks.
+    """
     try:
         return options(W, hessian, pattern)
+    except (SecateurError, torch.OutOfMemoryError):
+        raise
     except SystemExit as error:
         raise SecateurError(f"solver {options.name} ended the process (sys.exit): a solver must return") from error
+    except Exception as error:  # a plug-in may raise anything
+        raise SecateurError(
+            f"solver {options.name}, a plug-in, failed: {type(error).__name__}: {error}. From Python, by "
+            f"secateur.prune or secateur.solve, its traceback is shown"
+        ) from error
 
 
 def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None:
@@ -66,10 +78,6 @@ def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None
         or not isinstance(solved.info, dict)
     ):
         raise SecateurError(f"{solver} must return a Solved of weights, a boolean mask and a dictionary of figures")
-    try:
-        json.dumps(solved.info, allow_nan=False)  # the report takes none
-    except (TypeError, ValueError) as error:
-        raise SecateurError(f"{solver} gave figures that are not plain numbers: {error}") from error
     if solved.keep.shape != W.shape or solved.weight.shape != W.shape:
         raise SecateurError(
             f"{solver} gave weights {tuple(solved.weight.shape)} and a mask {tuple(solved.keep.shape)} for a matrix "
@@ -80,11 +88,15 @@ def _check_solved(solver: str, solved: Any, W: Tensor, pattern: Pattern) -> None
         raise SecateurError(f"{solver} gave a mask that breaks {pattern}: {_how_it_breaks(pattern, pruned)}")
     if bool(solved.weight[pruned].any()):
         raise SecateurError(f"{solver} gave weights other than zero where its mask prunes")
+    advice = f"the input may be too large for {W.dtype}, or a larger `damping` may help"
     if not bool(torch.isfinite(solved.weight).all()):
-        raise SecateurError(
-            f"{solver} gave NaN or infinite weights: the input may be too large for {W.dtype}, or a larger "
-            f"`damping` may help"
-        )
+        raise SecateurError(f"{solver} gave NaN or infinite weights: {advice}")
+    try:
+        json.dumps(solved.info, allow_nan=False)  # the report takes none
+    except TypeError as error:
+        raise SecateurError(f"{solver} gave figures that are not plain numbers: {error}") from error
+    except ValueError as error:
+        raise SecateurError(f"{solver} gave NaN or infinite figures: {advice}") from error
 
 
 def _how_it_breaks(pattern: Pattern, pruned: Tensor) -> str:

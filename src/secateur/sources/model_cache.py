@@ -51,7 +51,8 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
                 os.close(lock)
     except OSError as error:
         raise SecateurError(
-            f"the cache {models} can't be written ({error.strerror or error}): set SECATEUR_CACHE to a folder that can"
+            f"{name} could not be made in the cache {models} ({error}): if the cache can't be written, set "
+            f"SECATEUR_CACHE to a folder that can"
         ) from error
     return models / name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError
-from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, read_headers
+from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, STEM, is_packed, read_headers
 from secateur.runtime.messages import first_line
 from secateur.storage.json_files import read_json
 
@@ -35,11 +36,12 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
     """
     _check_no_adapter(folder)
     config = _config_of(folder)
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        if method == METHOD:
-            raise SecateurError(f"{folder} is packed: `secateur unpack` gives the ordinary checkpoint")
-        raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
+    for part in _parts_of(config):
+        if quantised := part.get("quantization_config"):
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            if method == METHOD:
+                raise SecateurError(f"{folder} is packed: `secateur unpack` gives the ordinary checkpoint")
+            raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
     _check_config(folder / "config.json", config)
     shard_paths = _shard_paths(folder, "model.safetensors", DENSE_INDEX)
     if not shard_paths:
@@ -81,7 +83,12 @@ def check_packed(folder: Path) -> dict[str, Path]:
     config = _config_of(folder)
     packing = config.get("quantization_config")
     if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
-        raise SecateurError(f"{folder} is not packed: its config.json names no packing")
+        if not is_packed(folder):
+            raise SecateurError(f"{folder} is not packed: its config.json names no packing")
+        raise SecateurError(
+            f"{folder} holds packed weights ({STEM}*.safetensors), but its config.json describes dense ones: if a "
+            f"dense model was saved over the packed one, remove {STEM}*.safetensors*; else restore config.json"
+        )
     if packing.get("version") != FORMAT_VERSION:
         raise SecateurError(
             f"{folder} is packed in version {packing.get('version')} of the format; this secateur reads version "
@@ -133,19 +140,28 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     """Check what is read of a config.json before transformers reads it.
 
     Raises:
-        SecateurError: a value of another kind, or code from elsewhere.
+        SecateurError: a value of another kind, code from elsewhere, or weights that were not checked.
     """
-    made_as = config.get("architectures") or []
-    if not isinstance(made_as, list) or not all(isinstance(name, str) for name in made_as):
-        raise SecateurError(f"{path}: architectures is {made_as!r}, which must be a list of names")
-    for name in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(config.get(name, "")):
-            raise SecateurError(f"{path}: {name} is {config[name]!r}, code from a hub, which is not run: remove it")
-    if named := config.get("transformers_weights"):
-        raise SecateurError(
-            f"{path}: transformers_weights is {named!r}, and weights are read from model.safetensors or what its index "
-            f"names: rename the file, and remove the entry"
-        )
+    for part in _parts_of(config):
+        made_as = part.get("architectures") or []
+        if not isinstance(made_as, list) or not all(isinstance(name, str) for name in made_as):
+            raise SecateurError(f"{path}: architectures is {made_as!r}, which must be a list of names")
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(part.get(name, "")):
+                raise SecateurError(f"{path}: {name} is {part[name]!r}, code from a hub, which is not run: remove it")
+        if named := part.get("transformers_weights"):
+            raise SecateurError(
+                f"{path}: transformers_weights is {named!r}, and weights are read from model.safetensors or what its "
+                f"index names: rename the file, and remove the entry"
+            )
+
+
+def _parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration, and those within it: of a composite model, transformers may take `text_config` instead."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts_of(value)
 
 
 def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
@@ -154,11 +170,12 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
     Raises:
         SecateurError: more than there can be.
     """
-    for name, value in config.items():
-        if isinstance(value, dict):
-            _check_counts(path, value, tensors)
-        elif _COUNT.search(name) and isinstance(value, int) and value > max(tensors, 1024):
-            raise SecateurError(f"{path}: {name} is {value:,}, but the files hold {tensors:,} tensors: it is damaged")
+    for part in _parts_of(config):
+        for name, value in part.items():
+            if _COUNT.search(name) and isinstance(value, int) and value > max(tensors, 1024):
+                raise SecateurError(
+                    f"{path}: {name} is {value:,}, but the files hold {tensors:,} tensors: it is damaged"
+                )
 
 
 def main_dtype(dtypes: dict[str, torch.dtype], config: Any) -> torch.dtype:
