@@ -378,6 +378,19 @@ def test_who_writes_text():
     assert why_silent(BertModel(config), InMemory()) == "BertModel generates none"
 
 
+@pytest.mark.parametrize("where", ["object", "folder"])
+def test_a_rule_that_matches_nothing_is_found_before_the_model_writes(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("secateur.calibration.own_words.write_windows", None)
+    save_checkpoint(tmp_path / "dense")
+    asked = SETTINGS | {"calibration": "self", "exclude": ["*.typo"]}
+    if where == "folder":
+        model, asked = tmp_path / "dense", asked | {"out": tmp_path / "out"}
+    else:
+        model, asked = tiny_model("llama"), asked | {"tokenizer": character_tokenizer()}
+    with pytest.raises(SecateurError, match=r"\*\.typo"):
+        secateur.prune(model, **asked)
+
+
 def test_a_model_whose_generate_fails_is_calibrated_without_its_text_and_says_so(monkeypatch):
     model = tiny_model("llama")
 

@@ -20,12 +20,14 @@ from secateur.checkpoints.model_card import facts_of_source
 from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
-from secateur.models.blocks import config_of
+from secateur.models.blocks import config_of, device_of
+from secateur.models.checks import PROBE_TOKENS
+from secateur.models.determinism import deterministic_forward
 from secateur.models.matrices import all_parameters, parameter_of
 from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
-from secateur.pruning.loop import prune_model
+from secateur.pruning.loop import checked_structure, prune_model
 from secateur.recipe.recipe import Recipe
 from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.request import ModelSource, Request
@@ -58,6 +60,8 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
         module, name, notices = model, type(model).__name__, []
     request.check()
     data = request.calibration(tokenizer, config_of(module), lambda: why_silent(module, InMemory()))
+    if data.to_write is not None:
+        _check_structure(module, request, InMemoryStore())
     data = request.written(data, module, tokenizer, InMemory())
     parameter = next(module.parameters())
     where = _environment(str(parameter.device), parameter.dtype)
@@ -109,6 +113,8 @@ def prune_to_folder(
             manifest, placement, _storage_of(checkpoint), lambda order: map_reordered(checkpoint, order, reordered)
         )
         if not manifest.state.outcome:
+            if data.to_write is not None:
+                _check_structure(checkpoint.model, request, blocks)
             data = request.written(data, checkpoint.model, checkpoint.tokenizer, _to_write(checkpoint), manifest)
         report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
         publisher = Publisher(manifest, blocks, out)
@@ -170,6 +176,18 @@ def _scratch_place(out: Path | None, offload_dir: Path | None) -> Path | None:
     if offload_dir is not None or out is None:
         return offload_dir
     return next(each for each in real_path(out).parents if each.is_dir())
+
+
+@torch.no_grad()
+def _check_structure(model: nn.Module, request: Request, store: BlockStore) -> None:
+    """Check that the recipe suits the model's blocks and matrices, before the model writes text, which may take hours.
+
+    Raises:
+        SecateurError: it does not.
+    """
+    few = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(model))
+    with deterministic_forward(model):
+        checked_structure(model, {"input_ids": few}, RunContext(request.recipe, request.progress, store))
 
 
 def _report_of(

@@ -103,7 +103,7 @@ def _files_to_push(folder: Path) -> tuple[Report, list[str], str]:
     """The report, the names of the checkpoint's files, which are what was saved, and the card, which may differ.
 
     Raises:
-        SecateurError: they are not, or the card is no text.
+        SecateurError: they are not, or the card is not text.
     """
     report = report_in(folder)
     _ = check_packed(folder) if is_packed(folder) else check_folder(folder)

@@ -22,7 +22,7 @@ from secateur.calibration.stream import Batch, Stream, num_sequences
 from secateur.models.blocks import Block
 from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
-from secateur.models.discovery import ModelStructure, find_block_chains
+from secateur.models.discovery import ModelStructure
 from secateur.models.matrices import all_parameters
 from secateur.pruning.allocation import fisher_needs_all_sequences, matrices_without_pattern, sequences_of
 from secateur.pruning.block_refit import (
@@ -37,8 +37,8 @@ from secateur.pruning.fisher import output_fisher_information
 from secateur.pruning.loop import (
     check_any_left,
     check_number_of_batches,
-    check_steps,
     checked_dense_pass,
+    checked_structure,
     end_of,
     prune_block,
 )
@@ -102,8 +102,7 @@ def estimate(model: nn.Module, batches: Sequence[Batch], context: RunContext, sh
     sample = _sample(batches)
     scale = _num_tokens(batches) / _num_tokens(sample)
     with deterministic_forward(model):
-        structure = find_block_chains(model, sample[0], context.recipe, context.store)
-        check_steps(structure, context)
+        structure = checked_structure(model, sample[0], context)
         passes = [_dense_pass(model, chain, sample, context) for chain in structure.chains]
         check_any_left([block for found, _ in passes for block in found.blocks])
         dense, block = _largest_block([found for found, _ in passes])

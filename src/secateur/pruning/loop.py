@@ -101,8 +101,7 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
     check_number_of_batches(len(batches), context)
     with deterministic_forward(model):
         torch.manual_seed(context.recipe.seed)
-        structure = find_block_chains(model, batches[0], context.recipe, context.store)
-        check_steps(structure, context)
+        structure = checked_structure(model, batches[0], context)
         outcome = Outcome(sum(structure.weights.values()), dict(structure.dense), notices=_notices(structure, context))
         first, *later = structure.chains
         dense_pass = checked_dense_pass(model, first, batches, context)
@@ -131,6 +130,13 @@ def prune_model(model: nn.Module, batches: Sequence[Batch], context: RunContext)
             done += len(chain.blocks)
     outcome.notices += few_tokens(outcome.matrices)
     return outcome
+
+
+def checked_structure(model: nn.Module, batch: Batch, context: RunContext) -> ModelStructure:
+    """The blocks of a model that run on a batch, checked against the recipe."""
+    structure = find_block_chains(model, batch, context.recipe, context.store)
+    check_steps(structure, context)
+    return structure
 
 
 def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Batch], context: RunContext) -> DensePass:
@@ -186,8 +192,7 @@ def end_of(
     """What lies behind the last blocks, where their refit minimises the divergence of the predictions; else None."""
     if not _aims_at_predictions(context.recipe):
         return None
-    own = [batches[number] for number in distributed.shard(len(batches))]
-    return ModelEnd.of(model, chains, own, context.store)
+    return ModelEnd.of(model, chains, batches, context.store)
 
 
 def _prune_chain(

@@ -64,12 +64,15 @@ class ModelEnd:
     ) -> ModelEnd | None:
         """The end of a model; None where it does not predict a token at every position, or can't be run from a block.
 
+        `batches` are those of all ranks.
+
         That is: a model without a head, one with several chains (encoder and decoder), or one that hands on more than
         hidden states between its blocks.
         """
         if len(chains) > 1 or chains[0].stub_outputs is None or not has_head(model):
             return None
-        found = cls(model, chains[0], batches, placement)
+        own = [batches[number] for number in distributed.shard(len(batches))]
+        found = cls(model, chains[0], own, placement)
         return found if found._predicts_tokens() else None
 
     def _predicts_tokens(self) -> bool:
