@@ -1,9 +1,10 @@
-"""docs/benchmarks.md, its picture, and the README's table, from what `secateur compare` wrote."""
+"""docs/benchmarks.md, docs/ablations.md, their pictures, and the README's table, from what `secateur compare` wrote."""
 
 from __future__ import annotations
 
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from secateur.comparison.table import members, tables
 from secateur.evaluation.tasks import headline
 
 README = ROOT / "README.md"
-NOTES = Path(__file__).with_name("benchmarks-notes.md")
+NOTES, OLDER_NOTES = (Path(__file__).with_name(f"{page}-notes.md") for page in ("benchmarks", "ablations"))
 BEGIN, END = "<!-- results: written by tools/make_pages.py -->", "<!-- end of results -->"
 BEGIN_SIZES, END_SIZES = "<!-- sizes: written by tools/make_pages.py -->", "<!-- end of sizes -->"
 BEGIN_SCALE, END_SCALE = "<!-- scale: written by tools/make_pages.py -->", "<!-- end of scale -->"
@@ -27,6 +28,7 @@ MODELS = {
     "smollm2": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
     "mamba": "mamba-tiny (3M parameters, a trained Mamba)",
     "gemma3": "Gemma 3 270M (dequantised from Q4_K_M)",
+    "qwen.gguf": "Qwen2.5-Coder-1.5B-Instruct (dequantised from Q4_K_M)",
 }
 PAPER = "paper-"  # folders with single methods
 VARIANTS = {
@@ -46,6 +48,16 @@ ROWS = {
 }
 PRESETS = "tokens-16k"  # cells of today's presets
 PROTOCOL = "protocol"  # the field's: sixteen times the text
+TITLES = {  # of the comparisons whose presets are on the page of benchmarks, in its order
+    PRESETS: "16k tokens",
+    PROTOCOL: "128 x 2048 tokens",
+    "qwen": "A larger model",
+    "code": "Prose and code",
+    TIMING: "Time",
+    "timing-again": "Time on another day",
+    "peers": "Other libraries",
+}
+TIMED = (TIMING, "timing-again", "peers")  # one run at a time, on a quiet machine
 
 
 def gap_table(comparison: Comparison) -> str:
@@ -82,15 +94,60 @@ def task_table(comparison: Comparison) -> str:
 def settings_line(comparison: Comparison) -> str:
     s, where = comparison.settings, comparison.environment
     return (
-        f"{MODELS.get(s['model'], Path(s['model']).name)}, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
+        f"{MODELS.get(Path(s['model']).name, Path(s['model']).name)}, calibrated on {s['samples']} x {s['seq_len']} tokens of {s['calibration']}, evaluated on "
         f"{s['max_tokens']} tokens of each text in windows of {s['eval_seq_len'] or 1024}; torch {where['torch']}, transformers "
-        f"{where['transformers']}, {where['threads']} thread{'s' * (where['threads'] > 1)}."
+        f"{where['transformers']}."
     )
 
 
-def section(name: str) -> str:
-    comparison = read(name)
-    parts = [f"## {name}", settings_line(comparison)]
+def presets_of(comparison: Comparison) -> Comparison:
+    """The cells of presets and solvers as they are, dense first, then in the order of the README's rows."""
+    order = ["dense", *ROWS]
+    cells = {key: cell for key, cell in comparison.cells.items() if "+" not in key}
+    found = sorted(cells, key=lambda key: order.index(key.split()[0]) if key.split()[0] in order else len(order))
+    return replace(comparison, cells={key: cells[key] for key in found})
+
+
+def has_variants(name: str) -> bool:
+    """Whether a comparison has cells that the page of benchmarks leaves out."""
+    return name not in TITLES or presets_of(read(name)).cells.keys() != read(name).cells.keys()
+
+
+def machines_line(comparison: Comparison) -> str:
+    """What each cell ran on, where that is recorded: the CPU's instructions, and the dtype of forward passes."""
+    on: dict[tuple[str, str], list[str]] = {}
+    for key, cell in comparison.cells.items():
+        where = cell["environment"]
+        if key != "dense" and where.get("processor"):
+            recipe, pattern, _ = key.rsplit(" ", 2)
+            place = (where["processor"], where["forward_dtype"])
+            if (name := f"`{recipe}` {pattern}") not in on.setdefault(place, []):
+                on[place].append(name)
+    usual = max(on, key=lambda place: len(on[place]), default=None)
+    if usual is None:
+        return ""
+    others = [f"; {', '.join(of)} in {place[1]} with {place[0]}" for place, of in on.items() if place != usual]
+    return f"Forward passes in {usual[1]} on a CPU with {usual[0]}{''.join(others)}."
+
+
+def preset_section(name: str) -> str:
+    """A comparison's presets alone, without seconds where the machine had other work."""
+    found = presets_of(read(name))
+    if name not in TIMED:
+        cells = {
+            key: {part: value for part, value in cell.items() if part != "seconds"} for key, cell in found.cells.items()
+        }
+        found = replace(found, cells=cells)
+    return section(TITLES[name], name, found)
+
+
+def older_section(name: str) -> str:
+    """All of a comparison."""
+    return section(name, name, read(name))
+
+
+def section(title: str, name: str, comparison: Comparison) -> str:
+    parts = [f"## {title}", f"{settings_line(comparison)} {machines_line(comparison)}".rstrip()]
     parts += [f"### {pattern}\n\n{table(rows[0], rows[1:])}" for pattern, rows in tables(comparison).items()]
     if "sparsegpt" in recipes_of(comparison) and len(recipes_of(comparison)) > 1:
         parts.append(gap_table(comparison))
@@ -181,23 +238,35 @@ def page() -> str:
     return (
         """# Benchmarks
 
-Written by `python tools/make_pages.py` from the `compare.json` files in `benchmarks/results/compare/`; do not edit.
-`MODELS` is a folder of checkpoints. `TEXTS` is a folder with `wikitext2-valid.txt`, `wikitext2-test.txt`, `enwiki.txt` and `austen.txt`; `TASKS` is what
-`python benchmarks/make_tasks.py --data TEXTS --out TASKS` writes (PIQA's validation set, six sets of BLiMP). `python benchmarks/split_text.py` writes
-`wikitext2-valid-first.txt` and `-rest.txt`. `PEER` is a virtual environment with `pip install llmcompressor`. Means over seeds, with the sample standard deviation where there are several.
-*Gap closed* is (ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed.
-Seconds are those of pruning alone. The large comparisons ran as two processes of one thread each that shared their cells,
-next to other work at times: their seconds say little. Those under [timing](#timing) come from one run at a time, on two threads
-of a quiet machine.
+What today's presets give. Earlier versions, and single steps with and without, are in [Ablations](ablations.md).
+
+Means over seeds, with the sample standard deviation where there are several. *Gap closed* is
+(ppl of sparsegpt - ppl) / (ppl of sparsegpt - ppl of the dense model), seed by seed. Seconds are those of pruning alone.
 
 ![perplexity](perplexity.svg)
 
 """
-        + tokens_part()
-        + "\n\n".join(section(name) for name in names() if not name.startswith(PAPER))
+        + "\n\n".join(map(preset_section, TITLES))
         + "\n\n"
         + paper_part()
         + NOTES.read_text(encoding="utf-8")
+    )
+
+
+def older_page() -> str:
+    """docs/ablations.md."""
+    return (
+        """# Ablations
+
+Every cell that was measured: earlier versions of the presets, and single steps with and without. [Benchmarks](benchmarks.md)
+has what today's presets give, and explains the columns. [Decisions](decisions.md) says what was learned. [Where the cells come
+from](#where-the-cells-come-from) says which version each one is.
+
+"""
+        + tokens_part()
+        + "\n\n".join(older_section(name) for name in names() if not name.startswith(PAPER) and has_variants(name))
+        + "\n\n"
+        + OLDER_NOTES.read_text(encoding="utf-8")
     )
 
 
@@ -213,7 +282,7 @@ def readme_table() -> str:
             rows.append([label, *map(spread, values), f"{statistics.mean(seconds):.0f}" if seconds else ""])
     more = read(PROTOCOL)
     for recipe in ("sparsegpt", "best"):
-        label = f"{ROWS[recipe]}, [{tokens_of(more.settings)}](docs/benchmarks.md#{PROTOCOL})"
+        label = f"{ROWS[recipe]}, [{tokens_of(more.settings)}](docs/benchmarks.md#{anchor(PROTOCOL)})"
         rows.append([label, *map(spread, perplexities(more, recipe, patterns)), ""])
     return table(rows[0], rows[1:])
 
@@ -221,6 +290,11 @@ def readme_table() -> str:
 def perplexities(comparison: Comparison, recipe: str, patterns: list[str]) -> list[list[float]]:
     """Of all seeds, for each pattern."""
     return [[cell["perplexity"][TEXT] for cell in cells(comparison, recipe, pattern).values()] for pattern in patterns]
+
+
+def anchor(name: str) -> str:
+    """The anchor of a comparison's section."""
+    return TITLES[name].lower().replace(" ", "-")
 
 
 def tokens_of(settings: dict[str, Any]) -> str:
@@ -236,7 +310,7 @@ def readme_line() -> str:
         f"one seed, or two where a spread is given; "
         f"seconds at 50%, on 2 threads. 2:4: two of every four neighbouring weights in a row are zero. On the machine of the first table "
         f"`balanced` ended at {on_the_other_machine()}, so differences of a few tenths mean nothing. `best` on more text at 50% and 2:4 is an earlier version, with [other masks](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
-        f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{PRESETS})."
+        f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{anchor(PRESETS)})."
     )
 
 
@@ -244,15 +318,15 @@ def readme() -> str:
     """The README with its table renewed."""
     block = f"{BEGIN}\n{readme_table()}\n\n{readme_line()}\n{END}"
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: block, README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    sizes = f"{BEGIN_SIZES}\n{models_table()}\n\n{short_line()}\n{END_SIZES}"
+    sizes = f"{BEGIN_SIZES}\n{models_table(('50%',))}\n\n{short_line()}\n{END_SIZES}"
     text = re.sub(f"{BEGIN_SIZES}.*?{END_SIZES}", lambda _: sizes, text, flags=re.DOTALL)
     scale = f"{BEGIN_SCALE}\n{scale_table()}\n{END_SCALE}"
     return re.sub(f"{BEGIN_SCALE}.*?{END_SCALE}", lambda _: scale, text, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
-    """The page, and the README with its table renewed."""
-    return {DOCS / "benchmarks.md": page(), README: readme()}
+    """The two pages, and the README with its tables renewed."""
+    return {DOCS / "benchmarks.md": page(), DOCS / "ablations.md": older_page(), README: readme()}
 
 
 def pictures() -> list[Picture]:

@@ -13,13 +13,15 @@ def measured() -> list[Any]:
     return [read_result(path.stem) for path in sorted(RESULTS.glob("packed*.json"))]
 
 
-def models_table() -> str:
-    """Every model's variants: size, memory, speed, perplexity, with ratios to the dense one."""
+def models_table(patterns: tuple[str, ...] = ("50%", "70%")) -> str:
+    """Every model's variants, packed ones at some patterns: size, memory, speed, perplexity, with ratios to the dense one."""
     rows = []
     for model, variants in [pair for found in measured() for pair in found["models"].items()]:
         dense = variants["dense bf16"]
         for name in sorted(variants, key=lambda name: not name.startswith("dense")):
             found = variants[name]
+            if name.startswith("packed") and not any(pattern in name for pattern in patterns):
+                continue
             rows.append(
                 [
                     f"{model}, {name}",
@@ -58,8 +60,14 @@ def short_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, 2 threads of a Xeon with AMX. "
         f"Both are Instruct models. {pruned_line()} Perplexity on {settings['text']} ({evaluated_tokens()}, so don't compare the two models by it). "
-        f"[How it was measured](docs/packed.md)."
+        f"Speeds differ by the machine: the demo decoded {demo_ratio():.2f} times as fast. [How it was measured](docs/packed.md)."
     )
+
+
+def demo_ratio() -> float:
+    """How much faster the demo's packed model decoded, on another day."""
+    dense, packed = (speed["decode_tokens_per_second"] for speed in read_result("demo")["speed"])
+    return packed / dense
 
 
 def evaluated_tokens() -> str:
@@ -290,17 +298,7 @@ there is a C compiler; installing never needs one. `secateur env` says what is u
     python benchmarks/installs.py --out benchmarks/results/installs.json
     SECATEUR_BUILD=kernels python -m build --wheel && auditwheel repair dist/*.whl    # a manylinux wheel for every Python
 
-## Fine-tune and keep the zeros
-
-```python
-model = AutoModelForCausalLM.from_pretrained("PRUNED")
-with secateur.keep_zeros(model):  # any torch optimizer
-    train(model)  # or: merged = peft_model.merge_and_unload()
-model.save_pretrained("TUNED")
-secateur.Report.load("PRUNED").save("TUNED")  # lets `secateur inspect TUNED` check every zero
-```
-
-With `transformers.Trainer`: `callbacks=[secateur.KeepZerosCallback()]`. Then pack TUNED.
+To train a pruned model and keep its zeros, see [Fine-tune](guides/fine-tune.md); then pack it.
 """
 
 

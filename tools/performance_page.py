@@ -248,7 +248,7 @@ that spin while they wait (ACTIVE) take the cores from the threads that they wai
 ## End to end against llm-compressor
 
 SmolLM2-135M, the same 32 x 512 tokens, 2 threads, one run at a time in one session. The peer runs in a separate environment
-([how](benchmarks.md#peers)); its time is that of `oneshot`, ours that of the whole run.
+([how](benchmarks.md#other-libraries)); its time is that of `oneshot`, ours that of the whole run.
 
 {peer_table()}
 
