@@ -403,6 +403,15 @@ def test_text_where_an_option_is_a_number():
         secateur.solve(torch.ones(2, 4), torch.eye(4), "50%", damping="a")
 
 
+def test_inputs_that_correlate_by_more_than_one_are_named():
+    W, H = problem(8, 16)
+    H[3, 5] = H[5, 3] = 1.2 * float((H[3, 3] * H[5, 5]).sqrt())
+    with pytest.raises(secateur.SecateurError, match=r"H\[3, 5\] is .* two inputs can't correlate by more than 1"):
+        secateur.solve(W, H, "50%")
+    X = torch.randn(16, 1).to(torch.bfloat16)  # every correlation is 1, rounded
+    assert bool(torch.isfinite(secateur.solve(W, X @ X.T, "50%").weight).all())
+
+
 def test_values_that_fp32_can_not_hold_are_named():
     W, H = problem(8, 16, dtype=torch.float32)
     for w, h, message in (

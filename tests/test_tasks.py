@@ -140,6 +140,8 @@ def test_divergence_from_an_equal_model_is_nothing(text):
     model, tokenizer = small_model()
     with pytest.raises(ValueError, match="can't be compared with itself"):
         secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=model)
+    with pytest.raises(ValueError, match="the model is on cpu and the dense one on meta: put both on one device"):
+        secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=tiny_model("llama").to("meta"))
     dense = tiny_model("llama", max_position_embeddings=256)
     figures = secateur.evaluate(model, text, seq_len=32, tokenizer=tokenizer, against=dense)
     assert dense.training, "its mode is given back"

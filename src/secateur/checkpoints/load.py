@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -175,12 +176,12 @@ def _map_rounded_tensors(model: Any, storage: dict[str, torch.dtype], stored: di
 
 
 def skeleton_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model without weights, with its buffers."""
+    """The model without weights, with its buffers. The config stays as it is."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:

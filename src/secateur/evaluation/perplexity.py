@@ -91,7 +91,8 @@ def perplexity_against(
         sensitive than task accuracy.
 
     Raises:
-        SecateurError: one model twice, models with different vocabularies, and what `perplexity` raises.
+        SecateurError: one model twice, models with different vocabularies or on two devices, and what `perplexity`
+            raises.
 
     Cost: one forward pass of each model.
     """
@@ -102,6 +103,9 @@ def perplexity_against(
         raise SecateurError(
             f"the model has a vocabulary of {sizes[0]} and the dense one of {sizes[1]}: they can't be compared"
         )
+    ours_on, dense_on = (next(each.parameters()).device for each in (model, dense))
+    if ours_on != dense_on:
+        raise SecateurError(f"the model is on {ours_on} and the dense one on {dense_on}: put both on one device")
     windows, name = evaluation_windows(model, tokenizer, text)
     kl, agreeing, loss, dense_loss = 0.0, 0, 0.0, 0.0
     for index, window in enumerate(windows):

@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 MAX_WEIGHT = 1e18  # squares of larger ones overflow fp32
+MAX_CORRELATION = 1.05  # of two inputs; a Hessian in a narrow dtype is a little above 1
 MIN_LOSS = 1e-30  # of the largest weight, with the largest input: fp32 loses the digits of much smaller ones
 
 
@@ -50,4 +51,11 @@ def check_problem(W: Any, H: Any) -> None:
         raise SecateurError(
             f"H has a zero on its diagonal at input {int(dead.nonzero()[0])} and other numbers in that row: it is not "
             f"X X^T / T, or was computed in too narrow a dtype (fp32 is enough)"
+        )
+    scale = diagonal.sqrt()
+    if bool((beyond := H.abs() > MAX_CORRELATION * scale[:, None] * scale).any()):
+        i, j = (int(index) for index in beyond.nonzero()[0])
+        raise SecateurError(
+            f"H[{i}, {j}] is {float(H[i, j]):.2g}, and the diagonal has {float(diagonal[i]):.2g} and "
+            f"{float(diagonal[j]):.2g} there: two inputs can't correlate by more than 1, so H is not X X^T / T"
         )
