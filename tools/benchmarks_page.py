@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comparisons import COLOURS, cells, gap_closed, names, patterns_of, read, recipes_of, spread
-from packed_page import models_table, on_the_other_machine, short_line
+from packed_page import models_table, short_line
 from pages import DOCS, ROOT, Picture, table
 from scale_page import scale_table
 from tokens_part import tokens_part, tokens_picture
@@ -308,8 +308,8 @@ def readme_line() -> str:
     return (
         f"{MODELS[s['model']]}, calibrated on {tokens_of(s)} of wikitext2-valid.txt; perplexity on {TEXT}, "
         f"one seed, or two where a spread is given; "
-        f"seconds at 50%, on 2 threads. 2:4: two of every four neighbouring weights in a row are zero. On the machine of the first table "
-        f"`balanced` ended at {on_the_other_machine()}, so differences of a few tenths mean nothing. `best` on more text at 50% and 2:4 is an earlier version, with [other masks](docs/decisions.md#a-joint-mask-search-for-balanced). `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
+        f"seconds at 50%, on 2 threads. 2:4: two of every four neighbouring weights in a row are zero. Differences of a few tenths mean nothing: "
+        f"seeds and machines make as much. `best` is also calibrated on text that the model [writes itself](docs/guides/data.md#text-that-the-model-writes). "
         f"On other text a pruned model loses more: [all texts, and how they were measured](docs/benchmarks.md#{anchor(PRESETS)})."
     )
 

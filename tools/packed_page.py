@@ -50,7 +50,7 @@ def measured_line() -> str:
     return (
         f"`generate` with a prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones, batch 1, "
         f"2 threads of a Xeon with AMX; torch {where['torch']}, transformers {where['transformers']}. Perplexity on "
-        f"{settings['text']} ({evaluated_tokens()}). {pruned_line()} On another machine the same command for SmolLM2 ended at {elsewhere()}."
+        f"{settings['text']} ({evaluated_tokens()}). {pruned_line()} In [Benchmarks](benchmarks.md#16k-tokens) the same recipe ended SmolLM2 at {elsewhere()}."
     )
 
 
@@ -90,12 +90,6 @@ def elsewhere() -> str:
     """Perplexities of SmolLM2 by the same recipe, from the comparison."""
     half, most = (perplexity_of("tokens-16k", f"balanced {pattern} 0") for pattern in ("50%", "70%"))
     return f"{half:.2f} (50%) and {most:.2f} (70%)"
-
-
-def on_the_other_machine() -> str:
-    """Perplexities of SmolLM2 in the table of packed models, for a page with those of the comparison."""
-    found = measured()[0]["models"]["SmolLM2-135M"]
-    return f"{found['packed 50%']['perplexity']:.2f} (50%) and {found['packed 70%']['perplexity']:.2f} (70%)"
 
 
 def perplexity_of(comparison: str, cell: str) -> float:
