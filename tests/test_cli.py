@@ -351,7 +351,7 @@ def test_a_cache_that_can_not_be_written_is_named(main, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(secateur.SecateurError, match="cache .* can't be written .*SECATEUR_CACHE"):
+    with pytest.raises(secateur.SecateurError, match="in the cache .* can't be written, set SECATEUR_CACHE"):
         convert_gguf(tmp_path / "model.gguf")
 
 

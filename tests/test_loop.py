@@ -733,7 +733,7 @@ def test_bad_models_are_refused_and_left_as_they_were():
         tiny_model("llama"), lambda model: pruned(model, pattern="2:5"), r"layers.0.self_attn.q_proj: pattern 2:5 needs"
     )
     unchanged(tiny_model("llama"), lambda model: pruned(model, calibration=[]), "empty")
-    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="x.txt"), "tokenizer")
+    unchanged(tiny_model("llama"), lambda model: pruned(model, calibration="c4"), "tokenizer")
     long = [torch.ones(1, 65, dtype=torch.long)]
     unchanged(
         tiny_model("llama"), lambda model: pruned(model, calibration=long), "65 tokens, but the model has 64 positions"

@@ -85,7 +85,8 @@ def prune_to_folder(
     out = real_path(out)
     if distributed.is_main():
         check_place(out)
-        if not (resume or overwrite or journal_of(out).exists()):
+        is_fetched = not user_path(source.name).exists()
+        if is_fetched and not (resume or overwrite or journal_of(out).exists()):
             check_may_replace(out, overwrite)
     folder = source.folder()
     if distributed.is_main():
