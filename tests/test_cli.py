@@ -756,6 +756,14 @@ def test_a_dry_run_counts_memory_in_the_dtype_of_forward_passes(tmp_path):
     assert half.memory_bytes == whole.memory_bytes
 
 
+def test_a_dry_run_counts_hidden_states_where_they_are_held(tmp_path):
+    """Two sets of fp32 states of 64 channels; none where they go to files."""
+    save_checkpoint(tmp_path / "model", hidden_size=64, dtype=torch.float32)
+    asked = {"calibration": tokens(8), "pattern": "2:4", "solver": "magnitude"}
+    held, in_files = (secateur.dry_run(tmp_path / "model", offload_dir=place, **asked) for place in (None, tmp_path))
+    assert held.memory_bytes - in_files.memory_bytes == 2 * held.num_tokens * 64 * 4
+
+
 def test_a_dry_run_checks_the_upload(main, model, text, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_any")  # without one it is not even tried
     arguments = ("prune", model, tmp_path / "out", "--calibration", text, *SMALL, "--push-to-hub")

@@ -76,7 +76,7 @@ BANNED = {
     r"\bbut for\b": "except for",
     r"\bbeside\b": "next to, in addition",
     r"\bis told of\b": "is reported",
-    r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-z]": "is not a",
+    r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-zA-Z]": "is not a",
     r"\bof (its|their) own\b": "say whose, or leave it out",
     r"\bso many\b": "give the name of the number",
     r"\ball the same\b": "still, even so",

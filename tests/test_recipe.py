@@ -291,6 +291,16 @@ def test_bad_files_are_named_by_line_before_any_work(tmp_path, content, message)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_file_without_a_pattern_mixes_n_m_patterns_only_where_asked(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("allocation: {rule: curve}\n")
+    assert resolve_recipe(path, pattern="60%").allocation is not None
+    with pytest.raises(SecateurError, match=r"would mix 2:4 with others.*--pattern 2:4"):
+        resolve_recipe(path, pattern="2:4")
+    assert resolve_recipe(path, {"allocation.rule": "curve"}, pattern="2:4").allocation is not None
+    assert resolve_recipe(path, {"allocation": "none"}, pattern="2:4").allocation is None
+
+
 def test_shortcuts_fill_in_and_may_not_contradict(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("pattern: 60%\nsolver: wanda\n")

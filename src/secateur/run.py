@@ -330,7 +330,8 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
     try:
         report = read_metadata(out)
     except SecateurError as error:
-        return _nothing_to_keep(error, overwrite)
+        _check_may_replace_after(error, overwrite)
+        return None
     data = request.calibration(tokenizer, config, lambda: None if report.calibration.get("written") else "")
     wanted = _decisive(_identity(source.name, folder, request.recipe, data, {}))
     try:
@@ -341,12 +342,13 @@ def _report_in(out: Path, source: ModelSource, folder: Path, request: Request, o
         if found := first_damage(out, report.unedited_files):
             raise SecateurError(f"{found}: the finished model in {out} is damaged or was changed")
     except SecateurError as error:
-        return _nothing_to_keep(error, overwrite)
+        _check_may_replace_after(error, overwrite)
+        return None
     return report
 
 
-def _nothing_to_keep(error: SecateurError, overwrite: bool) -> None:
-    """Pass where what is in the folder may be replaced.
+def _check_may_replace_after(error: SecateurError, overwrite: bool) -> None:
+    """Check that a model that is not the one asked for, as an error says, may be replaced.
 
     Raises:
         SecateurError: it may not.

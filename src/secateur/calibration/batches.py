@@ -27,12 +27,12 @@ from secateur.calibration.stream import Batch, num_sequences
 from secateur.calibration.texts import cut_windows, encode, max_positions, sample_documents, window_length
 from secateur.errors import SecateurError
 from secateur.recipe.patterns import Pattern, Unstructured, is_severe
-from secateur.recipe.recipe import OWN_BATCHES, CalibrationText
+from secateur.recipe.recipe import MOST_OWN_TOKENS, OWN_BATCHES, CalibrationText
 
 DEFAULT_SEQ_LEN = 2048
 BATCH_TOKENS = 2048  # of a forward pass; wider ones are not faster, and scans over positions (Mamba) get more steps
 MIN_BATCHES = 8  # where there are as many windows
-AUTO, MOST_OWN_TOKENS = "auto", 1 << 15  # what a model writes on top of a text by itself
+AUTO = "auto"  # the model's own words are as many as suit the text and the pattern
 OWN_WORDS_A_SAMPLE = 2  # sequences, where `is_severe`
 
 HALF = Unstructured(0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Covered:
     reason: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coverage:
     """All matrices of the layers.
 
@@ -43,8 +43,8 @@ class Coverage:
     """
 
     model_parameters: int
-    whole: str | None = None
-    matrices: list[Covered] = field(default_factory=list)
+    whole: str | None
+    matrices: list[Covered]
 
     def share(self, state: str) -> float:
         """Share of the layers' matrix weights that are in this state."""
@@ -89,10 +89,10 @@ def coverage_from(model: nn.Module, structure: ModelStructure, passes: Sequence[
     dense = structure.dense | {
         name: reason for each in passes for block in each.blocks for name, reason in block.dense.items()
     }
-    coverage = Coverage(all_parameters(model))
-    coverage.whole = next((chain.whole for chain in structure.chains if chain.whole), None)
+    matrices = []
     for name, weights in structure.weights.items():
         state = "missed" if name in missed else "dense" if name in dense else "pruned"
         reason = str(missed[name]) if name in missed else dense.get(name)
-        coverage.matrices.append(Covered(name, weights, state, reason))
-    return coverage
+        matrices.append(Covered(name, weights, state, reason))
+    whole = next((chain.whole for chain in structure.chains if chain.whole), None)
+    return Coverage(all_parameters(model), whole, matrices)

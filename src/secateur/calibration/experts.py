@@ -37,11 +37,8 @@ def recorded_calls(owner: nn.Module) -> Iterator[list[Invocation]]:
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
 
-    hook = owner.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with owner.register_forward_pre_hook(keep, with_kwargs=True):
         yield calls
-    finally:
-        hook.remove()
 
 
 def run_all_tokens(

@@ -44,6 +44,11 @@ class InputGroup:
         matrix, input_dim = self.members[0]
         return matrix.weight(input_dim).shape[1]
 
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of the sum of a Hessian, in fp64."""
+        return 8 * self.columns**2
+
 
 @dataclass(eq=False)
 class Observations:
@@ -211,7 +216,7 @@ def observation_passes(groups: Sequence[InputGroup], hessian_bytes: int) -> list
     found: list[list[InputGroup]] = []
     room = 0
     for group in groups:
-        needed = 8 * group.columns**2
+        needed = group.sum_bytes
         if not found or needed > room:
             found.append([])
             room = hessian_bytes

@@ -50,7 +50,7 @@ def model_card(report: Report, title: str) -> str:
         f"# {one_line(title)}",
         "",
         f"{what}{' (dequantised from its GGUF file)' * is_gguf}, pruned to {recipe.pattern} in one shot, without "
-        f"retraining, by [secateur](https://pypi.org/project/secateur).",
+        f"retraining, by secateur.",
         "",
         "| | |",
         "|---|---|",

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.checkpoints.inspection import inspect_folder
 from secateur.checkpoints.load import BROKEN, check_sizes, differences, skeleton_of, why_not_loaded
 from secateur.checkpoints.model_card import model_card
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, errors_within
 from secateur.models.matrices import parameter_of
 from secateur.packed.encoding import Compression
 from secateur.packed.files import (
@@ -178,10 +178,8 @@ def entries_of(path: Path, transposed: set[str], make: Callable[[Tensor, bool], 
 def _read_packed(
     path: Path, name: str, is_transposed: bool, make: Callable[[Tensor, bool], PackedTensor]
 ) -> PackedTensor:
-    try:
+    with errors_within(f"{path}: {name}"):
         return make(read_tensor(path, name), is_transposed)
-    except SecateurError as error:
-        raise SecateurError(f"{path}: {name}: {error.raw}") from error
 
 
 def _card_of_packed(folder: Path, text: str) -> str:

@@ -339,7 +339,6 @@ def demo(
     """Prune SmolLM2-135M-Instruct (93 MB, once), and compare quality, size, memory and speed with the dense model."""
     _use_threads(threads)
     from secateur.cli.demo import PACKED, dense_against_packed, run_demo
-    from secateur.storage.paths import user_path
 
     out = user_path(out)
     asked = {"recipe": recipe, "pattern": pattern, "solver": solver, "samples": samples, "seq_len": seq_len}

@@ -40,7 +40,7 @@ from secateur.sources.other_files import model_files
 from secateur.storage.file_records import sha256
 from secateur.storage.paths import user_path
 
-DEFAULT_SAMPLES = 128
+DEFAULT_SAMPLES = CalibrationText().samples
 DIGEST = " sha256:"
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 PEERS = ("llmcompressor-sparsegpt", "llmcompressor-wanda")

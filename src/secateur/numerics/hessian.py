@@ -1,6 +1,6 @@
 """The Hessian of a layer's inputs, `H = X X^T / T`: products in fp32, sums over batches in fp64.
 
-An fp64 sum depends on the batches, and hardly ever on their order: fp32 holds nothing of what an order changes in fp64.
+The order of the batches changes only the last bits of an fp64 sum, and rounding to fp32 removes those, nearly always.
 So ranks that share the batches end with the bits of one process.
 
 Shape legend: T tokens, R output rows, C input columns.

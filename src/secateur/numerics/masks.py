@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secateur.recipe.patterns import NM, Pattern
@@ -27,6 +27,13 @@ def is_met(pattern: Pattern, zero: Bool[Tensor, "R C"]) -> bool:
 def has_exact_count(pattern: Pattern, pruned: Bool[Tensor, "R C"]) -> bool:
     """Whether a mask prunes exactly what the pattern asks, in every group for n:m."""
     return int(pruned.sum()) == pattern.num_pruned(*pruned.shape) and is_met(pattern, pruned)
+
+
+def keep_highest(score: Float[Tensor, "R C"], pattern: Pattern) -> Bool[Tensor, "R C"]:
+    """Keep the highest scores of the whole matrix, or of each n:m group."""
+    if isinstance(pattern, NM):
+        return keep_highest_of_groups(score, pattern)
+    return keep_all_but_lowest(score, pattern.num_pruned(*score.shape))
 
 
 def keep_all_but_lowest(score: Float[Tensor, "*shape"], num_pruned: int) -> Bool[Tensor, "*shape"]:
@@ -78,3 +85,11 @@ def keep_highest_of_rows(score: Float[Tensor, "R C"], num_pruned: int) -> Bool[T
         extra = ~keep_all_but_lowest(score.gather(1, next_column)[:, 0], num_extra)
         keep[extra.nonzero()[:, 0], next_column[extra, 0]] = False
     return keep
+
+
+def front_of(mask: Bool[Tensor, "R C"]) -> tuple[Int[Tensor, "R L"], Bool[Tensor, "R L"]]:
+    """Column indices where a mask holds, padded to the longest row, and which of them are real."""
+    counts = mask.sum(1)
+    longest = int(counts.max())
+    index = mask.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :longest]
+    return index, torch.arange(longest, device=mask.device) < counts[:, None]

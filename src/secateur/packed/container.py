@@ -1,4 +1,4 @@
-"""safetensors files that are written tensor by tensor, in any order of sizes known or not."""
+"""safetensors files that are written one tensor at a time, with the header last."""
 
 from __future__ import annotations
 

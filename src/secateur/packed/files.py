@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, errors_within
 from secateur.packed.container import NAMES, SafetensorsWriter
 from secateur.packed.encoding import HEADER, MAGIC, Compression, Header, decode, encode, is_encoded, read_header
 from secateur.packed.layout import PackedTensor, unpack
@@ -100,7 +100,7 @@ def read_headers(path: str | Path) -> dict[str, tuple[Header, int]]:
     Raises:
         SecateurError: a damaged file.
     """
-    found, name = {}, ""
+    found = {}
     try:
         with safe_open(path, framework="numpy") as file:  # torch may make tensors without content just now
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -109,11 +109,10 @@ def read_headers(path: str | Path) -> dict[str, tuple[Header, int]]:
                     continue
                 size = part.get_shape()[0]
                 if size >= HEADER.size and (start := part[: HEADER.size].tobytes()).startswith(MAGIC):
-                    found[name] = (read_header(start, size), size)
+                    with errors_within(f"{path}: {name}"):
+                        found[name] = (read_header(start, size), size)
     except (SafetensorError, OSError) as error:
         raise SecateurError(f"{path} is damaged or incomplete, or can't be read ({error})") from error
-    except SecateurError as error:
-        raise SecateurError(f"{path}: {name}: {error.raw}") from error
     return found
 
 
@@ -125,10 +124,8 @@ def dense(tensor: Tensor, name: str) -> Tensor:
     """
     if not is_encoded(tensor):
         return tensor
-    try:
+    with errors_within(name):
         return unpack(decode(tensor))
-    except SecateurError as error:
-        raise SecateurError(f"{name}: {error.raw}") from error
 
 
 def is_packed(folder: Path) -> bool:

@@ -164,7 +164,7 @@ def _multiply(
 ) -> Tensor:
     """The product. `values` holds bfloat16 as int16, or is int8; `scales` holds float32 as int32."""
     values, scales = _for_kernels(values, scales)
-    return kernels.multiply(x, masks, values, offsets, rows, columns, bias, scales)
+    return kernels.multiply(x, masks, values, offsets, rows=rows, columns=columns, bias=bias, scales=scales)
 
 
 def _for_kernels(values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, errors_within
 from secateur.packed import kernels
 from secateur.packed.encoding import Header, decode, is_encoded
 from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, dense, read_headers
@@ -268,10 +268,8 @@ def _is_served(header: Header) -> bool:
 def _packed_layer(name: str, module: nn.Module) -> PackedLinear:
     weight: Tensor = module.weight.data  # pyright: ignore[reportAssignmentType]
     bias: Any = module.bias
-    try:
+    with errors_within(f"{name}.weight"):
         packed = decode(weight)
-    except SecateurError as error:
-        raise SecateurError(f"{name}.weight: {error.raw}") from error
     if not is_mapped(weight, packed):
         drop_pages(weight)
     return PackedLinear(packed, None if bias is None else bias.data)

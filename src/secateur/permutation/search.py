@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.recipe.patterns import NM
 
-TERMS = 1 << 27  # R G^2 of a round: more rows are sampled anew in each
+TERMS = 1 << 27  # R G^2 of a round: of more rows, each round takes another sample
 PATIENCE = 12  # rounds without gain after which the search stops
 
 

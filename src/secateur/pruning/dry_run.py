@@ -48,7 +48,7 @@ from secateur.recipe.rules import matrix_recipe
 
 SAMPLE_TOKENS = 2048  # at least, in two batches or more
 REFIT_BYTES = 30  # a weight
-HESSIAN_BYTES = 8 + 4 * 4  # an entry: the fp64 sum, then H, Hd, U and a product in fp32
+SOLVER_BYTES = 8 + 4 * 4  # an entry of the Hessian: the fp64 sum, then H, Hd, U and a product in fp32
 
 T = TypeVar("T")
 
@@ -267,14 +267,13 @@ def _memory(
     in_blocks = {id(each) for found in structure.blocks for each in found.module.parameters()}
     outside = sum(each.numel() for each in model.parameters() if id(each) not in in_blocks) * width
     weights = all_parameters(block.module)
-    hidden = sum(each.numel() * each.element_size() for each in stream.hidden) * scale
+    hidden = int(sum(each.numel() * each.element_size() for each in stream.hidden) * scale)
+    held = context.memory.held_bytes(hidden, 4 if context.has_dense_stream else 2)
     passes = observation_passes(stream.groups[block.name], context.hessian_bytes)
-    sums = max(sum(8 * context.moments_per_group * group.columns**2 for group in groups) for groups in passes)
+    sums = max(sum(context.moments_per_group * group.sum_bytes for group in groups) for groups in passes)
     largest = max(group.columns for groups in passes for group in groups)
-    solving = sums + HESSIAN_BYTES * largest**2
+    solving = sums + SOLVER_BYTES * largest**2
     refit = REFIT_BYTES * weights if context.recipe.refit is not None else 0
-    sets, limit = 4 if context.has_dense_stream else 2, context.memory.limit
-    held = hidden * sets if limit is None else min(hidden * sets, limit // 4)
     keeps_dense = context.recipe.target is not None or context.sees_dense_block(passes)  # as `prune_block` does
     copy = weights * width if keeps_dense else 0
     return int(outside + weights * width + copy + held + max(solving, refit))

@@ -232,11 +232,8 @@ def _has_head_apart(model: Any, inputs: Batch) -> bool:
 def _body_outputs(model: Any, inputs: Batch) -> list[Any]:
     """What the body gives each time that a forward pass of the whole model runs it."""
     found: list[Any] = []
-    hook = body_of(model).register_forward_hook(lambda _module, _args, output: found.append(output))
-    try:
+    with body_of(model).register_forward_hook(lambda _module, _args, output: found.append(output)):
         run_without_cache(model, model, **unlabelled(inputs), logits_to_keep=1)  # the head is run on chunks later
-    finally:
-        hook.remove()
     return found
 
 

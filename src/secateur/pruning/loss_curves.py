@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.numerics.damping import inverse_diagonal_of_model
 from secateur.numerics.hessian import Hessian
 from secateur.numerics.least_squares import refit_by_gradients
-from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
+from secateur.numerics.masks import keep_highest
 from secateur.recipe.patterns import NM, Pattern, Unstructured
 from secateur.solvers.base import zero_dead_inputs
 
@@ -69,10 +69,7 @@ def loss_curve(
     score = (live * row_scale(fisher)[rows][:, None].to(W)).square() / inverse_diagonal_of_model(*model)
     sparsities, losses = [], []
     for level in levels:
-        if isinstance(level, NM):
-            keep = keep_highest_of_groups(score, level)
-        else:
-            keep = keep_all_but_lowest(score, level.num_pruned(*sample.shape))
+        keep = keep_highest(score, level)
         D = refit_by_gradients(sample, keep, Hd, model, tolerance=0.03, max_iterations=30)[0] - sample
         sparsities.append(level.sparsity)
         losses.append(_loss(D, hessian))

@@ -87,14 +87,12 @@ class ModelEnd:
                 return False
             few = {"logits_to_keep": torch.arange(1, device=hidden.device)} if takes_positions(self.model) else {}
             calls: list[Any] = []  # OPT's head looks at a part of the body, which is not the body's call
-            hook = body_of(self.model).register_forward_hook(lambda *call: calls.append(call))
+            count_calls = body_of(self.model).register_forward_hook(lambda *call: calls.append(call))
             try:
-                with body_gives(self.model, output):
+                with count_calls, body_gives(self.model, output):
                     whole = run_without_cache(self.model, self.model, **inputs, **few)
             except ForwardError:  # such as a classifier of sequences, which wants to know their padding
                 return False
-            finally:
-                hook.remove()
             if not calls:
                 return False
         logits = getattr(whole, "logits", None)
@@ -118,12 +116,9 @@ class ModelEnd:
         """What the model's body gives where a block gives `output`, on batch `index`. Within `behind`."""
         stubs = self.chain.stub_outputs
         assert stubs is not None
-        hook = block.module.register_forward_hook(lambda _module, _args, _output: stubs[block.name].of(output))
-        try:
-            with stubbed(self._until(block), stubs):
-                return run_without_cache(self.model, body_of(self.model), **self._inputs(index))
-        finally:
-            hook.remove()
+        give_output = block.module.register_forward_hook(lambda _module, _args, _output: stubs[block.name].of(output))
+        with give_output, stubbed(self._until(block), stubs):
+            return run_without_cache(self.model, body_of(self.model), **self._inputs(index))
 
     def _inputs(self, index: int) -> Batch:
         """The model's inputs as in the dense pass, without labels."""

@@ -123,13 +123,8 @@ def _lines(node: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[
     return found
 
 
-def to_yaml(recipe: Recipe, note: str = "") -> str:
-    """A whole recipe as YAML, with the help text of each option above it, and the defaults of sections that are off.
-
-    Args:
-        recipe: the recipe.
-        note: comment lines for the top.
-    """
+def to_yaml(recipe: Recipe) -> str:
+    """A whole recipe as YAML, with the help text of each option above it, and the defaults of sections that are off."""
     data = recipe.to_dict()
     root = _commented(data, Recipe)
     solver = SOLVERS.get(data["solver"]["name"])
@@ -144,8 +139,7 @@ def to_yaml(recipe: Recipe, note: str = "") -> str:
     )
     written = io.StringIO()
     yaml.dump(root, written)
-    head = "".join(f"# {line}\n" for line in note.splitlines())
-    return head + written.getvalue()
+    return written.getvalue()
 
 
 def _commented(data: Mapping[str, Any], kind: type | None, indent: int = 0) -> CommentedMap:

@@ -19,6 +19,7 @@ from secateur.storage.paths import user_path
 
 VERSION = 1
 MAX_SEED = 2**63 - 1  # torch's
+MOST_OWN_TOKENS = 1 << 15  # that a model writes on top of a text, where their number is chosen for it
 OWN_BATCHES = "batches"  # the calibration source of a run on the caller's own tensors
 
 PatternField = Annotated[
@@ -87,8 +88,8 @@ class CalibrationText:
     own_words: Annotated[Whole, Ge(0)] | Literal["auto"] | None = Field(
         default=None,
         description="Sequences that the model writes on top of `samples`, going on from the text; empty = none. auto = "
-        "as many, or twice as many at n:m and from 60% on, at most 32,768 tokens, where the model writes text and "
-        "takes at most half of memory.",
+        f"as many, or twice as many at n:m and from 60% on, at most {MOST_OWN_TOKENS:,} tokens, where the model writes "
+        "text and takes at most half of memory.",
     )
     text_field: str | None = Field(
         default=None, description="Field or column that holds the text; empty = found by the form of the records."
@@ -148,7 +149,8 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Limit without the weights, such as 8GB. For Hessians, hidden states and temporaries.",
+        description="Limit of Hessians, hidden states and temporaries, such as 8GB. Weights, the refit of a block and "
+        "a solver's own matrices come on top.",
     )
 
     def __post_init__(self) -> None:

@@ -64,8 +64,11 @@ def resolve_recipe(
     for stated in (data, *_rules_of(data)):
         check_asked_pattern(stated.get("pattern") if isinstance(stated, Mapping) else None)
     found = Recipe.from_dict(data) if file is None else file.recipe(data)
+    changed = {name.partition(".")[0] for name in settings}
     if made_for is not None:
-        _check_kind_of_pattern(made_for, found, {name.partition(".")[0] for name in settings})
+        _check_kind_of_pattern(made_for, found, changed)
+    elif file is not None and "allocation" not in changed:
+        _check_asked_mix(found)
     _check_allocation(found)
     return found
 
@@ -84,6 +87,21 @@ def _check_kind_of_pattern(made_for: Any, found: Recipe, changed: set[str]) -> N
             f"{found.pattern}: name the preset, or make a new recipe (secateur recipe NAME --pattern "
             f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
             ("pattern",),
+        )
+
+
+def _check_asked_mix(recipe: Recipe) -> None:
+    """Check that a recipe whose file names no pattern mixes n:m patterns only where the user asks for it.
+
+    Raises:
+        RecipeError: its allocation would mix them.
+    """
+    if isinstance(recipe.pattern, NM) and recipe.allocation is not None:
+        raise RecipeError(
+            f"the recipe names no pattern, and its allocation would mix {recipe.pattern} with others, which no "
+            f"hardware speeds up: make a recipe for it (secateur recipe NAME --pattern {recipe.pattern}), or ask for "
+            f"the mix with ‹settings.allocation.rule={recipe.allocation.rule}›",
+            ("allocation",),
         )
 
 

@@ -26,6 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID = "#010101", "#020202"  # stand-ins for the variables
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"}
 MAX_LABEL = 40
+PIXELS_A_WEIGHT = 3  # of the picture of a mask, in each direction
 WIDTH, HEIGHT = 4.3, 2.8  # inches: readable without zooming on a telephone
 STYLE = {
     "svg.fonttype": "none",
@@ -130,11 +131,11 @@ def bars(names: Sequence[str], values: Sequence[float], x_label: str, *, alt: st
         return _svg(figure, alt)
 
 
-def picture_of_mask(kept: np.ndarray, scale: int = 3) -> str:
+def picture_of_mask(kept: np.ndarray) -> str:
     """A mask as a PNG in a data URI: kept weights dark, zeros light. `kept` is (R, C) of bool."""
     from PIL import Image
 
-    pixels = np.where(kept, 40, 235).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+    pixels = np.where(kept, 40, 235).astype(np.uint8).repeat(PIXELS_A_WEIGHT, 0).repeat(PIXELS_A_WEIGHT, 1)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.resume.manifest import damaged
 from secateur.runtime import distributed
 from secateur.storage.file_records import record_of
 
@@ -25,9 +26,9 @@ def check_digest(path: Path, digest: str) -> None:
     try:
         found = record_of(path).sha256
     except OSError as error:
-        raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
+        raise damaged(path, error) from error
     if found != digest:
-        raise SecateurError(f"{path} is damaged (its bits changed): start again with ‹overwrite›")
+        raise damaged(path, "its bits changed")
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def open_block(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
+        raise damaged(path, error) from error
 
 
 def names_in(path: Path) -> list[str]:

@@ -97,6 +97,11 @@ class RunManifest:
         self.state = distributed.broadcast_object(self.state)
 
 
+def damaged(path: Path, why: object) -> SecateurError:
+    """The error of a damaged journal, or of a damaged file in it."""
+    return SecateurError(f"{path} is damaged ({why}): start again with ‹overwrite›")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What an earlier process wrote; an empty manifest where none did.
 
@@ -114,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise SecateurError("its content does not match its digest")
         return _checked(found)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise SecateurError(f"{path} is damaged ({error}): start again with ‹overwrite›") from error
+        raise damaged(path, error) from error
 
 
 def _checked(found: dict[str, Any]) -> Manifest:

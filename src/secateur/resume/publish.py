@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.packed.files import file_names
 from secateur.resume.block_files import check_digest, map_from_file, names_in
 from secateur.resume.block_store import JournalledBlocks
-from secateur.resume.manifest import SAVED, RunManifest
+from secateur.resume.manifest import SAVED, RunManifest, damaged
 from secateur.resume.put_in_place import FINISHED, put_in_place
 from secateur.runtime import distributed
 from secateur.storage.file_records import FileRecord, damage
@@ -98,20 +98,18 @@ class Publisher:
                 map_from_file(path, {name: parameters[name] for name in names if name in parameters})
             held.update(names)
         if lost := sorted({*pruned} - held):
-            raise SecateurError(
-                f"{self.manifest.folder} is damaged ({lost[0]} is in no file): start again with ‹overwrite›"
-            )
+            raise damaged(self.manifest.folder, f"{lost[0]} is in no file")
 
     def _check_shards(self, planned: int) -> None:
         """Check the shards that are written, under the names that they have now."""
         shards, final = self.manifest.state.shards, final_names(self.manifest.state.shards)
         if len(shards) > planned:
-            raise SecateurError(f"{self.manifest.folder} is damaged (more shards than planned): use ‹overwrite›")
+            raise damaged(self.manifest.folder, "more shards than planned")
         for shard in shards:
             for made, record in shard.items():
                 name = final[made] if len(shards) == planned and not (self.folder / made).exists() else made
                 if found := damage(self.folder, name, record):
-                    raise SecateurError(f"{self.folder / made} is damaged ({found}): start again with ‹overwrite›")
+                    raise damaged(self.folder / made, found)
 
     def keep_shard(self, model: nn.Module, names: Collection[str], folder: str) -> None:
         """Make a shard durable, and let go of the blocks that it holds, on the disk too.

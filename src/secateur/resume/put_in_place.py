@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.resume.manifest import MANIFEST, Manifest
+from secateur.resume.manifest import MANIFEST, Manifest, damaged
 from secateur.resume.output_folder import check_unchanged
 from secateur.runtime.messages import say
 from secateur.storage.file_records import damage, first_damage
@@ -62,9 +62,7 @@ def _verify(journal: HeldFolder, manifest: Manifest) -> None:
         extra = [name for name in finished.names() if name not in manifest.files]
     found = first_damage(journal.path / FINISHED, manifest.files)
     if found or extra:
-        raise SecateurError(
-            f"{journal.path} is damaged ({found or f'{extra[0]} is not recorded'}): start again with ‹overwrite›"
-        )
+        raise damaged(journal.path, found or f"{extra[0]} is not recorded")
 
 
 def _switch(journal: HeldFolder, parent: HeldFolder, out: Path) -> None:

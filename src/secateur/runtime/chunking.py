@@ -1,7 +1,7 @@
 """Size of the largest temporary of the mathematics: rows are worked on in chunks that fit.
 
-A chunk's size decides when its conjugate gradients stop, so a result moves within the solver's tolerance; a run records
-it.
+Conjugate gradients stop when every row of a chunk is done, so another chunk size changes a result, within the solver's
+tolerance. A run records the size.
 """
 
 from __future__ import annotations

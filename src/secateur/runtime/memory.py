@@ -72,6 +72,10 @@ class MemoryBudget:
             )
         return False
 
+    def held_bytes(self, hidden: int, sets: int) -> int:
+        """Bytes of memory that some sets of `hidden` bytes take: none where they go to files."""
+        return sets * hidden if self.fits(hidden) else 0
+
 
 def memory_budget(max_memory: str | int | None, folder: str | Path | None) -> MemoryBudget:
     """The budget of a size such as `8GB` and a folder for hidden states.

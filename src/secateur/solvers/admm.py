@@ -26,8 +26,8 @@ from torch import Tensor
 from secateur.numerics.damping import DampedHessian
 from secateur.numerics.hessian import Hessian
 from secateur.numerics.least_squares import refit_rows
-from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
-from secateur.recipe.patterns import NM, Pattern
+from secateur.numerics.masks import keep_highest
+from secateur.recipe.patterns import Pattern
 from secateur.recipe.solvers import ADMM
 from secateur.solvers.base import Solved, restore_dead_inputs, zero_dead_inputs
 
@@ -75,10 +75,8 @@ def _penalty(options: ADMM, step: int) -> float:
 
 
 def _project(Z: Float[Tensor, "R C"], pattern: Pattern) -> Bool[Tensor, "R C"]:
-    """Keep mask of the nearest legal matrix: the largest entries of the matrix, or of each n:m group."""
-    if isinstance(pattern, NM):
-        return keep_highest_of_groups(Z.abs(), pattern)
-    return keep_all_but_lowest(Z.abs(), pattern.num_pruned(*Z.shape))
+    """Keep mask of the nearest legal matrix."""
+    return keep_highest(Z.abs(), pattern)
 
 
 def _resolvent(H: Float[Tensor, "C C"], penalty: float) -> Float[Tensor, "C C"]:

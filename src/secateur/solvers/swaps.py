@@ -22,8 +22,9 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.numerics.damping import DampedHessian
-from secateur.numerics.hessian import Hessian
+from secateur.numerics.hessian import Hessian, sum_dtype
 from secateur.numerics.least_squares import refit_rows
+from secateur.numerics.masks import front_of
 from secateur.recipe.patterns import NM, Pattern
 from secateur.recipe.steps import SwapRefinement
 from secateur.runtime.chunking import chunk_bytes
@@ -59,7 +60,7 @@ def refine_by_swaps(
     """
     check_columns(W.shape[1], W.device)
     damped = hessian.damped
-    dtype = torch.float32 if W.device.type == "mps" else torch.float64
+    dtype = sum_dtype(W.device)
     live = zero_dead_inputs(W, hessian)
     H, precise = damped.matrix.to(dtype), live.to(dtype)
     size = max(1, ARRAYS_AT_ONCE * chunk_bytes(W.device) // (ARRAYS_A_ROW * 8 * W.shape[1] ** 2))
@@ -156,8 +157,8 @@ class SweptRows:
 
     def _best_in_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(gain, kept i, pruned j) over all pairs of a row."""
-        kept, is_kept = _front(self.keep)
-        pruned, is_pruned = _front(~self.keep)
+        kept, is_kept = front_of(self.keep)
+        pruned, is_pruned = front_of(~self.keep)
         if kept.shape[1] == 0 or pruned.shape[1] == 0:
             nothing = torch.zeros(len(self.keep), dtype=torch.long, device=self.keep.device)
             return nothing.to(self.v.dtype), nothing, nothing
@@ -207,11 +208,3 @@ def _gain(t: Tensor, w: Tensor, A: Tensor, g: Tensor, S: Tensor) -> Tensor:
     """By how much the loss falls. What A or S can't be (not positive) belongs to pairs that the caller masks."""
     share = t / A
     return (g + share * w).square() / (S + share * t) - w.square() / A
-
-
-def _front(mask: Bool[Tensor, "N C"]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
-    """Column indices where the mask holds, padded to the longest row, and which of them are real."""
-    counts = mask.sum(1)
-    longest = int(counts.max())
-    index = mask.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :longest]
-    return index, torch.arange(longest, device=mask.device) < counts[:, None]

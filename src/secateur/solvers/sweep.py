@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.numerics.conjugate_gradients import Stop, masked_cg
 from secateur.numerics.damping import DampedHessian
-from secateur.numerics.masks import keep_all_but_lowest, keep_highest_of_groups
+from secateur.numerics.masks import front_of, keep_all_but_lowest, keep_highest_of_groups
 from secateur.recipe.patterns import NM, Pattern, Unstructured
 from secateur.runtime.chunking import chunk_bytes
 from secateur.solvers.group_search import GroupSearch
@@ -163,13 +163,11 @@ def solve_pruned(
     Cholesky solves all rows. Cost: R P^3 / 3 multiply-adds.
     """
     G = U.T @ U
-    counts = pruned.sum(1)
-    longest = int(counts.max())
     multipliers = torch.zeros_like(removed)
+    front, real = front_of(pruned)
+    longest = front.shape[1]
     if longest == 0:
         return multipliers
-    front = pruned.to(torch.uint8).argsort(dim=1, stable=True, descending=True)[:, :longest]
-    real = torch.arange(longest, device=U.device) < counts[:, None]
     identity = torch.eye(longest, dtype=U.dtype, device=U.device)
     for rows in torch.arange(len(removed), device=U.device).split(max(1, chunk_bytes(U.device) // 4 // longest**2)):
         index, valid = front[rows], real[rows]

@@ -22,7 +22,7 @@ def convert_gguf(path: Path) -> Path:
     """The folder of a GGUF file dequantised to bf16; converted once for each content.
 
     Raises:
-        SecateurError: it is no GGUF model, or the cache can't be written.
+        SecateurError: it is not a GGUF model, or the cache can't be written.
     """
     card = f"Dequantised to bf16 from {one_line(path.name)}.\n"
     return cached(f"gguf-{CONVERTER}-{sha256(path)[:16]}", lambda folder: write_converted(path, folder, card))
@@ -37,7 +37,7 @@ def write_converted(gguf: Path, folder: Path, card: str) -> None:
         card: README.md of the checkpoint.
 
     Raises:
-        SecateurError: it is no GGUF model.
+        SecateurError: it is not a GGUF model.
         OSError: the folder can't be written.
     """
     import torch

@@ -45,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")
 The zeros are stored like other weights: they make no file smaller, and no dense runtime faster.
 """
 PACKED_USAGE = """\
-The weights are packed (a bitmask and the nonzero values). Load them with [secateur](https://pypi.org/project/secateur):
+The weights are packed (a bitmask and the nonzero values). Load them with the Python package secateur:
 
 ```python
 import secateur  # registers the format with transformers

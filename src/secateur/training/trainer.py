@@ -1,4 +1,4 @@
-"""The same for `transformers.Trainer`."""
+"""Keep the zeros of a pruned model while `transformers.Trainer` trains it."""
 
 from __future__ import annotations
 
