@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import DOCS, RESULTS, Picture, read_result, table
+from scale_page import scale_table
 
 # A recipe of llm-compressor, and ours to compare with it.
 PEERS = (
@@ -198,6 +199,12 @@ def page() -> str:
     return f"""# Performance
 
 Written by `python tools/make_pages.py` from `benchmarks/results/*.json`; do not edit.
+
+## What a run takes
+
+{scale_table()}
+
+    python benchmarks/scale.py --out benchmarks/results/scale.json
 
 ## Memory against the number of layers
 

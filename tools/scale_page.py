@@ -27,10 +27,11 @@ def scale_table() -> str:
     note = (
         f"Estimates, as `--dry-run` makes them. For 135M and 1.5B one block of a random model was pruned on a CPU with "
         f"{where['threads']} threads, and its time multiplied. 7B and 70B were not run: they are scaled up from 1.5B. "
-        f"{FIRST_TRY[0]} x {FIRST_TRY[1]} tokens are a first try, and {found['samples']} x {found['seq_len']} the default. Memory is that of `balanced` by default; `--max-memory` lowers it, and `--dry-run` estimates it for 7B and 70B too. Estimated with earlier versions of both recipes."
+        f"{FIRST_TRY[0]} x {FIRST_TRY[1]} tokens are a first try, and {found['samples']} x {found['seq_len']} the default. Memory is what a run by `balanced` adds to Python, torch and the mapped files of the model; `--max-memory` lowers it, and `--dry-run` estimates it for 7B and 70B too. Estimated with earlier versions of both recipes."
     )
     amounts = [f"{samples} x {length}" for samples, length in (FIRST_TRY, (found["samples"], found["seq_len"]))]
-    head = ["estimated", *(f"`{recipe}`, {amount}" for amount in amounts for recipe in recipes), "memory", "disk"]
+    amount_of_memory = f"memory, {amounts[-1]}"
+    head = ["estimated", *(f"`{recipe}`, {amount}" for amount in amounts for recipe in recipes), amount_of_memory, "disk"]
     return f"{table(head, lines)}\n\n{note}"
 
 
