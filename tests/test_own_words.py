@@ -391,6 +391,13 @@ def test_a_rule_that_matches_nothing_is_found_before_the_model_writes(tmp_path, 
         secateur.prune(model, **asked)
 
 
+def test_a_width_that_no_pattern_fits_is_found_before_the_model_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.calibration.own_words.write_windows", None)
+    save_checkpoint(tmp_path / "dense", intermediate_size=62)
+    with pytest.raises(SecateurError, match=r"down_proj: pattern 2:4 needs"):
+        secateur.prune(tmp_path / "dense", tmp_path / "out", **SETTINGS | {"calibration": "self", "pattern": "2:4"})
+
+
 def test_a_model_whose_generate_fails_is_calibrated_without_its_text_and_says_so(monkeypatch):
     model = tiny_model("llama")
 

@@ -68,6 +68,12 @@ def test_presets_refit_otherwise_where_many_weights_go():
     assert caps == {"50%": 600_000, "59%": 600_000, "60%": 1_200_000, "2:4": 600_000}
 
 
+def test_a_recipe_is_not_changed_to_another_kind_of_pattern():
+    with pytest.raises(SecateurError, match="allocation and refit do not suit 2:4"):
+        Recipe.preset("best", "50%").changed({"pattern": "2:4"})
+    assert Recipe.preset("fast", "50%").changed({"pattern": "2:4"}).pattern == Recipe(pattern="2:4").pattern
+
+
 def test_settings_turn_steps_on_and_off_and_replace_solvers():
     changed = resolve_recipe("best", {"refit.epochs": 3, "allocation": "none", "damping": 0.05})
     assert changed.refit.epochs == 3
@@ -253,6 +259,30 @@ def test_a_report_of_a_model_in_memory_is_saved_beside_it(tmp_path):
     assert len(repr(report)) < 200
 
 
+@pytest.mark.parametrize("family", ["vit", "mixtral"])
+def test_models_of_any_class_are_inspected_and_packed_without_a_tokenizer(tmp_path, family):
+    """Where the files have other names than the model, as transformers renames or fuses tensors on loading."""
+    import transformers
+
+    model, batches = mixtral(), tokens()
+    if family == "vit":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=4))
+        batches = [{"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(4)]
+    report = secateur.prune(model, pattern="2:4", solver="wanda", calibration=batches)
+    model.save_pretrained(tmp_path / "pruned")
+    report.save(tmp_path / "pruned")
+    secateur.pack(tmp_path / "pruned", tmp_path / "packed")
+    for folder in ("pruned", "packed"):
+        inspection = secateur.inspect(tmp_path / folder)
+        assert not inspection.problems
+        assert sum(matrix.ok is True for matrix in inspection.matrices) == len(report.matrices)
+    config = tmp_path / "pruned" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["pipeline"]}))
+    with pytest.raises(SecateurError, match=r"names no model class of transformers \(architectures: \['pipeline'\]\)"):
+        secateur.inspect(tmp_path / "pruned")
+
+
 BAD_FILES = {
     "pattern: 50%\nrefit:\n  raet: 3\n": r"bad.yaml, line 3: refit has no option 'raet': .*did you mean 'rate'",
     "refit:\n  rate: fast\n": r"bad.yaml, line 2: refit.rate is 'fast': it must be a number",
@@ -371,6 +401,26 @@ def test_an_encoder_at_the_default_recipe_is_told_what_to_do():
     with pytest.raises(SecateurError, match=r"gives no logits .*settings=\{'allocation': None\}") as raised:
         secateur.prune(model, calibration=tokens())
     assert "--set allocation=none" in raised.value.for_command_line()
+
+
+def test_logits_of_pixels_are_refused():
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    places = {"image_size": 32, "patch_size": 8, "out_indices": [1, 2, 3, 4], "num_labels": 16}
+    model = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**sizes, **places)).eval()
+    images = [{"pixel_values": torch.randn(2, 3, 32, 32)} for _ in range(4)]
+    with pytest.raises(SecateurError, match=r"logits of shape \(1, 16, 16, 16\)"):
+        secateur.prune(model, calibration=images)
+
+
+def test_a_model_that_returns_tuples_is_pruned_as_one_that_names_its_outputs():
+    named, nameless = tiny_model("llama"), tiny_model("llama")
+    nameless.config.return_dict = False
+    for model in (named, nameless):
+        secateur.prune(model, calibration=tokens())
+    assert nameless.config.return_dict is False
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), nameless.parameters(), strict=True))
 
 
 def test_a_batch_that_the_model_does_not_take_is_explained():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from secateur.calibration.batches import CalibrationBatches, CalibrationSource
+from secateur.calibration.dense_pass import run_dense_pass
 from secateur.calibration.documents import text_place
 from secateur.calibration.own_words import why_silent
 from secateur.checkpoints.load import Checkpoint, load_config_and_tokenizer
@@ -27,7 +28,7 @@ from secateur.models.matrices import all_parameters, parameter_of
 from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
 from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, RunContext, StorageOf, keep_dtype
 from secateur.pruning.dry_run import DryRun, estimate
-from secateur.pruning.loop import checked_structure, prune_model
+from secateur.pruning.loop import check_stream, checked_structure, prune_model
 from secateur.recipe.recipe import Recipe
 from secateur.reporting.report import METADATA, Report, read_metadata
 from secateur.request import ModelSource, Request
@@ -39,6 +40,7 @@ from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
 from secateur.runtime.memory import MemoryBudget, available_bytes, total_memory
+from secateur.runtime.progress import no_progress
 from secateur.sources.other_files import check_links, model_files
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
@@ -186,9 +188,12 @@ def _check_structure(model: nn.Module, request: Request, store: BlockStore) -> N
     Raises:
         SecateurError: it does not.
     """
-    few = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(model))
+    few = {"input_ids": torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(model))}
+    context = RunContext(request.recipe, no_progress, store)
     with deterministic_forward(model):
-        checked_structure(model, {"input_ids": few}, RunContext(request.recipe, request.progress, store))
+        for chain in checked_structure(model, few, context).chains:
+            found = run_dense_pass(model, chain, [few] * distributed.world_size(), no_progress, store)
+            check_stream(found.stream, context)
 
 
 def _report_of(

@@ -114,7 +114,9 @@ def _files_to_push(folder: Path) -> tuple[Report, list[str], str]:
         )
     names = sorted({*report.files, CARD, METADATA})
     if not (folder / CARD).exists():
-        raise SecateurError(f"{folder} has no {CARD}, the model's card: write one, or measure it (secateur eval {folder} --record)")
+        raise SecateurError(
+            f"{folder} has no {CARD}, the model's card: write one, or measure it (secateur eval {folder} --record)"
+        )
     if linked := [name for name in names if (folder / name).is_symlink() or not (folder / name).is_file()]:
         raise SecateurError(f"{folder / linked[0]} is missing, or a link: what it leads to would be published")
     try:

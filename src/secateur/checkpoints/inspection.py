@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.checkpoints.load import load
+from secateur.checkpoints.as_saved import load_as_saved
 from secateur.models.matrices import parameter_of
 from secateur.numerics.masks import is_met
 from secateur.packed.files import dense, is_packed
@@ -93,7 +93,7 @@ def _stored(shards: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 def _loaded(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The same under the model's names, where the files have others (experts are saved one by one)."""
     with TemporaryDirectory() as scratch:
-        model = load(str(folder), converted=Path(scratch)).model
+        model = load_as_saved(folder, Path(scratch))
         yield from ((name, each.data) for name, each in model.named_parameters() if each.ndim in (2, 3))
 
 

@@ -39,7 +39,8 @@ from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results
 from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks
 from secateur.recipe.patterns import check_asked_pattern, parse_pattern
-from secateur.recipe.resolve import resolve_recipe
+from secateur.recipe.resolve import SHORTCUTS, resolve_recipe
+from secateur.recipe.settings import value_at
 from secateur.resume.manifest import journal_of
 from secateur.resume.output_folder import check_outside_model
 from secateur.runtime.environment import environment, environment_number
@@ -259,6 +260,10 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
         return
     with errors_within(f"{recipe} at {pattern}"):
         found = resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
+        asked = resolve_recipe(pattern=pattern, **shortcuts)
+        for name in ("pattern", *shortcuts):
+            if value_at(found.to_dict(), SHORTCUTS[name]) != value_at(asked.to_dict(), SHORTCUTS[name]):
+                raise SecateurError(f"it sets {SHORTCUTS[name]}, which compare sets for every cell: leave it out")
         if found.format == "packed":
             raise SecateurError("format=packed changes no figure of a comparison: leave it out")
         if found.calibration.source is not None:

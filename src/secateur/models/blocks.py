@@ -193,16 +193,21 @@ def _is_from_here(error: BaseException) -> bool:
 
 @contextmanager
 def without_cache(model: Any) -> Iterator[None]:
-    """Within this context no configuration of the model or its parts asks for a cache."""
+    """Within this context no configuration of the model or its parts asks for a cache, or for outputs without names."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    for config in caching:
-        config.use_cache = False
+    changed = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in (("use_cache", True), ("return_dict", False))
+        if getattr(config, name, None) is value
+    ]
+    for config, name, value in changed:
+        setattr(config, name, not value)
     try:
         yield
     finally:
-        for config in caching:
-            config.use_cache = True
+        for config, name, value in changed:
+            setattr(config, name, value)
 
 
 @contextmanager

@@ -372,8 +372,12 @@ class MaskedMasterWeights:
 
 
 def _master(parameter: Tensor) -> Tensor:
-    """A copy in fp32, or fp64 for fp64: weights that stay then keep their bits."""
-    return parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+    """A contiguous copy in fp32, or fp64 for fp64: weights that stay then keep their bits.
+
+    torch's fused Adam goes through the memory of a view as if it were contiguous.
+    """
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _matrices_in(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -275,6 +275,12 @@ def _logits(output: Any, inputs: Batch) -> Float[Tensor, "T V"]:
         )
     if output.logits.ndim == 2:
         return output.logits
+    if output.logits.ndim > 3:
+        raise SecateurError(
+            f"allocation curve weighs matrices by their effect on the model's predictions, and the model gives logits "
+            f"of shape {tuple(output.logits.shape)}, not a row for each token or sequence: use "
+            f"‹settings.allocation=none›"
+        )
     logits = output.logits[0]
     real = _real_tokens(inputs, len(logits))
     return logits if real is None else logits[real]

@@ -144,9 +144,7 @@ def checked_dense_pass(model: nn.Module, chain: BlockChain, batches: Sequence[Ba
     damping = Damping(context.recipe.damping, context.recipe.shrinkage)
     found = run_dense_pass(model, chain, batches, context.progress, context.store, context.memory, damping)
     found.check_none_missed()
-    _check_widths(found.stream, context)
-    if context.recipe.target is not None:
-        check_all_tokens(found.stream)
+    check_stream(found.stream, context)
     return found
 
 
@@ -384,12 +382,14 @@ def _notices(structure: ModelStructure, context: RunContext) -> list[str]:
     ]
 
 
-def _check_widths(stream: Stream, context: RunContext) -> None:
-    """Check that every matrix's input dimension suits its pattern and the exchanges.
+def check_stream(stream: Stream, context: RunContext) -> None:
+    """Check that every matrix's input dimension suits its pattern and the exchanges, and its inputs the target.
 
     Raises:
         SecateurError: one does not; the message names the first.
     """
+    if context.recipe.target is not None:
+        check_all_tokens(stream)
     for groups in stream.groups.values():
         for group in groups:
             for matrix, input_dim in group.members:

@@ -215,10 +215,15 @@ class Recipe:
         """The recipe with some options changed, by dotted name: `{"refit.rate": 0.01}`.
 
         An option of a section that is off turns the section on.
-        """
-        from secateur.recipe.settings import apply_settings
 
-        return Recipe.from_dict(apply_settings(self.to_dict(), settings))
+        Raises:
+            RecipeError: an unknown name, a wrong value, or another kind of pattern with the allocation or refit kept.
+        """
+        from secateur.recipe.settings import apply_settings, check_kind_of_pattern
+
+        found = Recipe.from_dict(apply_settings(self.to_dict(), settings))
+        check_kind_of_pattern(self.pattern, found, {name.partition(".")[0] for name in settings})
+        return found
 
     def without_calibration(self) -> Recipe:
         """The recipe with the default text: what is said of the weights apart from the text."""

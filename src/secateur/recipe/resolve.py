@@ -12,7 +12,7 @@ from secateur.recipe.files import RecipeFile, read_recipe
 from secateur.recipe.patterns import NM, check_asked_pattern, parse_pattern
 from secateur.recipe.presets import DEFAULT_PRESET, PRESETS, preset_settings
 from secateur.recipe.recipe import Recipe
-from secateur.recipe.settings import apply_settings, stated_settings, value_at
+from secateur.recipe.settings import apply_settings, check_kind_of_pattern, stated_settings, value_at
 from secateur.recipe.solvers import plain_solver
 from secateur.storage.paths import user_path
 
@@ -66,28 +66,11 @@ def resolve_recipe(
     found = Recipe.from_dict(data) if file is None else file.recipe(data)
     changed = {name.partition(".")[0] for name in settings}
     if made_for is not None:
-        _check_kind_of_pattern(made_for, found, changed)
+        check_kind_of_pattern(made_for, found, changed)
     elif file is not None and "allocation" not in changed:
         _check_asked_mix(found)
     _check_allocation(found)
     return found
-
-
-def _check_kind_of_pattern(made_for: Any, found: Recipe, changed: set[str]) -> None:
-    """Check that steps of a recipe that were not changed are still for the kind of pattern that they were made for.
-
-    Raises:
-        RecipeError: an allocation or a refit for unstructured patterns, and now n:m, or the reverse.
-    """
-    is_same = (":" in str(made_for)) == isinstance(found.pattern, NM)
-    kept = [name for name in ("allocation", "refit") if getattr(found, name) is not None and name not in changed]
-    if kept and not is_same:
-        raise RecipeError(
-            f"the recipe was made for {made_for}, and its {' and '.join(kept)} do not suit "
-            f"{found.pattern}: name the preset, or make a new recipe (secateur recipe NAME --pattern "
-            f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
-            ("pattern",),
-        )
 
 
 def _check_asked_mix(recipe: Recipe) -> None:

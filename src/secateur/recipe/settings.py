@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from secateur.errors import SecateurError, nearest
 from secateur.recipe.declare import RecipeError, fields_of, plain, unknown_option
+from secateur.recipe.patterns import NM
 from secateur.recipe.recipe import CalibrationText, Recipe
 from secateur.recipe.solvers import SOLVERS, plain_solver
 from secateur.recipe.steps import Allocation, BlockRefit, ChannelPermutation, DenseTarget, SwapRefinement
@@ -91,6 +92,23 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
             held = {}
         data[section] = held | {option: value}
     return data
+
+
+def check_kind_of_pattern(made_for: Any, found: Recipe, changed: set[str]) -> None:
+    """Check that steps of a recipe that were not changed are still for the kind of pattern that they were made for.
+
+    Raises:
+        RecipeError: an allocation or a refit for unstructured patterns, and now n:m, or the reverse.
+    """
+    is_same = (":" in str(made_for)) == isinstance(found.pattern, NM)
+    kept = [name for name in ("allocation", "refit") if getattr(found, name) is not None and name not in changed]
+    if kept and not is_same:
+        raise RecipeError(
+            f"the recipe was made for {made_for}, and its {' and '.join(kept)} do not suit "
+            f"{found.pattern}: name the preset, or make a new recipe (secateur recipe NAME --pattern "
+            f"{found.pattern}, or Recipe.preset(NAME, {str(found.pattern)!r}))",
+            ("pattern",),
+        )
 
 
 def _section(name: str, value: Any) -> dict[str, Any]:
