@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import transformers
 from helpers import Killed, damp, find_chain, kill_at, problem, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +100,24 @@ def test_a_model_computes_the_same_in_another_order(family):
         assert (found - expected).norm() < 1e-5 * expected.norm()
     pairs = zip(before.parameters(), after.parameters(), strict=True)
     assert sum(not torch.equal(ours, theirs) for ours, theirs in pairs if ours.ndim == 2) > 5
+
+
+@pytest.mark.parametrize("family", ["OPT", "Phi"])
+def test_a_wrong_guess_that_changes_little_is_found(family):
+    """Small weights give all tokens much the same attention, and biases make most of the output."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    torch.manual_seed(0)
+    widths = {"ffn_dim": 64, "word_embed_proj_dim": 32} if family == "OPT" else {"intermediate_size": 64}
+    config = getattr(transformers, f"{family}Config")(**sizes, **widths)
+    before = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for each in before.parameters():
+            if each.ndim == 1:
+                each.add_(torch.randn_like(each) * 0.3)
+    after, batches = copy.deepcopy(before), [{"input_ids": ids} for ids in tokens(12)]
+    reorder(after, batches)
+    expected, found = before(**batches[0]).logits, after(**batches[0]).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])

@@ -31,7 +31,12 @@ def scale_table() -> str:
     )
     amounts = [f"{samples} x {length}" for samples, length in (FIRST_TRY, (found["samples"], found["seq_len"]))]
     amount_of_memory = f"memory, {amounts[-1]}"
-    head = ["estimated", *(f"`{recipe}`, {amount}" for amount in amounts for recipe in recipes), amount_of_memory, "disk"]
+    head = [
+        "estimated",
+        *(f"`{recipe}`, {amount}" for amount in amounts for recipe in recipes),
+        amount_of_memory,
+        "disk",
+    ]
     return f"{table(head, lines)}\n\n{note}"
 
 
