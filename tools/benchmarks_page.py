@@ -251,6 +251,7 @@ the peak of the process.
 """
         + "\n\n".join(map(preset_section, TITLES))
         + "\n\n"
+        + tokens_part()
         + paper_part()
         + NOTES.read_text(encoding="utf-8")
     )
@@ -266,7 +267,6 @@ has what today's presets give, and explains the columns. [Decisions](decisions.m
 from](#where-the-cells-come-from) says which version each one is.
 
 """
-        + tokens_part()
         + "\n\n".join(older_section(name) for name in names() if not name.startswith(PAPER) and has_variants(name))
         + "\n\n"
         + OLDER_NOTES.read_text(encoding="utf-8")

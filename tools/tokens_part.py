@@ -1,4 +1,4 @@
-"""Accuracy against calibration tokens: a table and a picture of docs/benchmarks.md."""
+"""Accuracy against calibration tokens: a section and a picture of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import Any
 from comparisons import COLOURS, cells, gap_closed, read, spread
 from pages import DOCS, Picture, table
 
-# Folders of the comparisons, from few tokens to many, and how they name `best` on the text alone.
-ALONE = "best+calibration.own_words=0+shrinkage=0"
-FOLDERS = {
-    "tokens-4k": ALONE,
-    "tokens-16k": ALONE,
-    "tokens-64k": ALONE,
-    "protocol-512": ALONE.replace("+shrinkage", "+refit.epochs=1+shrinkage"),
-}
+FOLDERS = ("tokens-4k", "tokens-16k", "tokens-64k", "protocol-512")  # of the comparisons, from few tokens to many
 PATTERN = "50%"
 TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 
@@ -23,9 +16,8 @@ TEXTS = {"wikitext2-test.txt": "-", "austen.txt": "--"}
 def measured() -> list[dict[str, Any]]:
     """Tokens, perplexities by text and recipe, and gaps by text, of each folder; of seeds that both recipes have."""
     found = []
-    for folder, best in FOLDERS.items():
-        comparison = read(folder)
-        recipes = {"sparsegpt": cells(comparison, "sparsegpt", PATTERN), "best": cells(comparison, best, PATTERN)}
+    for comparison in map(read, FOLDERS):
+        recipes = {recipe: cells(comparison, recipe, PATTERN) for recipe in ("sparsegpt", "best")}
         shared = set.intersection(*map(set, recipes.values()))
         found.append(
             {
@@ -37,7 +29,7 @@ def measured() -> list[dict[str, Any]]:
                     }
                     for recipe, seeds in recipes.items()
                 },
-                "gaps": {text: spread(gap_closed(comparison, best, PATTERN, text)) for text in TEXTS},
+                "gaps": {text: spread(gap_closed(comparison, "best", PATTERN, text)) for text in TEXTS},
             }
         )
     return found
@@ -57,9 +49,8 @@ def tokens_part() -> str:
     head += [f"gap closed, {text}" for text in TEXTS]
     return f"""## More text
 
-SmolLM2 at {PATTERN}, by the number of calibration tokens in sequences of 512: [4k](#tokens-4k), [16k](#tokens-16k), [64k](#tokens-64k), [262k](#protocol-512).
-`best` made one epoch of its refit over 262k tokens (today it makes two), and four over fewer. Here it has the text alone, without what the model would write on top.
-In sequences of 2048, the same 262k tokens gain less ([decisions](decisions.md#more-text)).
+SmolLM2 at {PATTERN}, by the number of calibration tokens in sequences of 512: [4k](ablations.md#tokens-4k), [16k](#16k-tokens), [64k](ablations.md#tokens-64k), [262k](ablations.md#protocol-512).
+`best` is also calibrated on text that the model writes: as many sequences, at most 32,768 tokens.
 
 ![accuracy against tokens](tokens.svg)
 

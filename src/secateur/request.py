@@ -21,6 +21,7 @@ from secateur.resume.manifest import RunManifest
 from secateur.runtime import distributed
 from secateur.runtime.environment import default_device
 from secateur.runtime.memory import MemoryBudget, memory_budget
+from secateur.sources.other_files import check_links
 from secateur.sources.resolve import resolve_dense
 
 REFIT_TOKENS = 16_000  # a block refit of fewer overfits easily (docs/guides/choose.md)
@@ -45,13 +46,18 @@ class ModelSource:
         return folder
 
     def load(self, folder: Path, scratch: Path) -> Checkpoint:
-        """The model in a folder, mapped from its files, and from files in `scratch` made for it; one GPU a rank."""
+        """The model in a folder, mapped from its files, and from files in `scratch` made for it; one GPU a rank.
+
+        Raises:
+            SecateurError: links in the folder that lead elsewhere, or what `checkpoints.load.load` raises.
+        """
+        links = check_links(folder)
         device = self.device or default_device()
         if device == "cuda" and distributed.world_size() > 1:
             device = f"cuda:{distributed.local_rank()}"
         converted = scratch / f"converted-{distributed.rank()}"
         found = load(str(folder), device, self.trust_remote_code, self.allow_pickle, converted)
-        return replace(found, name=self.name)
+        return replace(found, name=self.name, notices=[*links, *found.notices])
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from secateur.resume.output_folder import check_apart, check_may_replace, check_
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime import distributed
 from secateur.runtime.environment import environment, environment_number, processor_name
-from secateur.runtime.memory import MemoryBudget, available_bytes, total_memory
+from secateur.runtime.memory import available_bytes, total_memory
 from secateur.runtime.progress import no_progress
-from secateur.sources.other_files import check_links, model_files
+from secateur.sources.other_files import model_files
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
 
@@ -65,13 +65,14 @@ def prune_in_memory(model: nn.Module | Checkpoint, tokenizer: Any, request: Requ
     if data.to_write is not None:
         _check_structure(module, request, InMemoryStore())
     data = request.written(data, module, tokenizer, InMemory())
-    parameter = next(module.parameters())
-    where = _environment(str(parameter.device), parameter.dtype)
     if isinstance(model, Checkpoint):
-        where = _environment(model.device, model.compute_dtype)
+        where, storage_of = _environment(model.device, model.compute_dtype), _storage_of(model)
+    else:
+        parameter = next(module.parameters())
+        where, storage_of = _environment(str(parameter.device), parameter.dtype), keep_dtype
     _check_same_on_all_ranks(module, data, request.recipe)
-    storage_of = _storage_of(model) if isinstance(model, Checkpoint) else keep_dtype
-    report = _prune(module, name, data, request, where, InMemoryStore(), storage_of, request.memory())
+    context = RunContext(request.recipe, request.progress, memory=request.memory(), storage_of=storage_of)
+    report = _prune(module, name, data, request, where, context)
     return replace(report, seconds=time.perf_counter() - started, notices=[*notices, *report.notices])
 
 
@@ -100,16 +101,14 @@ def prune_to_folder(
         if journal is not None:
             before = check_out(journal, out, before, overwrite)
         place = journal_of(out)
-        notices = check_links(folder)
         checkpoint = source.load(folder, place)
-        checkpoint.notices += notices
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
         begun_with = None if overwrite else before.identity.get("calibration", {}).get("own_words")
         data = _calibration_of(checkpoint, request, placement, begun_with)
         where = _environment(checkpoint.device, checkpoint.compute_dtype)
         _check_same_on_all_ranks(checkpoint.model, data, request.recipe)
         identity = _identity(source.name, folder, request.recipe, data, where)
-        memory = request.memory(place)
+        memory = request.memory(place)  # checked before the journal is written
         manifest = begin_run(journal, out, before, identity, overwrite)
         reordered = place / f"reordered-{distributed.rank()}"
         blocks = JournalledBlocks(
@@ -119,7 +118,8 @@ def prune_to_folder(
             if data.to_write is not None:
                 _check_structure(checkpoint.model, request, blocks)
             data = request.written(data, checkpoint.model, checkpoint.tokenizer, _to_write(checkpoint), manifest)
-        report = _report_of(checkpoint, data, request, where, manifest, blocks, memory, out)
+        context = RunContext(request.recipe, request.progress, blocks, memory, storage_of=blocks.storage_of)
+        report = replace(_report_of(checkpoint, data, request, where, manifest, context), out=str(out))
         publisher = Publisher(manifest, blocks, out)
         publisher.publish(
             checkpoint.model,
@@ -147,7 +147,6 @@ def estimate_run(
             check_no_unfinished(place)
         if not resume:
             check_may_replace(place, overwrite)
-    notices = check_links(folder)
     with TemporaryDirectory(prefix=".secateur-", dir=_scratch_place(out, request.memory().folder)) as scratch:
         checkpoint = source.load(folder, Path(scratch))
         converted = sum(each.stat().st_size for each in Path(scratch).rglob("*") if each.is_file())
@@ -158,19 +157,14 @@ def estimate_run(
             where = _to_write(checkpoint)
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, where, request.progress)
             data = data.with_written(windows)
-        context = RunContext(
-            request.recipe,
-            request.progress,
-            DroppedBlocks(placement),
-            request.memory(Path(scratch)),
-            storage_of=_storage_of(checkpoint),
-        )
+        dropped, memory = DroppedBlocks(placement), request.memory(Path(scratch))
+        context = RunContext(request.recipe, request.progress, dropped, memory, storage_of=_storage_of(checkpoint))
         found = estimate(checkpoint.model, data.batches, context, shard_bytes)
         return replace(
             found,
             seconds=found.seconds + writing,
             disk_bytes=found.disk_bytes + converted,
-            notices=[*notices, *checkpoint.notices, *data.notices],
+            notices=[*checkpoint.notices, *data.notices],
         )
 
 
@@ -202,37 +196,26 @@ def _report_of(
     request: Request,
     where: dict[str, Any],
     manifest: RunManifest,
-    blocks: JournalledBlocks,
-    memory: MemoryBudget,
-    out: Path,
+    context: RunContext,
 ) -> Report:
     """The report of a run from files: of an earlier process that finished every block, or of pruning them now."""
     outcome = distributed.broadcast_object(read_outcome(manifest) if distributed.is_main() else None)
     if outcome:
-        return replace(Report.from_dict(outcome["report"]), out=str(out))
-    report = _prune(checkpoint.model, checkpoint.name, data, request, where, blocks, blocks.storage_of, memory)
+        return Report.from_dict(outcome["report"])
+    report = _prune(checkpoint.model, checkpoint.name, data, request, where, context)
     return replace(
         report,
         source=facts_of_source(checkpoint),
         identity=manifest.state.identity,
         seconds=manifest.seconds,
         notices=[*checkpoint.notices, *report.notices, *manifest.state.notices],
-        out=str(out),
     )
 
 
 def _prune(
-    model: nn.Module,
-    name: str,
-    data: CalibrationBatches,
-    request: Request,
-    where: dict[str, Any],
-    store: BlockStore,
-    storage_of: StorageOf,
-    memory: MemoryBudget,
+    model: nn.Module, name: str, data: CalibrationBatches, request: Request, where: dict[str, Any], context: RunContext
 ) -> Report:
     """Prune a loaded model; its report, without what only the caller knows."""
-    context = RunContext(request.recipe, request.progress, store, memory, storage_of=storage_of)
     outcome = prune_model(model, data.batches, context)
     return Report(
         model=name,
