@@ -30,7 +30,7 @@ from secateur.pruning.context import BlockStore, DroppedBlocks, InMemoryStore, R
 from secateur.pruning.dry_run import DryRun, estimate
 from secateur.pruning.loop import check_stream, checked_structure, prune_model
 from secateur.recipe.recipe import Recipe
-from secateur.reporting.report import METADATA, Report, read_metadata
+from secateur.reporting.report import Report, read_metadata
 from secateur.request import ModelSource, Request
 from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.folder import begin_run, check_out, locked_journal, take_over
@@ -42,6 +42,7 @@ from secateur.runtime.environment import environment, environment_number, proces
 from secateur.runtime.memory import available_bytes, total_memory
 from secateur.runtime.progress import no_progress
 from secateur.sources.other_files import model_files
+from secateur.storage.checkpoint_files import METADATA
 from secateur.storage.file_records import first_damage, sha256
 from secateur.storage.paths import real_path, user_path
 

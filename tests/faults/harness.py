@@ -465,7 +465,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def same_model(out: Path, reference: Path) -> bool:
     """Whether a folder is a whole model with the bits of another; times may differ."""
-    from secateur.reporting.report import METADATA, REPORT_FILE, read_metadata
+    from secateur.reporting.report import read_metadata
+    from secateur.storage.checkpoint_files import METADATA, REPORT_FILE
     from secateur.storage.file_records import first_damage
 
     ours, theirs = bytes_of(out), bytes_of(reference)

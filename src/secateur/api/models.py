@@ -33,12 +33,13 @@ from secateur.packed.files import is_packed
 from secateur.packed.layout import Values
 from secateur.recipe.settings import checks_names
 from secateur.reporting.figures import Speed
-from secateur.reporting.report import METADATA, read_metadata
+from secateur.reporting.report import read_metadata
 from secateur.runtime.environment import check_device, default_device, device_name, devices, environment
 from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cache_folder
 from secateur.sources.resolve import resolve
 from secateur.sources.unpacked import unpack_folder
+from secateur.storage.checkpoint_files import METADATA
 from secateur.storage.paths import user_path
 
 

@@ -15,15 +15,15 @@ from secateur.checkpoints.measured import report_in
 from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
 from secateur.reporting.page import run_page
-from secateur.reporting.report import CARD, METADATA, REPORT_FILE, WEIGHT_FILES, Report
+from secateur.reporting.report import Report
 from secateur.runtime.hub_errors import http_error
 from secateur.runtime.messages import first_line
 from secateur.sources.validate import check_folder, check_packed
+from secateur.storage.checkpoint_files import CARD, INDEX_FILES, METADATA, REPORT_FILE, WEIGHT_FILES
 from secateur.storage.file_records import first_damage
 from secateur.storage.paths import real_path
 
 REFUSED = (401, 403)
-INDEXES = ("model.safetensors.index.json", "packed.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def check_can_push(repo: str) -> None:
@@ -85,7 +85,7 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
 
 def _is_of_a_model(name: str) -> bool:
     """Whether a file of a repository holds weights, or their index. What lies in a folder there is the user's."""
-    return "/" not in name and any(fnmatchcase(name, each) for each in (*WEIGHT_FILES, *INDEXES))
+    return "/" not in name and any(fnmatchcase(name, each) for each in (*WEIGHT_FILES, *INDEX_FILES))
 
 
 def _check_may_replace(repo: str, report: Report, there: Sequence[str]) -> None:

@@ -19,8 +19,9 @@ from secateur.packed.files import dense, is_packed
 from secateur.recipe.patterns import NM, Pattern, parse_pattern
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.rules import matrix_recipe, rule_for
-from secateur.reporting.report import METADATA, read_metadata
+from secateur.reporting.report import read_metadata
 from secateur.sources.validate import check_folder, check_packed
+from secateur.storage.checkpoint_files import METADATA
 from secateur.storage.file_records import damage
 
 OUTSIDE, NOT_OURS = "outside the blocks", f"no {METADATA}: not pruned by secateur"

@@ -26,12 +26,9 @@ from secateur.runtime.environment import check_device
 from secateur.runtime.messages import first_line
 from secateur.sources.resolve import resolve_dense
 from secateur.sources.validate import check_folder, compute_dtype, holds_all, main_dtype
+from secateur.storage.checkpoint_files import TOKENIZER_FILES
 from secateur.storage.json_files import read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tiktoken.model",
-)  # fmt: skip
 # What transformers raises for files that do not fit together: RuntimeError for tensors of other sizes than the
 # config's, ImportError for packages that a checkpoint's code needs, the others for values in the config that make no
 # sense.

@@ -15,8 +15,9 @@ from secateur.errors import SecateurError
 from secateur.packed.files import is_packed
 from secateur.reporting.figures import MeasuredPerplexity, Speed
 from secateur.reporting.page import run_page, two_runs_page
-from secateur.reporting.report import CARD, METADATA, REPORT_FILE, Report, read_metadata
+from secateur.reporting.report import Report, read_metadata
 from secateur.runtime.messages import say
+from secateur.storage.checkpoint_files import CARD, METADATA, REPORT_FILE
 from secateur.storage.file_records import damage, record_of
 from secateur.storage.held_folder import write_durably
 from secateur.storage.paths import real_path

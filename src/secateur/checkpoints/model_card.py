@@ -13,10 +13,11 @@ from huggingface_hub.utils import validate_repo_id
 from secateur.calibration.documents import text_of
 from secateur.checkpoints.load import Checkpoint
 from secateur.reporting.page import file_name
-from secateur.reporting.report import CARD, METADATA, RECIPE_FILE, REPORT_FILE, Report
+from secateur.reporting.report import Report
 from secateur.runtime.messages import one_line
 from secateur.sources.demo_model import DEMO_NAME
 from secateur.sources.unpacked import USAGE
+from secateur.storage.checkpoint_files import CARD, METADATA, RECIPE_FILE, REPORT_FILE
 from secateur.storage.paths import user_path
 
 MAX_HEADER = 1 << 16  # characters

@@ -24,8 +24,6 @@ from secateur.packed.encoding import Compression
 from secateur.packed.files import (
     FORMAT_VERSION,
     METHOD,
-    PACKED_INDEX,
-    STEM,
     Entry,
     bytes_of,
     file_names,
@@ -35,13 +33,14 @@ from secateur.packed.files import (
     write_weights,
 )
 from secateur.packed.layout import PackedTensor, Values, is_worth_packing, pack, pack_int8, packed_size
-from secateur.reporting.report import CARD, METADATA, Report, read_metadata
+from secateur.reporting.report import Report, read_metadata
 from secateur.runtime.memory import available_bytes
 from secateur.runtime.messages import say
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import check_links
 from secateur.sources.unpacked import PACKED_USAGE, USAGE, with_usage, write_rest
 from secateur.sources.validate import check_folder, check_packed
+from secateur.storage.checkpoint_files import CARD, METADATA, PACKED_INDEX, PACKED_STEM
 from secateur.storage.file_records import damage
 from secateur.storage.json_files import read_json
 from secateur.storage.new_folder import check_new_folder, publish_folder
@@ -84,7 +83,7 @@ def pack_folder(
         raise SecateurError(_why_not_worth(folder, files))
     _check_memory(max(entry.nbytes for entries in by_file.values() for entry in entries if entry.is_packed), values)
 
-    names = file_names(STEM, len(files))
+    names = file_names(PACKED_STEM, len(files))
 
     def write(target: Path) -> None:
         for number, (name, entries) in enumerate(zip(names, by_file.values(), strict=True), 1):

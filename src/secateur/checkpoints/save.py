@@ -21,13 +21,14 @@ from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.model_card import model_card
 from secateur.checkpoints.packing import entries_of, packed_card, packing_config, transposed_matrices
 from secateur.models.matrices import layer_of, parameter_of
-from secateur.packed.files import PACKED_INDEX, write_index, write_weights
+from secateur.packed.files import write_index, write_weights
 from secateur.packed.layout import pack, pack_int8_where_exact
-from secateur.reporting.report import CARD, Report
+from secateur.reporting.report import Report
 from secateur.resume.publish import Publisher, read_outcome
 from secateur.runtime.progress import Progress
 from secateur.sources.other_files import copy_other_files
-from secateur.sources.validate import DENSE_INDEX, holds_all
+from secateur.sources.validate import holds_all
+from secateur.storage.checkpoint_files import CARD, DENSE_INDEX, DENSE_STEM, PACKED_INDEX, PACKED_STEM
 from secateur.storage.file_records import FileRecord
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
@@ -127,8 +128,8 @@ def _write_shard(
 def _pack_files(folder: Path, report: Report) -> None:
     """Replace the dense weight files of a folder by packed ones."""
     transposed = transposed_matrices(report)
-    for path in sorted(folder.glob("model*.safetensors")):
-        packed = path.with_name(path.name.replace("model", "packed", 1))
+    for path in sorted(folder.glob(f"{DENSE_STEM}*.safetensors")):
+        packed = path.with_name(path.name.replace(DENSE_STEM, PACKED_STEM, 1))
         make = pack_int8_where_exact if report.recipe.values == "int8" else pack
         write_weights(packed, entries_of(path, transposed, make), "zstd")
         path.unlink()

@@ -20,12 +20,13 @@ from secateur.recipe.presets import PRESETS
 from secateur.recipe.recipe import Recipe
 from secateur.recipe.resolve import resolve_recipe
 from secateur.reporting.figures import Speed
-from secateur.reporting.report import METADATA, Report, read_metadata
+from secateur.reporting.report import Report, read_metadata
 from secateur.resume.manifest import unfinished
 from secateur.resume.output_folder import check_apart, check_may_replace, check_place
 from secateur.runtime.environment import default_device
 from secateur.runtime.progress import Progress
 from secateur.sources.demo_model import DEMO_NAME
+from secateur.storage.checkpoint_files import METADATA
 from secateur.storage.paths import real_path, user_path
 
 PROMPT = "Photosynthesis is the process by which"

@@ -15,10 +15,9 @@ from secateur.errors import SecateurError, errors_within
 from secateur.packed.container import NAMES, SafetensorsWriter
 from secateur.packed.encoding import HEADER, MAGIC, Compression, Header, decode, encode, is_encoded, read_header
 from secateur.packed.layout import PackedTensor, unpack
+from secateur.storage.checkpoint_files import PACKED_INDEX, PACKED_WEIGHTS
 
 METHOD, FORMAT_VERSION = "secateur", 1
-STEM = "packed"  # of the files, which nothing but secateur looks for
-PACKED_WEIGHTS, PACKED_INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 HEADER_METADATA = {"format": "pt", "secateur": str(FORMAT_VERSION)}
 
 

@@ -25,12 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.errors import SecateurError, errors_within
 from secateur.packed import kernels
 from secateur.packed.encoding import Header, decode, is_encoded
-from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, dense, read_headers
+from secateur.packed.files import FORMAT_VERSION, METHOD, dense, read_headers
 from secateur.packed.layout import is_mapped
 from secateur.packed.linear import PackedLinear
 from secateur.packed.mapped import drop_pages
 from secateur.packed.saving import save_packed
 from secateur.runtime.messages import say
+from secateur.storage.checkpoint_files import PACKED_INDEX, PACKED_WEIGHTS
 
 
 @register_quantization_config(METHOD)

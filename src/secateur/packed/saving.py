@@ -14,10 +14,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from secateur.errors import SecateurError
 from secateur.packed.encoding import Compression
-from secateur.packed.files import PACKED_INDEX, STEM, Entry, file_names, write_index, write_weights
+from secateur.packed.files import Entry, file_names, write_index, write_weights
 from secateur.packed.layout import PackedTensor, is_worth_packing, pack
 from secateur.packed.linear import PackedLinear
 from secateur.recipe.sizes import parse_size
+from secateur.storage.checkpoint_files import PACKED_INDEX, PACKED_STEM
 
 UNSUPPORTED = {
     "push_to_hub": "save it to a folder, and publish that by secateur.push",
@@ -123,4 +124,4 @@ def _shards(entries: list[Entry], max_bytes: int) -> dict[str, list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    return dict(zip(file_names(STEM, len(shards)), shards, strict=True))
+    return dict(zip(file_names(PACKED_STEM, len(shards)), shards, strict=True))

@@ -22,28 +22,11 @@ from secateur.reporting.figures import (
     Speed,
     StageReport,
 )
+from secateur.storage.checkpoint_files import CARD, CHECKPOINT_FILES, METADATA, RECIPE_FILE, REPORT_FILE
 from secateur.storage.file_records import FileRecord, Records, is_plain_name, read_records, record_of
 from secateur.storage.json_files import is_sealed, read_json, sealed
 from secateur.storage.paths import user_path
 
-METADATA = "secateur.json"
-CARD = "README.md"  # of a model
-RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "report.html"
-WEIGHT_FILES = (
-    "model.safetensors", "model-?????-of-?????.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
-    "packed.safetensors", "packed-?????-of-?????.safetensors",
-)  # fmt: skip
-# What transformers writes of a model, with what hubs add.
-CHECKPOINT_FILES = (
-    *WEIGHT_FILES, "packed.safetensors.index.json", "config.json", "generation_config.json",
-    "model.safetensors.index.json", "pytorch_model.bin.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", CARD,
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", ".gitattributes", METADATA, RECIPE_FILE,
-    REPORT_FILE,
-)  # fmt: skip
 OWN_CODE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
 
 

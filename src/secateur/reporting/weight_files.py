@@ -14,6 +14,7 @@ from secateur.models.matrices import parameter_of
 from secateur.packed.files import dense
 from secateur.reporting.charts import picture_of_mask
 from secateur.reporting.figures import MatrixReport
+from secateur.storage.checkpoint_files import PACKED_STEM
 
 SIDE = 64  # rows and columns of a picture
 PICTURES = 4
@@ -59,7 +60,7 @@ def read_weight_files(folder: Path, matrices: Sequence[MatrixReport]) -> WeightF
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not path.is_symlink())
     if not paths:
         return None
-    is_packed = any(path.name.startswith("packed") for path in paths)
+    is_packed = any(path.name.startswith(PACKED_STEM) for path in paths)
     wanted: dict[str, list[MatrixReport]] = {}
     for matrix in examples(matrices):
         wanted.setdefault(parameter_of(matrix.name), []).append(matrix)

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import CHECKPOINT_FILES, METADATA, WEIGHT_FILES, read_metadata
+from secateur.reporting.report import read_metadata
 from secateur.resume.manifest import journal_of
+from secateur.storage.checkpoint_files import CHECKPOINT_FILES, METADATA, WEIGHT_FILES
 from secateur.storage.file_records import FileRecord, Records, damage, record_of
 from secateur.storage.json_files import read_json
 from secateur.storage.paths import real_path, user_path

@@ -21,6 +21,7 @@ from secateur.resume.block_store import JournalledBlocks
 from secateur.resume.manifest import SAVED, RunManifest, damaged
 from secateur.resume.put_in_place import FINISHED, put_in_place
 from secateur.runtime import distributed
+from secateur.storage.checkpoint_files import DENSE_STEM, PACKED_STEM
 from secateur.storage.file_records import FileRecord, damage
 from secateur.storage.held_folder import HeldFolder
 from secateur.storage.json_files import read_json
@@ -197,7 +198,7 @@ class Publisher:
 def final_names(shards: Iterable[Collection[str]]) -> dict[str, str]:
     """Names of the finished model's weight files, as transformers gives them, by those of the shards' files."""
     made = [name for shard in shards for name in shard]
-    stem = "packed" if any("-packed" in name for name in made) else "model"
+    stem = PACKED_STEM if any(f"-{PACKED_STEM}" in name for name in made) else DENSE_STEM
     return dict(zip(made, file_names(stem, len(made)), strict=True))
 
 

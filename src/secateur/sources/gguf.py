@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import CARD
 from secateur.runtime.messages import one_line, say
 from secateur.sources.gguf_header import check_gguf
 from secateur.sources.model_cache import cached
+from secateur.storage.checkpoint_files import CARD
 from secateur.storage.file_records import sha256
 
 WEIGHTS_A_SECOND = 6e6  # converted, on two cores

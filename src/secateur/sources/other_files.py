@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.reporting.report import CARD, CHECKPOINT_FILES, METADATA, RECIPE_FILE, REPORT_FILE
 from secateur.runtime.messages import one_line
+from secateur.storage.checkpoint_files import CARD, CHECKPOINT_FILES, METADATA, RECIPE_FILE, REPORT_FILE
 from secateur.storage.file_records import is_plain_name
 from secateur.storage.paths import real_path
 

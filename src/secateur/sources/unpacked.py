@@ -23,17 +23,17 @@ from secateur.packed.files import (
     write_index,
     write_weights,
 )
-from secateur.reporting.report import CARD, METADATA, read_metadata
+from secateur.reporting.report import read_metadata
 from secateur.runtime.progress import Progress, no_progress
 from secateur.sources.model_cache import cached
 from secateur.sources.other_files import check_links, copied_files, copy_other_files
-from secateur.sources.validate import DENSE_INDEX, check_packed
+from secateur.sources.validate import check_packed
+from secateur.storage.checkpoint_files import CARD, DENSE_INDEX, DENSE_STEM, METADATA
 from secateur.storage.file_records import sha256
 from secateur.storage.json_files import read_json
 from secateur.storage.new_folder import check_new_folder, publish_folder
 from secateur.storage.paths import real_path
 
-DENSE_STEM = "model"  # of the weight files
 USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError
-from secateur.packed.files import FORMAT_VERSION, METHOD, PACKED_INDEX, PACKED_WEIGHTS, STEM, is_packed, read_headers
+from secateur.packed.files import FORMAT_VERSION, METHOD, is_packed, read_headers
 from secateur.runtime.messages import first_line
+from secateur.storage.checkpoint_files import DENSE_INDEX, DENSE_WEIGHTS, PACKED_INDEX, PACKED_STEM, PACKED_WEIGHTS
 from secateur.storage.json_files import read_json
 
 ADAPTER = "adapter_config.json"
-DENSE_INDEX = "model.safetensors.index.json"
 QUANTISED = ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _COUNT = re.compile(r"layers?$|layers_|blocks$|experts$|depth$")  # num_hidden_layers, n_layer, num_local_experts
 LONGEST_NAME = 255  # of a file
@@ -43,7 +43,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, to
                 raise SecateurError(f"{folder} is packed: `secateur unpack` gives the ordinary checkpoint")
             raise SecateurError(f"{folder} is quantised ({method}): give the original floating-point checkpoint")
     _check_config(folder / "config.json", config)
-    shard_paths = _shard_paths(folder, "model.safetensors", DENSE_INDEX)
+    shard_paths = _shard_paths(folder, DENSE_WEIGHTS, DENSE_INDEX)
     if not shard_paths:
         has_pickles = any(folder.glob("pytorch_model*.bin"))
         if allow_pickle and has_pickles:
@@ -86,8 +86,8 @@ def check_packed(folder: Path) -> dict[str, Path]:
         if not is_packed(folder):
             raise SecateurError(f"{folder} is not packed: its config.json names no packing")
         raise SecateurError(
-            f"{folder} holds packed weights ({STEM}*.safetensors), but its config.json describes dense ones: if a "
-            f"dense model was saved over the packed one, remove {STEM}*.safetensors*; else restore config.json"
+            f"{folder} holds packed weights ({PACKED_STEM}*.safetensors), but its config.json describes dense ones: if "
+            f"a dense model was saved over the packed one, remove {PACKED_STEM}*.safetensors*; else restore config.json"
         )
     if packing.get("version") != FORMAT_VERSION:
         raise SecateurError(
