@@ -22,7 +22,7 @@ from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of, device_of
-from secateur.models.checks import PROBE_TOKENS
+from secateur.models.checks import PROBE_TOKENS, check_finite_weights
 from secateur.models.determinism import deterministic_forward
 from secateur.models.matrices import all_parameters, parameter_of
 from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
@@ -183,6 +183,7 @@ def _check_structure(model: nn.Module, request: Request, store: BlockStore) -> N
     Raises:
         SecateurError: it does not.
     """
+    check_finite_weights(model)
     few = {"input_ids": torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(model))}
     context = RunContext(request.recipe, no_progress, store)
     with deterministic_forward(model):

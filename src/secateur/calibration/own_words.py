@@ -33,7 +33,7 @@ from secateur.calibration.texts import (
 )
 from secateur.errors import SecateurError
 from secateur.models.blocks import ForwardError, device_of, forward_errors
-from secateur.models.checks import PROBE_TOKENS, check_finite_weights, check_runnable, generates, looks_ahead
+from secateur.models.checks import PROBE_TOKENS, check_runnable, generates, looks_ahead
 from secateur.models.determinism import deterministic_forward
 from secateur.models.placement import WeightPlacement
 from secateur.runtime.progress import Progress
@@ -150,7 +150,6 @@ class OwnWords:
         """Let the dense model write them (`write_windows`)."""
         check_can_write(model)
         check_runnable(model)
-        check_finite_weights(model)
         return write_windows(model, tokenizer, self.prompts, self.number, self.seed, placement, progress)
 
     def sketch(

@@ -43,7 +43,7 @@ RecipeName = Annotated[str | None, flag("fast, balanced (default), best, or a fi
 PatternText = Annotated[str | None, recipe_flag("pattern", WHAT, "50%|2:4")]
 SolverName = Annotated[
     str | None,
-    flag(f"One solver, without a recipe's other steps: {help_of('solver')}", WHAT, "NAME", "--solver"),
+    flag(f"Or one: {help_of('solver')}", WHAT, "NAME", "--solver"),
 ]
 Settings = Annotated[list[str] | None, flag("Any option, such as refit.rate=0.01.", WHAT, "NAME=VALUE", "--set")]
 Include = Annotated[list[str] | None, flag("Prune only these: '*.mlp.*' (repeatable).", WHAT, "GLOB")]

@@ -149,8 +149,8 @@ class Recipe:
     )
     max_memory: Size | None = Field(
         default=None,
-        description="Limit of Hessians, hidden states and temporaries, such as 8GB. Weights, the refit of a block and "
-        "a solver's own matrices come on top.",
+        description="Limit without weights and refit: 8GB. For Hessians, hidden states and temporaries; a "
+        "solver's own matrices come on top.",
     )
 
     def __post_init__(self) -> None:
