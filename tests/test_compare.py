@@ -326,9 +326,9 @@ def test_a_plus_in_a_files_name_is_none_in_front_of_a_setting(tmp_path):
         (["mrp"], ["0.7%"], "0.7% is 0.007 of the weights"),
         (["missing.yaml"], ["50%"], "there is no recipe file missing.yaml"),
         (["mrp+format=packed"], ["50%"], "format=packed changes no figure"),
-        (["mrp+pattern=70%"], ["50%"], "it sets pattern, which compare sets"),
-        (["mrp+seed=5"], ["50%"], "it sets seed, which compare sets"),
-        (["mrp+calibration.samples=3"], ["50%"], "it sets calibration.samples, which compare sets"),
+        (["mrp+pattern=70%"], ["50%"], "it sets pattern, .* pass patterns"),
+        (["mrp+seed=5"], ["50%"], "it sets seed, .* pass seeds"),
+        (["mrp+calibration.samples=3"], ["50%"], "it sets calibration.samples, .* pass samples"),
         (["llmcompressor-wanda"], ["50%"], "runs in another environment"),
     ],
 )

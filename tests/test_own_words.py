@@ -251,12 +251,16 @@ def test_a_model_that_writes_nothing_is_refused():
         secateur.prune(model, tokenizer=character_tokenizer(bos=True), calibration="self", **SETTINGS)
 
 
-def test_weights_that_are_not_finite_are_named_before_anything_is_written():
+def test_weights_that_are_not_finite_are_named_before_anything_is_written(tmp_path):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(SecateurError, match="1 weights that are NaN"):
         secateur.prune(model, tokenizer=character_tokenizer(bos=True), calibration="self", **SETTINGS)
+    model.save_pretrained(tmp_path)
+    character_tokenizer(bos=True).save_pretrained(tmp_path)
+    with pytest.raises(SecateurError, match="1 weights that are NaN"):
+        secateur.dry_run(tmp_path, calibration="self", **SETTINGS)
 
 
 def test_a_padding_token_without_an_embedding_pads_nothing():

@@ -22,7 +22,7 @@ from secateur.checkpoints.reordered import map_reordered
 from secateur.checkpoints.save import write_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of, device_of
-from secateur.models.checks import PROBE_TOKENS, check_finite_weights
+from secateur.models.checks import PROBE_TOKENS, check_finite_weights, check_runnable
 from secateur.models.determinism import deterministic_forward
 from secateur.models.matrices import all_parameters, parameter_of
 from secateur.models.placement import InMemory, OffloadedWeights, WeightPlacement
@@ -116,7 +116,7 @@ def prune_to_folder(
             manifest, placement, _storage_of(checkpoint), lambda order: map_reordered(checkpoint, order, reordered)
         )
         if not manifest.state.outcome:
-            if data.to_write is not None:
+            if data.to_write is not None and not manifest.state.own_words:
                 _check_structure(checkpoint.model, request, blocks)
             data = request.written(data, checkpoint.model, checkpoint.tokenizer, _to_write(checkpoint), manifest)
         context = RunContext(request.recipe, request.progress, blocks, memory, storage_of=blocks.storage_of)
@@ -155,6 +155,7 @@ def estimate_run(
         data = _calibration_of(checkpoint, request, placement)
         writing = 0.0
         if data.to_write is not None:
+            _check_structure(checkpoint.model, request, DroppedBlocks(placement))
             where = _to_write(checkpoint)
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, where, request.progress)
             data = data.with_written(windows)
@@ -183,6 +184,7 @@ def _check_structure(model: nn.Module, request: Request, store: BlockStore) -> N
     Raises:
         SecateurError: it does not.
     """
+    check_runnable(model)
     check_finite_weights(model)
     few = {"input_ids": torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(model))}
     context = RunContext(request.recipe, no_progress, store)

@@ -18,7 +18,7 @@ from secateur.checkpoints.load import Checkpoint
 from secateur.checkpoints.load import load as load_checkpoint
 from secateur.errors import SecateurError
 from secateur.models.blocks import config_of, device_of
-from secateur.models.checks import check_finite_weights
+from secateur.models.checks import check_finite_weights, check_runnable
 from secateur.models.determinism import full_precision
 from secateur.models.placement import InMemory
 from secateur.numerics.damping import DEFAULT_DAMPING
@@ -322,6 +322,7 @@ def coverage_of(
         few = replace(chosen.calibration, samples=4, seq_len=seq_len, own_words=None)
     data = calibration_batches(texts, tokenizer, config_of(module), few)
     if data.to_write is not None:
+        check_runnable(module)
         check_finite_weights(module)
         data = data.with_written(data.to_write.write(module, tokenizer, InMemory(), no_progress))
     return measure_coverage(module, data.batches, chosen)

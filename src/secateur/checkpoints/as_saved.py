@@ -20,7 +20,7 @@ def load_as_saved(folder: Path, scratch: Path) -> Any:
 
     Args:
         folder: of the checkpoint; a packed one is unpacked in the user's cache.
-        scratch: a folder for weights that transformers makes of the checkpoint's (experts that it fuses).
+        scratch: a folder for weights that transformers makes of the checkpoint's, where it renames or fuses them.
 
     Raises:
         SecateurError: the config names no class of transformers, or the files don't fit it.
@@ -56,16 +56,16 @@ def _class_of(folder: Path) -> Any:
     """The class of transformers that a checkpoint's config names.
 
     Raises:
-        SecateurError: it names none. A name in a file is used for nothing else than this look-up.
+        SecateurError: it names none.
     """
     import transformers
 
-    named = read_json(folder / "config.json").get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise SecateurError(
-            f"{folder / 'config.json'} names no model class of transformers (architectures: {named!r}): the files have "
-            f"other names than the pruned matrices, and only such a class knows which is which"
-        )
-    return found
+    named = read_json(folder / "config.json").get("architectures") or []
+    for name in named:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    raise SecateurError(
+        f"{folder / 'config.json'} names no model class of transformers (architectures: {named!r}): the files have "
+        f"other names than the pruned matrices, and only such a class knows which is which"
+    )

@@ -59,7 +59,7 @@ def inspect_folder(folder: Path) -> Inspection:
     Raises:
         SecateurError: no checkpoint there, damaged files, or a broken `secateur.json`.
 
-    Cost: two reads of the weights. Where transformers fuses experts that the files hold one by one: a copy of them in
+    Cost: two reads of the weights. Where transformers renames tensors of the files, or fuses experts: a copy of them in
     temporary files, and of a packed model an unpacked copy in the user's cache.
     """
     shards = check_packed(folder) if is_packed(folder) else check_folder(folder)[1]
@@ -92,7 +92,7 @@ def _stored(shards: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _loaded(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The same under the model's names, where the files have others (experts are saved one by one)."""
+    """The same under the model's names, where the files have others: transformers renames or fuses some."""
     with TemporaryDirectory() as scratch:
         model = load_as_saved(folder, Path(scratch))
         yield from ((name, each.data) for name, each in model.named_parameters() if each.ndim in (2, 3))

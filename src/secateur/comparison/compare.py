@@ -261,9 +261,11 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
     with errors_within(f"{recipe} at {pattern}"):
         found = resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
         asked = resolve_recipe(pattern=pattern, **shortcuts)
-        for name in ("pattern", *shortcuts):
+        for name, flag in {"pattern": "patterns", "seed": "seeds", "samples": "samples", "seq_len": "seq_len"}.items():
             if value_at(found.to_dict(), SHORTCUTS[name]) != value_at(asked.to_dict(), SHORTCUTS[name]):
-                raise SecateurError(f"it sets {SHORTCUTS[name]}, which compare sets for every cell: leave it out")
+                raise SecateurError(
+                    f"it sets {SHORTCUTS[name]}, and all cells share one: leave it out, and pass ‹{flag}›"
+                )
         if found.format == "packed":
             raise SecateurError("format=packed changes no figure of a comparison: leave it out")
         if found.calibration.source is not None:
