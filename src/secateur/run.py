@@ -152,14 +152,15 @@ def estimate_run(
         checkpoint = source.load(folder, Path(scratch))
         converted = sum(each.stat().st_size for each in Path(scratch).rglob("*") if each.is_file())
         placement = OffloadedWeights(checkpoint.device, checkpoint.compute_dtype, _room(checkpoint.device))
+        dropped = DroppedBlocks(placement)
         data = _calibration_of(checkpoint, request, placement)
         writing = 0.0
         if data.to_write is not None:
-            _check_structure(checkpoint.model, request, DroppedBlocks(placement))
+            _check_structure(checkpoint.model, request, dropped)
             where = _to_write(checkpoint)
             windows, writing = data.to_write.sketch(checkpoint.model, checkpoint.tokenizer, where, request.progress)
             data = data.with_written(windows)
-        dropped, memory = DroppedBlocks(placement), request.memory(Path(scratch))
+        memory = request.memory(Path(scratch))
         context = RunContext(request.recipe, request.progress, dropped, memory, storage_of=_storage_of(checkpoint))
         found = estimate(checkpoint.model, data.batches, context, shard_bytes)
         return replace(

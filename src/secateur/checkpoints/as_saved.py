@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from secateur.checkpoints.converted_weights import load_mapped
-from secateur.checkpoints.load import BROKEN, check_sizes
+from secateur.checkpoints.load import BROKEN, check_sizes, skeleton_of
 from secateur.errors import SecateurError
 from secateur.sources.resolve import resolve_dense
 from secateur.sources.validate import check_folder, main_dtype
@@ -25,7 +24,6 @@ def load_as_saved(folder: Path, scratch: Path) -> Any:
     Raises:
         SecateurError: the config names no class of transformers, or the files don't fit it.
     """
-    from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -35,8 +33,7 @@ def load_as_saved(folder: Path, scratch: Path) -> Any:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        with init_empty_weights(include_buffers=False):
-            check_sizes(folder, kind(deepcopy(config)), shards)
+        check_sizes(folder, skeleton_of(kind, config), shards)
         options |= {"config": config, "dtype": main_dtype(dtypes, config), "use_safetensors": True}
         model, info, _ = load_mapped(
             partial(kind.from_pretrained, folder, output_loading_info=True, **options), scratch

@@ -6,7 +6,7 @@ Weights come from safetensors only, and remote code is not run, unless asked for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -118,7 +118,8 @@ def load(
     )
     with _explained(folder, trust_remote_code, converted):
         if converted is not None or (shards and not trust_remote_code):  # code from the checkpoint runs no second time
-            skeleton = skeleton_of(config, computes_in, trust_remote_code)
+            make = partial(AutoModelForCausalLM.from_config, dtype=computes_in, trust_remote_code=trust_remote_code)
+            skeleton = skeleton_of(make, config)
             check_sizes(folder, skeleton, shards)
         if converted is not None and shards and is_converted(skeleton, shards):
             model, info, names = load_mapped(from_pretrained, converted)
@@ -172,13 +173,12 @@ def _map_rounded_tensors(model: Any, storage: dict[str, torch.dtype], stored: di
                 tensor.data = shard.get_tensor(there)
 
 
-def skeleton_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model without weights, with its buffers. The config stays as it is."""
+def skeleton_of(make: Callable[[Any], Any], config: Any) -> Any:
+    """The model that `make` builds of a config, without weights, with its buffers. The config stays as it is."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+        return make(deepcopy(config))
 
 
 def check_sizes(folder: Path, skeleton: Any, shards: dict[str, Path]) -> None:

@@ -129,7 +129,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         if not trust_remote_code:  # code from the checkpoint runs no second time
-            check_sizes(folder, skeleton_of(config, torch.bfloat16, trust_remote_code), shards)
+            make = partial(AutoModelForCausalLM.from_config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+            check_sizes(folder, skeleton_of(make, config), shards)
         if is_packed(folder) and is_dense:
             config.quantization_config["dequantize"] = True
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -39,7 +39,7 @@ from secateur.comparison.results import DENSE, RESULTS, Comparison, read_results
 from secateur.errors import SecateurError, errors_within
 from secateur.evaluation.tasks import check_tasks
 from secateur.recipe.patterns import check_asked_pattern, parse_pattern
-from secateur.recipe.resolve import SHORTCUTS, resolve_recipe
+from secateur.recipe.resolve import resolve_recipe
 from secateur.recipe.settings import value_at
 from secateur.resume.manifest import journal_of
 from secateur.resume.output_folder import check_outside_model
@@ -48,6 +48,9 @@ from secateur.runtime.own_process import run_in_own_process
 from secateur.storage.held_folder import make_folders
 from secateur.storage.paths import real_path, user_path
 
+SHARED = {  # what all cells of a table or of a row have: the flag, and the option of a recipe
+    "patterns": "pattern", "seeds": "seed", "samples": "calibration.samples", "seq_len": "calibration.seq_len",
+}  # fmt: skip
 LONGEST_NAME = 200  # bytes; a file system's limit is 255, with what is added to it
 
 
@@ -260,12 +263,10 @@ def check_recipe(recipe: str, pattern: str, peer_python: Path | None, **shortcut
         return
     with errors_within(f"{recipe} at {pattern}"):
         found = resolve_recipe(pattern=pattern, **shortcuts, **parse_recipe(recipe))
-        asked = resolve_recipe(pattern=pattern, **shortcuts)
-        for name, flag in {"pattern": "patterns", "seed": "seeds", "samples": "samples", "seq_len": "seq_len"}.items():
-            if value_at(found.to_dict(), SHORTCUTS[name]) != value_at(asked.to_dict(), SHORTCUTS[name]):
-                raise SecateurError(
-                    f"it sets {SHORTCUTS[name]}, and all cells share one: leave it out, and pass ‹{flag}›"
-                )
+        mine, shared = found.to_dict(), resolve_recipe(pattern=pattern, **shortcuts).to_dict()
+        for flag, option in SHARED.items():
+            if value_at(mine, option) != value_at(shared, option):
+                raise SecateurError(f"it sets {option}, and all cells share one: leave it out, and pass ‹{flag}›")
         if found.format == "packed":
             raise SecateurError("format=packed changes no figure of a comparison: leave it out")
         if found.calibration.source is not None:

@@ -27,7 +27,7 @@ def check_gguf(path: Path) -> dict[str, int]:
         the number of weights of each tensor, by its name.
 
     Raises:
-        SecateurError: it is not, this is not a GGUF file of version 2 or 3, or its rotary positions are scaled.
+        SecateurError: something is missing, it is of another version than 2 or 3, or its rotary positions are scaled.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
